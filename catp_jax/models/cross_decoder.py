@@ -1,0 +1,419 @@
+"""Llama 3.2 Vision's text decoder: Llama layers with gated cross-attention layers in between.
+
+    tokens → self … self ─ CROSS ─ self … self ─ cross ─ self … → norm
+                            │ views: the first cross-attention layer shows its queries and keys
+                            └ everything after it sees only the kept visual features
+
+The prefill is two functions cut at that layer (`front`, `back`), so that a caller may run them as
+one program or look at the scores in between. `step` adds one token.
+
+Source: Hugging Face transformers (`models/mllama`). Rows of text that see no image exist (text
+before the first image, samples without one). What cross-attention does to them is the `MaskMode`:
+
+- "meta": nothing, as in Meta's reference implementation.
+- "hf": as in transformers: they attend to every visual token there is, padding included, and only
+  the feed-forward branch is dropped. The result then depends on the padding of the batch.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Keep, View, keep_columns
+from catp_jax.models.cache import Cache, LayerCache, Slots
+from catp_jax.models.layers import (
+    ACTIVATIONS,
+    Llama3Scaling,
+    RopeConfig,
+    attend,
+    embedding,
+    gate,
+    linear,
+    merge_heads,
+    rms_norm,
+    rope_angles,
+    rotate,
+    split_heads,
+)
+from catp_jax.struct import pytree
+
+MaskMode = Literal["meta", "hf"]
+
+EXTRA_EMBEDDINGS = 8  # rows of the embedding beyond the vocabulary; the image token is the first
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossDecoderConfig:
+    """`text_config` of an mllama checkpoint."""
+
+    vocab_size: int
+    hidden_size: int
+    hidden_act: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    rope: RopeConfig
+    rms_norm_eps: float
+    max_position_embeddings: int
+    cross_attention_layers: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def llama_3_2_11b(cls) -> "CrossDecoderConfig":
+        """The decoder of Llama 3.2 11B Vision."""
+        return cls(
+            vocab_size=128256,
+            hidden_size=4096,
+            hidden_act="silu",
+            num_hidden_layers=40,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            intermediate_size=14336,
+            rope=RopeConfig(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+            rms_norm_eps=1e-5,
+            max_position_embeddings=131072,
+            cross_attention_layers=tuple(range(3, 40, 5)),
+        )
+
+    @classmethod
+    def llama_3_2_90b(cls) -> "CrossDecoderConfig":
+        """The decoder of Llama 3.2 90B Vision."""
+        return dataclasses.replace(
+            cls.llama_3_2_11b(),
+            hidden_size=8192,
+            num_hidden_layers=100,
+            num_attention_heads=64,
+            intermediate_size=28672,
+            cross_attention_layers=tuple(range(3, 100, 5)),
+        )
+
+
+@pytree
+class Visual:
+    """The visual tokens of a batch, tiles without padding first, and who sees them.
+
+    `slots.positions` counts visual tokens through the sample's tiles, `sees` is False in rows of
+    text padding and for tiles that a row's image span does not cover.
+    """
+
+    features: Float[Array, "b n d"]
+    slots: Slots
+    sees: Bool[Array, "b s n"]
+
+    def keep(self, keep: Keep) -> "Visual":
+        """The kept tokens, the mask gathered with them."""
+        return Visual(
+            features=keep.apply(self.features),
+            slots=self.slots.keep(keep),
+            sees=keep_columns(self.sees, keep),
+        )
+
+
+@pytree
+class CrossMask:
+    """`mask`: what a row attends to. `attends`, `feeds`: whether it takes the branch at all."""
+
+    mask: Bool[Array, "b s n"]
+    attends: Bool[Array, "b s"]
+    feeds: Bool[Array, "b s"]
+
+
+def cross_mask(sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: MaskMode) -> CrossMask:
+    """The mask of a cross-attention layer in the given mode."""
+    sees = sees & valid[:, None, :]
+    has_image = sees.any(axis=-1)
+    if mode == "meta":
+        return CrossMask(mask=sees, attends=has_image, feeds=has_image)
+    everything = jnp.where(has_image[:, :, None], sees, valid[:, None, :])
+    return CrossMask(mask=everything, attends=jnp.ones_like(has_image), feeds=has_image)
+
+
+class TextMlp(nnx.Module):
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(width, inner, ("embed", "mlp"), rngs=rngs)
+        self.up_proj = linear(width, inner, ("embed", "mlp"), rngs=rngs)
+        self.down_proj = linear(inner, width, ("mlp", "embed"), rngs=rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class AttentionProjections(nnx.Module):
+    """The four projections of grouped-query attention."""
+
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        width, head = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), rngs=rngs)
+        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
+        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
+        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), rngs=rngs)
+
+
+class SelfAttention(AttentionProjections):
+    """Rotary self-attention, over its own rows or over a cache that it writes them to."""
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
+        mask: Bool[Array, "b s n"],
+        past: LayerCache | None,
+        slot: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "b s d"], LayerCache]:
+        queries = rotate(split_heads(self.q_proj(x), self.heads), *rope)
+        keys = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
+        cache = LayerCache(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
+        if past is not None:
+            assert slot is not None
+            cache = past.write(cache, slot)
+        attended = attend(queries, cache.keys, cache.values, mask)
+        return self.o_proj(merge_heads(attended)), cache
+
+
+class CrossAttention(AttentionProjections):
+    """Attention from text to visual features; queries and keys are normed per head, no RoPE."""
+
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.q_norm = rms_norm(config.head_dim, config.rms_norm_eps, rngs=rngs)
+        self.k_norm = rms_norm(config.head_dim, config.rms_norm_eps, rngs=rngs)
+
+    def queries(self, x: Float[Array, "b s d"]) -> Float[Array, "b s h dk"]:
+        """The rows' queries, normed, not scaled."""
+        return self.q_norm(split_heads(self.q_proj(x), self.heads))
+
+    def project(self, features: Float[Array, "b n d"]) -> LayerCache:
+        """The features' keys and values as they are cached."""
+        return LayerCache(
+            keys=self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
+            values=split_heads(self.v_proj(features), self.kv_heads),
+        )
+
+    def __call__(
+        self, x: Float[Array, "b s d"], cache: LayerCache, mask: Bool[Array, "b s n"]
+    ) -> Float[Array, "b s d"]:
+        attended = attend(self.queries(x), cache.keys, cache.values, mask)
+        return self.o_proj(merge_heads(attended))
+
+
+class SelfLayer(nnx.Module):
+    """A Llama layer."""
+
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.mlp = TextMlp(config, rngs=rngs)
+        self.input_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
+        mask: Bool[Array, "b s n"],
+        past: LayerCache | None = None,
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b s d"], LayerCache]:
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, past, slot)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class CrossLayer(nnx.Module):
+    """A gated cross-attention layer; both gates start at zero, where it is the identity."""
+
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.mlp = TextMlp(config, rngs=rngs)
+        self.input_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.cross_attn_attn_gate = gate(0.0)
+        self.cross_attn_mlp_gate = gate(0.0)
+
+    def __call__(
+        self, x: Float[Array, "b s d"], cache: LayerCache, mask: CrossMask
+    ) -> Float[Array, "b s d"]:
+        attended = self.cross_attn(self.input_layernorm(x), cache, mask.mask)
+        x = x + self._gated(self.cross_attn_attn_gate, mask.attends, attended)
+        fed = self.mlp(self.post_attention_layernorm(x))
+        return x + self._gated(self.cross_attn_mlp_gate, mask.feeds, fed)
+
+    @staticmethod
+    def _gated(
+        gate: nnx.Param[Array], rows: Bool[Array, "b s"], x: Float[Array, "b s d"]
+    ) -> Float[Array, "b s d"]:
+        return jnp.tanh(gate[...])[None, None] * rows[:, :, None].astype(x.dtype) * x
+
+
+@pytree
+class Front:
+    """The state of a prefill right after the first cross-attention layer.
+
+    `view` is what pruners look at; it is None if the batch has no image.
+    """
+
+    hidden: Float[Array, "b s d"]
+    text: Slots
+    caches: tuple[LayerCache | None, ...]
+    visual: Visual | None
+    view: View | None
+
+
+class CrossDecoder(nnx.Module):
+    """`language_model` of an mllama checkpoint, without its head."""
+
+    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = embedding(
+            config.vocab_size + EXTRA_EMBEDDINGS, config.hidden_size, rngs=rngs
+        )
+        self.layers = nnx.List(
+            [
+                (CrossLayer if index in config.cross_attention_layers else SelfLayer)(
+                    config, rngs=rngs
+                )
+                for index in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+
+    @property
+    def first_cross(self) -> int:
+        """Number of the first cross-attention layer, where visual features are pruned."""
+        return self.config.cross_attention_layers[0]
+
+    def front(
+        self,
+        tokens: Int[Array, "b s"],
+        text: Slots,
+        visual: Visual | None,
+        mode: MaskMode,
+    ) -> Front:
+        """Runs the prompt through the first cross-attention layer, which attends to everything."""
+        x = self.embed_tokens(tokens)
+        rope, mask = self._rope(text.positions), causal_mask(text, text)
+        caches: list[LayerCache | None] = []
+        for layer in self.layers[: self.first_cross]:
+            x, cache = layer(x, rope, mask)
+            caches.append(cache)
+        if visual is None:
+            return Front(
+                hidden=x, text=text, caches=(*caches, None), visual=None, view=None
+            )
+        layer = self.layers[self.first_cross]
+        cache = layer.cross_attn.project(visual.features)
+        queries = layer.cross_attn.queries(layer.input_layernorm(x))
+        view = View(
+            layer=self.first_cross,
+            tokens=visual.features,
+            queries=queries * jnp.asarray(self.config.head_dim**-0.5, queries.dtype),
+            keys=cache.keys,
+            values=cache.values,
+            positions=visual.slots.positions,
+            valid=visual.slots.valid & visual.sees.any(axis=1),
+            sees=visual.sees & visual.slots.valid[:, None, :],
+        )
+        x = layer(x, cache, cross_mask(visual.sees, visual.slots.valid, mode))
+        return Front(hidden=x, text=text, caches=(*caches, cache), visual=visual, view=view)
+
+    def back(
+        self, front: Front, keep: Keep | None, mode: MaskMode, new_slots: int
+    ) -> tuple[Float[Array, "b s d"], Cache]:
+        """Runs the rest of the prompt over the kept features.
+
+        Returns the last hidden states and a cache with room for `new_slots` tokens.
+        """
+        x, text, visual = front.hidden, front.text, front.visual
+        caches = list(front.caches)
+        if visual is not None and keep is not None:
+            visual = visual.keep(keep)
+            first = caches[self.first_cross]
+            assert first is not None
+            caches[self.first_cross] = first.keep(keep)
+        rope, mask = self._rope(text.positions), causal_mask(text, text)
+        masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, mode)
+        for layer in self.layers[self.first_cross + 1 :]:
+            if isinstance(layer, SelfLayer):
+                x, cache = layer(x, rope, mask)
+                caches.append(cache)
+            elif visual is None or masked is None:
+                caches.append(None)
+            else:
+                caches.append(layer.cross_attn.project(visual.features))
+                x = layer(x, caches[-1], masked)
+        return self.norm(x), self._cache(caches, text, visual, new_slots)
+
+    def _cache(
+        self,
+        layers: list[LayerCache | None],
+        text: Slots,
+        visual: Visual | None,
+        new_slots: int,
+    ) -> Cache:
+        cross = self.config.cross_attention_layers
+        length = text.valid.sum(axis=1, dtype=jnp.int32)
+        seen = None
+        if visual is not None:
+            last = jnp.maximum(length - 1, 0)[:, None, None]
+            seen = jnp.take_along_axis(visual.sees, last, axis=1)[:, 0]
+        return Cache(
+            layers=tuple(
+                layer if layer is None or index in cross else layer.grow(new_slots)
+                for index, layer in enumerate(layers)
+            ),
+            text=text.grow(new_slots),
+            visual=None if visual is None else visual.slots,
+            seen=seen,
+            next_position=length,
+            next_slot=jnp.asarray(text.valid.shape[1], jnp.int32),
+        )
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: Cache, mode: MaskMode
+    ) -> tuple[Float[Array, "b d"], Cache]:
+        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        x = self.embed_tokens(tokens[:, None])
+        slot, position = cache.next_slot, cache.next_position[:, None]
+        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
+        text = cache.text.write(here, slot)
+        rope, mask = self._rope(position), causal_mask(here, text)
+        masked = None
+        if cache.visual is not None and cache.seen is not None:
+            masked = cross_mask(cache.seen[:, None], cache.visual.valid, mode)
+        layers: list[LayerCache | None] = []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            if isinstance(layer, SelfLayer):
+                x, past = layer(x, rope, mask, past, slot)
+            elif past is not None and masked is not None:
+                x = layer(x, past, masked)
+            layers.append(past)
+        return self.norm(x)[:, 0], Cache(
+            layers=tuple(layers),
+            text=text,
+            visual=cache.visual,
+            seen=cache.seen,
+            next_position=cache.next_position + 1,
+            next_slot=slot + 1,
+        )
+
+    def _rope(
+        self, positions: Int[Array, "b s"]
+    ) -> tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]]:
+        return rope_angles(positions, self.config.rope, self.config.head_dim)
+
+
+def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
+    """Each row sees the valid columns at its own and earlier positions."""
+    earlier = columns.positions[:, None, :] <= rows.positions[:, :, None]
+    return earlier & columns.valid[:, None, :]
+

@@ -1,0 +1,153 @@
+"""The few parts that all models share: projections, norms, activations, attention, RoPE.
+
+Parameters live in Flax NNX modules whose attribute paths are those of the Hugging Face checkpoint;
+only the last word differs (`weight` becomes `kernel`, `scale` or `embedding`). Beside each kernel
+stand the names of its axes, which `catp_jax.sharding` maps to a mesh.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""Activations by their Hugging Face name."""
+
+
+def linear(
+    inputs: int, outputs: int, axes: tuple[str, str], *, rngs: nnx.Rngs, bias: bool = False
+) -> nnx.Linear:
+    """`x @ kernel (+ bias)`; `axes` names the kernel's input and output axis."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(0.02),
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def embedding(
+    rows: int, features: int, *, rngs: nnx.Rngs, axes: tuple[str, str] = ("vocab", "embed")
+) -> nnx.Embed:
+    """A table looked up by row."""
+    return nnx.Embed(
+        rows,
+        features,
+        embedding_init=nnx.initializers.normal(0.02),
+        embedding_metadata={"axes": axes},
+        rngs=rngs,
+    )
+
+
+def rms_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis, computed in float32."""
+    return nnx.RMSNorm(
+        features, epsilon=epsilon, scale_metadata={"axes": ("norm",)}, rngs=rngs
+    )
+
+
+def layer_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, computed in float32."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=epsilon,
+        use_fast_variance=False,
+        scale_metadata={"axes": ("norm",)},
+        bias_metadata={"axes": ("norm",)},
+        rngs=rngs,
+    )
+
+
+def gate(initial: float) -> nnx.Param[Array]:
+    """A learned scalar that multiplies a branch through tanh."""
+    return nnx.Param(jnp.full((1,), initial), axes=("gate",))
+
+
+def split_heads(x: Float[Array, "b s width"], heads: int) -> Float[Array, "b s heads d"]:
+    """Splits the last axis into heads."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x: Float[Array, "b s heads d"]) -> Float[Array, "b s width"]:
+    """The inverse of `split_heads`."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def attend(
+    queries: Float[Array, "b s h d"],
+    keys: Float[Array, "b n kv d"],
+    values: Float[Array, "b n kv d"],
+    mask: Bool[Array, "b s n"] | None,
+) -> Float[Array, "b s h d"]:
+    """Scaled dot-product attention, softmax in float32; `kv` divides `h` (grouped queries).
+
+    A row whose mask is all False returns the mean of the values: its caller drops it.
+    """
+    heads_mask = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(queries, keys, values, mask=heads_mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's stretching of the long RoPE wavelengths (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base, and how its frequencies are scaled (None: not at all)."""
+
+    theta: float
+    scaling: Llama3Scaling | None
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Angle per position of each of the `head_dim / 2` channel pairs, float32."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies = np.float32(1) / np.float32(self.theta) ** exponents
+        if (scaling := self.scaling) is None:
+            return frequencies
+        wavelengths = 2 * math.pi / frequencies
+        turns = scaling.original_max_position_embeddings / wavelengths
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return ((1 - share) * frequencies / scaling.factor + share * frequencies).astype(np.float32)
+
+
+def rope_angles(
+    positions: Int[Array, "b s"], config: RopeConfig, head_dim: int
+) -> tuple[Float[Array, "b s d"], Float[Array, "b s d"]]:
+    """Cosine and sine for `rotate`, in float32, both halves of the head alike."""
+    frequencies = jnp.asarray(config.frequencies(head_dim))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "b s h d"], cos: Float[Array, "b s d"], sin: Float[Array, "b s d"]
+) -> Float[Array, "b s h d"]:
+    """Applies RoPE in Hugging Face's half-split form (channel i pairs with i + d/2)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (cos, sin))
+    return x * cos + rotated * sin

@@ -1,0 +1,141 @@
+"""Llama 3.2 Vision: a tiled ViT, a projector, and a decoder that cross-attends to its features.
+
+    pixels ─ vision_model ─ multi_modal_projector ─ drop padding tiles ─┐
+    tokens ─────────────────────────────────────────── language_model ──┴── lm_head → logits
+
+Images are processed once each, whatever prompt they belong to: `Inputs.pixels` has one entry per
+image of the batch, and `tile_index` tells each prompt which of their tiles are its own.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Keep, Site
+from catp_jax.models.cache import Cache, Slots
+from catp_jax.models.cross_decoder import (
+    CrossDecoder,
+    CrossDecoderConfig,
+    Front,
+    MaskMode,
+    Visual,
+)
+from catp_jax.models.layers import linear
+from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig
+from catp_jax.struct import pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class MllamaConfig:
+    """An mllama checkpoint's `config.json`, as far as it shapes the computation."""
+
+    vision: TiledVitConfig
+    text: CrossDecoderConfig
+    image_token_index: int
+
+    @classmethod
+    def llama_3_2_11b(cls) -> "MllamaConfig":
+        """Llama 3.2 11B Vision."""
+        return cls(TiledVitConfig.llama_3_2(), CrossDecoderConfig.llama_3_2_11b(), 128256)
+
+    @classmethod
+    def llama_3_2_90b(cls) -> "MllamaConfig":
+        """Llama 3.2 90B Vision."""
+        return cls(TiledVitConfig.llama_3_2(), CrossDecoderConfig.llama_3_2_90b(), 128256)
+
+
+@pytree
+class Images:
+    """The images of a batch (`i`) and which of their tiles each prompt (`b`) has.
+
+    `tile_index` counts through all images' tiles, `image * max_num_tiles + tile`. A prompt's own
+    tiles come first (`tile_valid`); `tile_seen` says which text rows see them.
+    """
+
+    pixels: Float[Array, "i t c height width"]
+    aspect_ratio_ids: Int[Array, " i"]
+    aspect_ratio_mask: Bool[Array, "i t"]
+    tile_index: Int[Array, "b tiles"]
+    tile_valid: Bool[Array, "b tiles"]
+    tile_seen: Bool[Array, "b s tiles"]
+
+
+@pytree
+class Inputs:
+    """Prompts padded on the right to one length, and their images (None: no prompt has one)."""
+
+    tokens: Int[Array, "b s"]
+    token_valid: Bool[Array, "b s"]
+    images: Images | None
+
+
+class Mllama(nnx.Module):
+    """`MllamaForConditionalGeneration`."""
+
+    sites: ClassVar[frozenset[Site]] = frozenset({Site.CROSS})
+
+    def __init__(self, config: MllamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.text.hidden_size
+        self.vision_model = TiledVit(config.vision, rngs=rngs)
+        self.multi_modal_projector = linear(
+            config.vision.output_size, width, ("vision_out", "embed"), bias=True, rngs=rngs
+        )
+        self.language_model = CrossDecoder(config.text, rngs=rngs)
+        self.lm_head = linear(width, config.text.vocab_size, ("embed", "vocab"), rngs=rngs)
+
+    def encode(self, images: Images) -> Visual:
+        """Visual tokens of every prompt.
+
+        Rows of padding tiles are dropped here, which changes nothing: cross-attention masks them.
+        """
+        per_tile = self.config.vision.tokens_per_tile
+        features = self.vision_model(
+            images.pixels, images.aspect_ratio_ids, images.aspect_ratio_mask
+        )
+        features = features.reshape(-1, *features.shape[2:])[images.tile_index]
+        batch, tiles = images.tile_index.shape
+        numbers = jnp.arange(tiles * per_tile, dtype=jnp.int32)
+        return Visual(
+            features=self.multi_modal_projector(features).reshape(batch, tiles * per_tile, -1),
+            slots=Slots(
+                positions=jnp.broadcast_to(numbers, (batch, tiles * per_tile)),
+                valid=jnp.repeat(images.tile_valid, per_tile, axis=1),
+            ),
+            sees=jnp.repeat(images.tile_seen, per_tile, axis=2),
+        )
+
+    def front(self, inputs: Inputs, mode: MaskMode) -> Front:
+        """The prefill up to and including the first cross-attention layer, before any pruning."""
+        visual = None if inputs.images is None else self.encode(inputs.images)
+        numbers = jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)
+        text = Slots(
+            positions=jnp.broadcast_to(numbers, inputs.tokens.shape), valid=inputs.token_valid
+        )
+        return self.language_model.front(inputs.tokens, text, visual, mode)
+
+    def back(
+        self, front: Front, keep: Keep | None, mode: MaskMode, new_slots: int
+    ) -> tuple[Float[Array, "b vocab"], Cache]:
+        """The rest of the prefill on the kept features: logits of each prompt's next token."""
+        hidden, cache = self.language_model.back(front, keep, mode, new_slots)
+        last = jnp.maximum(cache.next_position - 1, 0)[:, None, None]
+        return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: Cache, mode: MaskMode
+    ) -> tuple[Float[Array, "b vocab"], Cache]:
+        """Logits of the token after `tokens`, which take a cache slot."""
+        hidden, cache = self.language_model.step(tokens, cache, mode)
+        return self.lm_head(hidden), cache
+
+    def __call__(
+        self, inputs: Inputs, keep: Keep | None = None, mode: MaskMode = "meta"
+    ) -> Float[Array, "b s vocab"]:
+        """Logits of every row, nothing cached: for training and for comparison."""
+        front = self.front(inputs, mode)
+        hidden, _ = self.language_model.back(front, keep, mode, new_slots=0)
+        return self.lm_head(hidden)

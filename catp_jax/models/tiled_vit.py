@@ -1,0 +1,258 @@
+"""Llama 3.2 Vision's image encoder: a ViT over up to four tiles of one image at once.
+
+    tiles → patches → + tile embedding → [CLS | patches] → + position → local layers → global layers
+                                                                │ some layers' outputs
+                                                                └──────────── joined at the end
+
+Source: the reference implementation in Hugging Face transformers (`models/mllama`). Two properties
+of it are kept because the released weights were trained with them:
+
+- Only padding-to-padding attention is masked. Real tokens do attend to padding tiles, so a padding
+  tile can be dropped after this encoder, not inside it.
+- Tokens are padded to a multiple of 8 per tile inside the encoder and those take part likewise.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.models.layers import (
+    ACTIVATIONS,
+    attend,
+    embedding,
+    gate,
+    layer_norm,
+    linear,
+    merge_heads,
+    split_heads,
+)
+
+OUTER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference uses before and after
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledVitConfig:
+    """`vision_config` of an mllama checkpoint."""
+
+    hidden_size: int
+    hidden_act: str
+    num_hidden_layers: int
+    num_global_layers: int
+    attention_heads: int
+    num_channels: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    norm_eps: float
+    max_num_tiles: int
+    intermediate_layers_indices: tuple[int, ...]
+    supported_aspect_ratios: tuple[tuple[int, int], ...]
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """The class token and the patches of one tile."""
+        return self.grid**2 + 1
+
+    @property
+    def output_size(self) -> int:
+        """Channels of the encoder's output: the last layer and the intermediate ones."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+    @classmethod
+    def llama_3_2(cls) -> "TiledVitConfig":
+        """The encoder of Llama 3.2 Vision, the same in 11B and 90B."""
+        return cls(
+            hidden_size=1280,
+            hidden_act="gelu",
+            num_hidden_layers=32,
+            num_global_layers=8,
+            attention_heads=16,
+            num_channels=3,
+            intermediate_size=5120,
+            image_size=560,
+            patch_size=14,
+            norm_eps=1e-5,
+            max_num_tiles=4,
+            intermediate_layers_indices=(3, 7, 15, 23, 30),
+            supported_aspect_ratios=(
+                (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)
+            ),
+        )  # fmt: skip
+
+
+class TileEmbedding(nnx.Module):
+    """Adds one vector per tile, chosen by the image's aspect ratio."""
+
+    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
+        rows = len(config.supported_aspect_ratios) + 1
+        self.embedding = embedding(
+            rows, config.max_num_tiles * config.hidden_size, axes=("ratio", "tiles"), rngs=rngs
+        )
+        self.gate = gate(0.0)
+
+    def __call__(
+        self, x: Float[Array, "i t n d"], aspect_ratio_ids: Int[Array, " i"]
+    ) -> Float[Array, "i t n d"]:
+        added = self.embedding(aspect_ratio_ids).reshape(x.shape[0], x.shape[1], 1, x.shape[3])
+        return x + added * jnp.tanh(self.gate[...])[None, None, None]
+
+
+class PositionEmbedding(nnx.Module):
+    """Position within the tile, and — gated against it — position within tile and aspect ratio."""
+
+    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
+        rows = len(config.supported_aspect_ratios) + 1
+        tokens, width = config.tokens_per_tile, config.hidden_size
+        self.gate = gate(0.0)
+        self.embedding = nnx.Param(
+            nnx.initializers.normal(width**-0.5)(rngs.params(), (tokens, width)),
+            axes=("tokens", "vision_embed"),
+        )
+        self.tile_embedding = embedding(
+            rows, config.max_num_tiles * tokens * width, axes=("ratio", "tiles"), rngs=rngs
+        )
+
+    def __call__(
+        self, x: Float[Array, "i t n d"], aspect_ratio_ids: Int[Array, " i"]
+    ) -> Float[Array, "i t n d"]:
+        share = jnp.tanh(self.gate[...])
+        x = x + ((1 - share)[None] * self.embedding[...])[None, None]
+        return x + share[None, None, None] * self.tile_embedding(aspect_ratio_ids).reshape(x.shape)
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
+        width, self.heads = config.hidden_size, config.attention_heads
+        self.q_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
+        self.k_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
+        self.v_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
+        self.o_proj = linear(width, width, ("heads", "vision_embed"), rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
+    ) -> Float[Array, "i n d"]:
+        queries, keys, values = (
+            split_heads(project(x), self.heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(merge_heads(attend(queries, keys, values, mask)))
+
+
+class VisionMlp(nnx.Module):
+    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.fc1 = linear(width, inner, ("vision_embed", "mlp"), bias=True, rngs=rngs)
+        self.fc2 = linear(inner, width, ("mlp", "vision_embed"), bias=True, rngs=rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: Float[Array, "i n d"]) -> Float[Array, "i n d"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class VisionLayer(nnx.Module):
+    """Pre-norm transformer layer; in the global encoder both branches are gated."""
+
+    def __init__(self, config: TiledVitConfig, is_gated: bool, *, rngs: nnx.Rngs):
+        self.self_attn = VisionAttention(config, rngs=rngs)
+        self.mlp = VisionMlp(config, rngs=rngs)
+        self.input_layernorm = layer_norm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.post_attention_layernorm = layer_norm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.is_gated = is_gated
+        if is_gated:
+            self.gate_attn = gate(jnp.pi / 4)
+            self.gate_ffn = gate(jnp.pi / 4)
+
+    def __call__(
+        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
+    ) -> Float[Array, "i n d"]:
+        attended = self.self_attn(self.input_layernorm(x), mask)
+        x = x + (self._gated(self.gate_attn, attended) if self.is_gated else attended)
+        fed = self.mlp(self.post_attention_layernorm(x))
+        return x + (self._gated(self.gate_ffn, fed) if self.is_gated else fed)
+
+    @staticmethod
+    def _gated(gate: nnx.Param[Array], x: Float[Array, "i n d"]) -> Float[Array, "i n d"]:
+        return jnp.tanh(gate[...])[None, None] * x
+
+
+class VisionEncoder(nnx.Module):
+    """A stack of layers; returns what each of them put out."""
+
+    def __init__(self, config: TiledVitConfig, depth: int, is_gated: bool, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([VisionLayer(config, is_gated, rngs=rngs) for _ in range(depth)])
+
+    def __call__(
+        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
+    ) -> list[Float[Array, "i n d"]]:
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1], mask))
+        return outputs[1:] or outputs
+
+
+class TiledVit(nnx.Module):
+    """`vision_model` of an mllama checkpoint."""
+
+    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        patch = config.num_channels * config.patch_size**2
+        width = config.hidden_size
+        self.patch_embedding = linear(patch, width, ("patch", "vision_embed"), rngs=rngs)
+        self.class_embedding = nnx.Param(
+            nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)), axes=("vision_embed",)
+        )
+        self.gated_positional_embedding = PositionEmbedding(config, rngs=rngs)
+        self.pre_tile_positional_embedding = TileEmbedding(config, rngs=rngs)
+        self.post_tile_positional_embedding = TileEmbedding(config, rngs=rngs)
+        self.layernorm_pre = layer_norm(width, OUTER_NORM_EPS, rngs=rngs)
+        self.layernorm_post = layer_norm(width, OUTER_NORM_EPS, rngs=rngs)
+        self.transformer = VisionEncoder(config, config.num_hidden_layers, False, rngs=rngs)
+        self.global_transformer = VisionEncoder(config, config.num_global_layers, True, rngs=rngs)
+
+    def __call__(
+        self,
+        pixels: Float[Array, "i t c height width"],
+        aspect_ratio_ids: Int[Array, " i"],
+        aspect_ratio_mask: Bool[Array, "i t"],
+    ) -> Float[Array, "i t n out"]:
+        """Features of every token of every tile: the last layer's channels, then — channel by
+        channel — the intermediate layers' (`d0 of layer 3, d0 of layer 7, …, d1 of layer 3, …`).
+        """
+        config = self.config
+        images, tiles, tokens = pixels.shape[0], config.max_num_tiles, config.tokens_per_tile
+        padded = -(-tokens // 8) * 8
+
+        x = self.patch_embedding(self._patches(pixels.astype(self.patch_embedding.kernel.dtype)))
+        x = self.pre_tile_positional_embedding(x, aspect_ratio_ids)
+        classes = jnp.broadcast_to(self.class_embedding[...], (images, tiles, 1, x.shape[-1]))
+        x = jnp.concatenate([classes, x], axis=2)
+        x = self.layernorm_pre(self.gated_positional_embedding(x, aspect_ratio_ids))
+
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
+        is_real = aspect_ratio_mask[:, :, None] & (jnp.arange(padded) < tokens)[None, None]
+        is_real = is_real.reshape(images, tiles * padded)
+        mask = is_real[:, :, None] | is_real[:, None, :]
+
+        local = self.transformer(x.reshape(images, tiles * padded, -1), mask)
+        x = self.layernorm_post(local[-1]).reshape(images, tiles, padded, -1)
+        x = self.post_tile_positional_embedding(x, aspect_ratio_ids)
+        x = self.global_transformer(x.reshape(images, tiles * padded, -1), mask)[-1]
+
+        between = [local[index] for index in config.intermediate_layers_indices]
+        x = jnp.concatenate([x, jnp.stack(between, axis=-1).reshape(*x.shape[:-1], -1)], axis=-1)
+        return x.reshape(images, tiles, padded, -1)[:, :, :tokens]
+
+    def _patches(self, pixels: Float[Array, "i t c height width"]) -> Float[Array, "i t g cpp"]:
+        """Each patch flattened channel-first, the order of a torch convolution kernel."""
+        images, tiles, channels, _, _ = pixels.shape
+        grid, patch = self.config.grid, self.config.patch_size
+        x = pixels.reshape(images, tiles, channels, grid, patch, grid, patch)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6)
+        return x.reshape(images, tiles, grid * grid, channels * patch * patch)
