@@ -1,0 +1,177 @@
+"""Orbax checkpoints of any tree of arrays, restored onto whatever shape, dtype and mesh is asked.
+
+    save(path, {"model": model, "opt": opt_state, "step": 7})
+    tree = restore(path, abstract)   # the same tree of jax.ShapeDtypeStruct, or of arrays
+
+A tree is stored flat, by the names of its leaves (`model.lm_head.kernel`), so that what reads a
+checkpoint need not be built from the classes that wrote it. A folder appears under its name only
+when it is whole: Orbax writes beside it and renames.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+
+Tree = TypeVar("Tree")
+
+LISTED = 20  # names of one kind that an error shows
+
+
+def save(path: str | Path, tree: Any) -> None:
+    """Writes every array of `tree` to the new folder `path`, all of them or nothing.
+
+    Leaves are arrays, NNX variables or Python numbers. Raises ValueError if `path` exists.
+    """
+    path = _new_folder(path)
+    leaves = _leaves(tree)
+    if not leaves:
+        raise ValueError(f"nothing to save to {path}: the tree has no arrays")
+    ocp.save(path, {name: _array(leaf) for name, leaf in leaves.items()})
+
+
+def save_part(path: str | Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Adds arrays, named as `save` would name them, to a checkpoint that `finish` completes.
+
+    For trees larger than the memory of the host; until `finish`, nothing stands at `path`. Each
+    call opens the unfinished checkpoint anew (about 0.1 s): pass many small arrays at a time.
+    """
+    ocp.partial.save(_new_folder(path), dict(arrays))
+
+
+def finish(path: str | Path) -> None:
+    """Makes the parts saved to `path` one checkpoint, atomically."""
+    ocp.partial.finalize(_new_folder(path))
+
+
+def restore(path: str | Path, abstract: Tree) -> Tree:
+    """Reads a checkpoint into a tree like `abstract`, whose leaves say shape, dtype and sharding.
+
+    A leaf without a sharding goes to the first device of this process; each process reads only the
+    bytes of its own shards. A dtype other than the saved one converts. Raises ValueError if `path`
+    is no whole checkpoint, or if its names or shapes are not those of `abstract`, listing all.
+    """
+    path = Path(path).absolute()
+    wanted = {name: _struct(leaf) for name, leaf in _leaves(abstract).items()}
+    _compare({name: shape for name, (shape, _) in contents(path).items()}, wanted, path)
+    try:
+        arrays = ocp.load(path, wanted)
+    except (MemoryError, RuntimeError):  # the machine's, not the file's
+        raise
+    except Exception as error:  # Orbax raises bare Exceptions
+        raise ValueError(
+            f"{path} is damaged: Orbax cannot read it ({_first_line(error)}); "
+            "restore another copy of it"
+        ) from error
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_variable)
+    return jax.tree_util.tree_unflatten(
+        structure,
+        [
+            leaf.replace(arrays[_name(keys)]) if _is_variable(leaf) else arrays[_name(keys)]
+            for keys, leaf in leaves
+        ],
+    )
+
+
+def contents(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array in a checkpoint, by name, without reading them."""
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a checkpoint: there is no such folder")
+    try:
+        tree: Any = ocp.metadata(path).metadata
+        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
+    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a whole Orbax checkpoint written by catp_jax ({_first_line(error)})"
+        ) from error
+
+
+def discard_parts(path: str | Path) -> None:
+    """Removes what `save_part` wrote towards `path`, if it was never finished."""
+    path = Path(path).absolute()
+    for left in path.parent.glob(f"{path.name}.partial_save*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def names(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the names a checkpoint stores them under, variables unwrapped."""
+    return {
+        name: leaf.get_value() if _is_variable(leaf) else leaf
+        for name, leaf in _leaves(tree).items()
+    }
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
+    named = {_name(keys): leaf for keys, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same name; its keys contain dots")
+    return named
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
+
+
+def _array(leaf: Any) -> np.ndarray | jax.Array:
+    value = leaf.get_value() if _is_variable(leaf) else leaf
+    return value if isinstance(value, np.ndarray | jax.Array) else jnp.asarray(value)
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    value = leaf.get_value() if _is_variable(leaf) else leaf
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        value = jnp.asarray(value)
+    sharding = getattr(value, "sharding", None)
+    if not isinstance(sharding, Sharding):
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+
+def _compare(
+    have: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct], path: Path
+) -> None:
+    """Raises ValueError with every name and shape in which a checkpoint differs from a tree."""
+    both = have.keys() & wanted.keys()
+    kinds = {
+        "missing": sorted(wanted.keys() - have.keys()),
+        "not asked for": sorted(have.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} (saved {have[name]}, wanted {wanted[name].shape})"
+            for name in sorted(both)
+            if have[name] != wanted[name].shape
+        ],
+    }
+    lines = []
+    for kind, found in kinds.items():
+        if found:
+            more = f", … and {len(found) - LISTED} more" if len(found) > LISTED else ""
+            lines.append(f"  {len(found)} {kind}: {', '.join(found[:LISTED])}{more}")
+    if lines:
+        raise ValueError(
+            f"the checkpoint {path} does not fit the tree it is restored into; "
+            "was it written with another configuration?\n" + "\n".join(lines)
+        )
+
+
+def _new_folder(path: str | Path) -> Path:
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another folder or delete it first")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,114 @@
+"""catp_jax.checkpoint: what goes in comes out, onto the shape, dtype and mesh that is asked."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from catp_jax import checkpoint
+from catp_jax.struct import pytree
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs) for _ in range(3)])
+        self.gate = nnx.Param(jnp.full((1,), 0.5), axes=("gate",))
+
+
+@pytree
+class State:
+    model: Small
+    moments: optax.OptState
+    step: jax.Array
+
+
+def state() -> State:
+    model = Small(nnx.Rngs(0))
+    moments = optax.adamw(1e-3).init(nnx.state(model))
+    return State(model=model, moments=moments, step=jnp.asarray(7))
+
+
+def assert_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_any_tree_comes_back(tmp_path: Path):
+    before = state()
+    checkpoint.save(tmp_path / "a", before)
+    abstract = jax.eval_shape(state)
+    assert_equal(checkpoint.restore(tmp_path / "a", abstract), before)
+
+
+def test_module_comes_back_onto_its_abstract_self(tmp_path: Path):
+    before = Small(nnx.Rngs(0))
+    checkpoint.save(tmp_path / "a", before)
+    after = checkpoint.restore(tmp_path / "a", nnx.eval_shape(lambda: Small(nnx.Rngs(0))))
+    assert isinstance(after, Small)
+    assert after.gate.get_metadata("axes") == ("gate",)
+    assert_equal(after, before)
+
+
+def test_leaves_say_dtype_and_sharding(tmp_path: Path):
+    before = {"x": jnp.arange(16.0).reshape(8, 2), "n": 3}
+    checkpoint.save(tmp_path / "a", before)
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    abstract = {"x": jax.ShapeDtypeStruct((8, 2), jnp.bfloat16, sharding=sharding), "n": 0}
+    after = checkpoint.restore(tmp_path / "a", abstract)
+    assert after["x"].sharding == sharding
+    assert after["x"].dtype == jnp.bfloat16
+    assert int(after["n"]) == 3
+    np.testing.assert_array_equal(after["x"].astype(jnp.float32), before["x"])
+
+
+def test_parts_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Path):
+    path = tmp_path / "a"
+    model = Small(nnx.Rngs(0))
+    for name, array in checkpoint.names(model).items():
+        checkpoint.save_part(path, {name: np.asarray(array)})
+        assert not path.exists()
+    checkpoint.finish(path)
+    assert_equal(checkpoint.restore(path, model), model)
+    assert checkpoint.contents(path)["layers.2.kernel"] == ((4, 8), np.dtype(np.float32))
+
+
+def test_discarded_parts_leave_nothing(tmp_path: Path):
+    checkpoint.save_part(tmp_path / "a", {"x": np.zeros(3)})
+    checkpoint.discard_parts(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_difference_is_listed(tmp_path: Path):
+    checkpoint.save(tmp_path / "a", {"x": jnp.zeros(2), "y": jnp.zeros(3), "z": jnp.zeros(4)})
+    with pytest.raises(ValueError, match="does not fit") as error:
+        checkpoint.restore(tmp_path / "a", {"x": jnp.zeros(2), "y": jnp.zeros(5), "w": 0.0})
+    assert "1 missing: w" in str(error.value)
+    assert "1 not asked for: z" in str(error.value)
+    assert "y (saved (3,), wanted (5,))" in str(error.value)
+
+
+def test_existing_folder_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="exists already"):
+        checkpoint.save(tmp_path, {"x": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_what_is_no_checkpoint_says_so(tmp_path: Path, make):
+    make(tmp_path / "a")
+    with pytest.raises(ValueError, match="not a"):
+        checkpoint.restore(tmp_path / "a", {"x": jnp.zeros(2)})
+
+
+def test_damaged_checkpoint_says_so(tmp_path: Path):
+    path = tmp_path / "a"
+    checkpoint.save(path, {"x": np.random.default_rng(0).standard_normal(10_000)})
+    data = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"damaged|not a whole"):
+        checkpoint.restore(path, {"x": jax.ShapeDtypeStruct((10_000,), jnp.float32)})
