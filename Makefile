@@ -1,0 +1,41 @@
+# The whole project by name. PYTHON picks the interpreter (3.11 or later) that .venv is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint types wheel clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/demo.stamp ## answer questions with the shipped checkpoint, unpruned and pruned; pictures in demo/
+	$(BIN)/catp-jax demo --out demo
+
+test: $(VENV)/test.stamp ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp ## static types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+wheel: $(VENV)/dev.stamp ## build dist/*.whl
+	rm -rf dist
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what was built and installed
+	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp says which extra is in .venv, so that a second call installs nothing. Always editable:
+# one .venv serves every target, and none of them may run an old copy of the code.
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON) is too old: catp-jax needs 3.11 or later" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)

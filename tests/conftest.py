@@ -1,0 +1,21 @@
+"""Strict settings for every test: eight CPU devices, no silent promotion, shapes checked."""
+
+import os
+
+# Read once, when jax starts, so they come before its first import.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Parity is measured in float32; some backends multiply matrices in less.
+jax.config.update("jax_default_matmul_precision", "float32")
+
+# Checks the shapes in our signatures at each call. It has to be in place before either is imported.
+install_import_hook(["catp_jax", "convert"], "beartype.beartype")
