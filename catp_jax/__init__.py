@@ -1,1 +1,19 @@
 """BLIP-2 and Llama 3.2 Vision in JAX, with visual-token and KV pruning that keeps shapes fixed."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from catp_jax.api import Answers as Answers
+    from catp_jax.api import Model as Model
+    from catp_jax.api import load as load
+
+__all__ = ["Answers", "Model", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: `convert`, which api imports, itself imports the models from this package
+    if name in __all__:
+        from catp_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'catp_jax' has no attribute {name!r}")

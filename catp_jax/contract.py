@@ -11,7 +11,6 @@ import enum
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -143,5 +142,3 @@ def check_sites(pruners: Sequence[Any], sites: frozenset[Site], model: str) -> N
                 f"{type(pruner).__name__} prunes {pruner.site.value} (site {pruner.site.name}), "
                 f"which {model} does not have; it has {', '.join(sorted(s.name for s in sites))}"
             )
-
-

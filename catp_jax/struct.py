@@ -10,6 +10,7 @@ its arrays are leaves and its `static()` fields are compiled into the program.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -29,4 +30,21 @@ def static(**options: Any) -> Any:
 )
 def pytree(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen, keyword-only dataclass and registers it with JAX."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    data = [field.name for field in fields if not field.metadata.get("static")]
+    meta = [field.name for field in fields if field.metadata.get("static")]
+
+    def flatten(tree: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in data]
+        return children, tuple(getattr(tree, name) for name in meta)
+
+    def unflatten(compiled: tuple[Any, ...], children: Iterable[Any]) -> T:
+        # not through __init__: JAX fills trees with placeholders that no check would pass
+        tree = object.__new__(made)
+        for name, value in [*zip(data, children, strict=True), *zip(meta, compiled, strict=True)]:
+            object.__setattr__(tree, name, value)
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+    return made

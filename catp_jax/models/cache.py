@@ -52,9 +52,7 @@ class Slots:
     def grow(self, slots: int) -> "Slots":
         """Adds empty slots at the end."""
         padding = ((0, 0), (0, slots))
-        return Slots(
-            positions=jnp.pad(self.positions, padding), valid=jnp.pad(self.valid, padding)
-        )
+        return Slots(positions=jnp.pad(self.positions, padding), valid=jnp.pad(self.valid, padding))
 
     def write(self, new: "Slots", slot: Int[Array, ""]) -> "Slots":
         """Overwrites the slots from `slot` on, the same ones in every sample."""

@@ -148,6 +148,14 @@ class TextMlp(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
+@pytree
+class Past:
+    """A cache that new rows join, from `slot` on."""
+
+    cache: LayerCache
+    slot: Int[Array, ""]
+
+
 class AttentionProjections(nnx.Module):
     """The four projections of grouped-query attention."""
 
@@ -168,15 +176,13 @@ class SelfAttention(AttentionProjections):
         x: Float[Array, "b s d"],
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
         mask: Bool[Array, "b s n"],
-        past: LayerCache | None,
-        slot: Int[Array, ""] | None,
+        past: Past | None,
     ) -> tuple[Float[Array, "b s d"], LayerCache]:
         queries = rotate(split_heads(self.q_proj(x), self.heads), *rope)
         keys = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
         cache = LayerCache(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
         if past is not None:
-            assert slot is not None
-            cache = past.write(cache, slot)
+            cache = past.cache.write(cache, past.slot)
         attended = attend(queries, cache.keys, cache.values, mask)
         return self.o_proj(merge_heads(attended)), cache
 
@@ -221,10 +227,9 @@ class SelfLayer(nnx.Module):
         x: Float[Array, "b s d"],
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
         mask: Bool[Array, "b s n"],
-        past: LayerCache | None = None,
-        slot: Int[Array, ""] | None = None,
+        past: Past | None = None,
     ) -> tuple[Float[Array, "b s d"], LayerCache]:
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, past, slot)
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -259,12 +264,14 @@ class CrossLayer(nnx.Module):
 class Front:
     """The state of a prefill right after the first cross-attention layer.
 
-    `view` is what pruners look at; it is None if the batch has no image.
+    `before` has the caches of the layers in front of it, `cross` its own. `view` is what pruners
+    look at. The last three are None if the batch has no image.
     """
 
     hidden: Float[Array, "b s d"]
     text: Slots
-    caches: tuple[LayerCache | None, ...]
+    before: tuple[LayerCache, ...]
+    cross: LayerCache | None
     visual: Visual | None
     view: View | None
 
@@ -302,13 +309,13 @@ class CrossDecoder(nnx.Module):
         """Runs the prompt through the first cross-attention layer, which attends to everything."""
         x = self.embed_tokens(tokens)
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        caches: list[LayerCache | None] = []
+        before: list[LayerCache] = []
         for layer in self.layers[: self.first_cross]:
             x, cache = layer(x, rope, mask)
-            caches.append(cache)
+            before.append(cache)
         if visual is None:
             return Front(
-                hidden=x, text=text, caches=(*caches, None), visual=None, view=None
+                hidden=x, text=text, before=tuple(before), cross=None, visual=None, view=None
             )
         layer = self.layers[self.first_cross]
         cache = layer.cross_attn.project(visual.features)
@@ -324,7 +331,9 @@ class CrossDecoder(nnx.Module):
             sees=visual.sees & visual.slots.valid[:, None, :],
         )
         x = layer(x, cache, cross_mask(visual.sees, visual.slots.valid, mode))
-        return Front(hidden=x, text=text, caches=(*caches, cache), visual=visual, view=view)
+        return Front(
+            hidden=x, text=text, before=tuple(before), cross=cache, visual=visual, view=view
+        )
 
     def back(
         self, front: Front, keep: Keep | None, mode: MaskMode, new_slots: int
@@ -333,13 +342,10 @@ class CrossDecoder(nnx.Module):
 
         Returns the last hidden states and a cache with room for `new_slots` tokens.
         """
-        x, text, visual = front.hidden, front.text, front.visual
-        caches = list(front.caches)
-        if visual is not None and keep is not None:
-            visual = visual.keep(keep)
-            first = caches[self.first_cross]
-            assert first is not None
-            caches[self.first_cross] = first.keep(keep)
+        x, text, visual, cross = front.hidden, front.text, front.visual, front.cross
+        if visual is not None and cross is not None and keep is not None:
+            visual, cross = visual.keep(keep), cross.keep(keep)
+        caches: list[LayerCache | None] = [*front.before, cross]
         rope, mask = self._rope(text.positions), causal_mask(text, text)
         masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, mode)
         for layer in self.layers[self.first_cross + 1 :]:
@@ -349,8 +355,9 @@ class CrossDecoder(nnx.Module):
             elif visual is None or masked is None:
                 caches.append(None)
             else:
-                caches.append(layer.cross_attn.project(visual.features))
-                x = layer(x, caches[-1], masked)
+                cross = layer.cross_attn.project(visual.features)
+                x = layer(x, cross, masked)
+                caches.append(cross)
         return self.norm(x), self._cache(caches, text, visual, new_slots)
 
     def _cache(
@@ -392,8 +399,8 @@ class CrossDecoder(nnx.Module):
             masked = cross_mask(cache.seen[:, None], cache.visual.valid, mode)
         layers: list[LayerCache | None] = []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            if isinstance(layer, SelfLayer):
-                x, past = layer(x, rope, mask, past, slot)
+            if isinstance(layer, SelfLayer) and past is not None:
+                x, past = layer(x, rope, mask, Past(cache=past, slot=slot))
             elif past is not None and masked is not None:
                 x = layer(x, past, masked)
             layers.append(past)
@@ -416,4 +423,3 @@ def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
     """Each row sees the valid columns at its own and earlier positions."""
     earlier = columns.positions[:, None, :] <= rows.positions[:, :, None]
     return earlier & columns.valid[:, None, :]
-

@@ -57,9 +57,7 @@ def embedding(
 
 def rms_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """RMSNorm over the last axis, computed in float32."""
-    return nnx.RMSNorm(
-        features, epsilon=epsilon, scale_metadata={"axes": ("norm",)}, rngs=rngs
-    )
+    return nnx.RMSNorm(features, epsilon=epsilon, scale_metadata={"axes": ("norm",)}, rngs=rngs)
 
 
 def layer_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

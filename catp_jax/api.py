@@ -1,0 +1,285 @@
+"""The front door: `load` a checkpoint folder, `generate` answers about images.
+
+model = catp_jax.load("path/to/folder")
+model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import convert
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoProcessor
+
+from catp_jax.contract import Keep, check_sites
+from catp_jax.generation import generate as programs
+from catp_jax.generation.images import ImageLike, read_image
+from catp_jax.generation.inputs import (
+    KeptTokens,
+    Packed,
+    ProcessedImage,
+    locate,
+    pack,
+    round_up,
+)
+from catp_jax.generation.sampling import sampling
+from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.pruning import budget
+
+IMAGE_MARK = "<|image|>"
+
+Prompt = str | Sequence[dict[str, Any]]
+"""Plain text, or chat messages for the checkpoint's own chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a batch of prompts got; lists have one entry a prompt.
+
+    `text` is without special tokens, `tokens` with them, the end token included. `available` counts
+    visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
+    `reports` has the final state of each pruner, `logits` those of the first new token.
+    """
+
+    text: list[str]
+    tokens: list[list[int]]
+    available: tuple[int, ...]
+    kept: list[KeptTokens] | None
+    reports: tuple[Any, ...]
+    logits: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint with its processor, ready to answer."""
+
+    network: Mllama
+    config: MllamaConfig
+    processor: Any
+    end_tokens: tuple[int, ...]
+    pad_token: int
+
+    def prepare(
+        self,
+        images: Sequence[ImageLike | Sequence[ImageLike] | None],
+        prompts: Sequence[Prompt],
+        *,
+        mask_mode: MaskMode = "meta",
+    ) -> Packed:
+        """Reads images and prompts into arrays for `generate_packed`.
+
+        `images[b]` is the image of `prompts[b]`, a list of several, or None. A prompt without any
+        `<|image|>` mark gets its images in front.
+
+        Raises ValueError for an image that cannot be read or marks that don't fit the images.
+        """
+        if isinstance(prompts, str) or isinstance(images, str | Path | np.ndarray):
+            raise ValueError("images and prompts are lists, with one entry for each question")
+        if not prompts:
+            raise ValueError("at least one prompt is wanted")
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
+                f"prompts; use None for a prompt without an image"
+            )
+        processed = [[self._process(image) for image in _as_list(own)] for own in images]
+        tokens = [
+            self._tokenize(prompt, len(own)) for prompt, own in zip(prompts, processed, strict=True)
+        ]
+        return pack(tokens, processed, self.config, mask_mode)
+
+    def generate(
+        self,
+        images: Sequence[ImageLike | Sequence[ImageLike] | None],
+        prompts: Sequence[Prompt],
+        pruners: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        mask_mode: MaskMode = "meta",
+    ) -> Answers:
+        """Answers each prompt about its images.
+
+        Temperature 0 is greedy; otherwise row i draws with `seed + i`, or its own entry of `seed`.
+        `pruners` apply in order. See `prepare` for images and prompts, `cross_decoder.MaskMode` for
+        `mask_mode`.
+
+        Raises ValueError for input that cannot be used, with the reason.
+        """
+        packed = self.prepare(images, prompts, mask_mode=mask_mode)
+        return self.generate_packed(
+            packed,
+            pruners,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            mask_mode=mask_mode,
+        )
+
+    def generate_packed(
+        self,
+        packed: Packed,
+        pruners: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        mask_mode: MaskMode = "meta",
+    ) -> Answers:
+        """`generate` on prepared inputs."""
+        pruners = tuple(pruners)
+        self._check(packed, pruners, max_new_tokens)
+        choice = sampling(
+            len(packed.available), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        ends = jnp.asarray(self.end_tokens, jnp.int32)
+        pad = jnp.asarray(self.pad_token, jnp.int32)
+        if any(pruner.keep is None for pruner in pruners):
+            front, keep, selection = programs.look(
+                self.network, pruners, packed.inputs, mode=mask_mode
+            )
+            if keep is not None:
+                keep, selection = programs.cut(keep, selection, self._capacity(keep))
+            out = programs.go_on(
+                self.network,
+                front,
+                keep,
+                selection,
+                choice,
+                ends,
+                pad,
+                mode=mask_mode,
+                max_new_tokens=max_new_tokens,
+            )
+        else:
+            out = programs.generate(
+                self.network,
+                pruners,
+                packed.inputs,
+                choice,
+                ends,
+                pad,
+                mode=mask_mode,
+                max_new_tokens=max_new_tokens,
+            )
+        return self._answers(jax.device_get(out), packed)
+
+    @staticmethod
+    def _capacity(keep: Keep) -> int:
+        """The smallest of a few sizes that holds what every sample wants to keep."""
+        wanted = int(keep.valid.sum(axis=1).max())
+        return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
+
+    def _answers(self, out: programs.Generated, packed: Packed) -> Answers:
+        tokens = [
+            row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
+        ]
+        kept = None
+        if (chosen := out.selection.kept) is not None:
+            kept = [
+                locate(indices[valid], tiles, self.config)
+                for indices, valid, tiles in zip(
+                    np.asarray(chosen.indices), np.asarray(chosen.valid), packed.tiles, strict=True
+                )
+            ]
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return Answers(
+            text=[text.strip() for text in texts],
+            tokens=tokens,
+            available=packed.available,
+            kept=kept,
+            reports=out.selection.states,
+            logits=np.asarray(out.logits, np.float32),
+        )
+
+    def _check(self, packed: Packed, pruners: tuple[Any, ...], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}")
+        room = self.config.text.max_position_embeddings
+        if packed.longest + max_new_tokens > room:
+            raise ValueError(
+                f"the longest prompt has {packed.longest} tokens and {max_new_tokens} new ones are "
+                f"asked for, but the model has {room} positions; shorten either"
+            )
+        check_sites(pruners, type(self.network).sites, "this model")
+        vision = self.config.vision
+        images = max((max((i for i, _ in own), default=-1) + 1 for own in packed.tiles), default=0)
+        for pruner in pruners:
+            if pruner.keep is not None and images:
+                budget.count(pruner.keep, images * vision.max_num_tiles * vision.tokens_per_tile)
+
+    def _process(self, source: ImageLike) -> ProcessedImage:
+        out = self.processor.image_processor([[read_image(source)]], return_tensors="np")
+        return ProcessedImage(
+            pixels=np.asarray(out["pixel_values"][0, 0], np.float32),
+            aspect_ratio_id=int(out["aspect_ratio_ids"][0, 0]),
+            num_tiles=int(out["num_tiles"][0][0]),
+        )
+
+    def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
+        if isinstance(prompt, str):
+            if IMAGE_MARK not in prompt:
+                prompt = IMAGE_MARK * images + prompt
+            return list(self.processor(text=[prompt])["input_ids"][0])
+        if not self.processor.chat_template:
+            raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
+        text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+        return list(self.processor(text=[text], add_special_tokens=False)["input_ids"][0])
+
+
+def _as_list(own: Any) -> list[ImageLike]:
+    if own is None:
+        return []
+    return list(own) if isinstance(own, list | tuple) else [own]
+
+
+def load(folder: str | Path, dtype: str | None = None) -> Model:
+    """Loads a Hugging Face folder of Llama 3.2 Vision, or one made of it by `catp-jax convert`.
+
+    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored.
+
+    Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
+    """
+    folder = Path(folder)
+    network, config = convert.load(folder, dtype)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} has weights but no processor that can be read (tokenizer.json, "
+            f"tokenizer_config.json, preprocessor_config.json): {error}"
+        ) from None
+    ends, pad = _special_tokens(folder)
+    if pad is None:
+        pad = processor.tokenizer.pad_token_id
+    return Model(
+        network=network,
+        config=config,
+        processor=processor,
+        end_tokens=ends,
+        pad_token=ends[0] if pad is None else pad,
+    )
+
+
+def _special_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
+    """End and padding tokens: generation_config.json's word counts before config.json's."""
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    own = folder / "generation_config.json"
+    settings = {**text, **(json.loads(own.read_text()) if own.is_file() else {})}
+    ends = settings.get("eos_token_id")
+    if ends is None:
+        raise ValueError(f"{folder} names no eos_token_id in its config or generation config")
+    return tuple(ends) if isinstance(ends, list) else (ends,), settings.get("pad_token_id")

@@ -1,0 +1,1 @@
+"""From images and prompts to tokens: padding into few shapes, prefill, decoding, sampling."""

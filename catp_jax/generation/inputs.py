@@ -1,0 +1,203 @@
+"""From token lists and processed images to arrays of few shapes.
+
+Prompts are padded on the right to a text length out of `TEXT_LENGTHS`, the images of the batch to a
+power of two, every prompt's tiles to 1, 2, 4, 8, …: a steady stream of work compiles nothing new.
+
+A text row sees the images of its span: from their `<|image|>` mark up to the next one; marks that
+follow each other directly share a span.
+
+    text   <bos>  hello  <|image|>  what  <|image|> <|image|>  and  now
+    sees     -      -        0       0        1       1 2      1 2  1 2
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.mllama import Images, Inputs, MllamaConfig
+
+TEXT_LENGTHS = tuple(sorted({16 * 2**k for k in range(14)} | {24 * 2**k for k in range(13)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessedImage:
+    """One image as the processor leaves it: tiles [max_num_tiles, 3, size, size], padding last."""
+
+    pixels: np.ndarray
+    aspect_ratio_id: int
+    num_tiles: int
+
+    @classmethod
+    def padding(cls, config: MllamaConfig) -> "ProcessedImage":
+        """The image that transformers pads a batch with."""
+        vision = config.vision
+        shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
+        return cls(np.zeros(shape, np.float32), 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """`inputs` for the model, and what the host knows of them.
+
+    `tiles[b]` lists a prompt's tiles as (image, tile), in the order in which its visual tokens are
+    counted. `available[b]` is the number of its visual tokens.
+    """
+
+    inputs: Inputs
+    tiles: tuple[tuple[tuple[int, int], ...], ...]
+    available: tuple[int, ...]
+    longest: int
+
+
+def round_up(number: int, sizes: Sequence[int]) -> int:
+    """The smallest of the ascending `sizes` that holds `number`; past them, its own multiple."""
+    for size in sizes:
+        if number <= size:
+            return size
+    return -(-number // sizes[-1]) * sizes[-1]
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that holds `number`."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def image_spans(tokens: Sequence[int], image_token: int) -> list[tuple[int, int]]:
+    """For each image mark the rows [start, end) that see its image."""
+    starts = [row for row, token in enumerate(tokens) if token == image_token]
+    ends = [*starts, len(tokens)][1:]
+    for index in range(len(starts) - 2, -1, -1):
+        if ends[index] == starts[index] + 1:
+            ends[index] = ends[index + 1]
+    return list(zip(starts, ends, strict=True))
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Sequence[ProcessedImage]],
+    config: MllamaConfig,
+    mode: MaskMode = "meta",
+) -> Packed:
+    """Arrays for the model; `images[b]` belong to the marks of `prompts[b]` in order.
+
+    In mode "hf" every prompt gets all tiles of as many images as the batch's richest one, padding
+    included, since there some rows attend to padding.
+
+    Raises ValueError if a prompt is empty or its marks and images differ in number.
+    """
+    mark, most_tiles = config.image_token_index, config.vision.max_num_tiles
+    per_tile = config.vision.tokens_per_tile
+    for number, (tokens, own) in enumerate(zip(prompts, images, strict=True)):
+        marks = sum(token == mark for token in tokens)
+        if not tokens:
+            raise ValueError(f"prompt {number} is empty")
+        if marks != len(own):
+            raise ValueError(
+                f"prompt {number} has {marks} <|image|> marks and {len(own)} images; "
+                f"give one mark for each image"
+            )
+    batch, longest = len(prompts), max(len(tokens) for tokens in prompts)
+    length = round_up(longest, TEXT_LENGTHS)
+    text = np.zeros((batch, length), np.int32)
+    valid = np.zeros((batch, length), bool)
+    for row, tokens in enumerate(prompts):
+        text[row, : len(tokens)] = tokens
+        valid[row, : len(tokens)] = True
+
+    richest = max(len(own) for own in images)
+    if mode == "hf":
+        blank = ProcessedImage.padding(config)
+        images = [[*own, *[blank] * (richest - len(own))] for own in images]
+    tiles = tuple(
+        tuple(
+            (number, tile)
+            for number, image in enumerate(own)
+            for tile in range(most_tiles if mode == "hf" else image.num_tiles)
+        )
+        for own in images
+    )
+    packed_images = None
+    if richest:
+        seen = [image_spans(tokens, mark) for tokens in prompts]
+        packed_images = _images(images, tiles, seen, length, config, mode)
+    return Packed(
+        inputs=Inputs(
+            tokens=jnp.asarray(text), token_valid=jnp.asarray(valid), images=packed_images
+        ),
+        tiles=tiles,
+        available=tuple(len(own) * per_tile for own in tiles),
+        longest=longest,
+    )
+
+
+def _images(
+    images: Sequence[Sequence[ProcessedImage]],
+    tiles: Sequence[Sequence[tuple[int, int]]],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    length: int,
+    config: MllamaConfig,
+    mode: MaskMode,
+) -> Images:
+    most_tiles = config.vision.max_num_tiles
+    flat = [image for own in images for image in own]
+    if mode == "meta":
+        flat += [ProcessedImage.padding(config)] * (power_of_two(len(flat)) - len(flat))
+    starts = np.cumsum([0, *(len(own) for own in images)])
+
+    batch, room = len(images), power_of_two(max(len(own) for own in tiles))
+    index = np.zeros((batch, room), np.int32)
+    valid = np.zeros((batch, room), bool)
+    seen = np.zeros((batch, length, room), bool)
+    for row, own in enumerate(tiles):
+        for place, (number, tile) in enumerate(own):
+            index[row, place] = (starts[row] + number) * most_tiles + tile
+            valid[row, place] = True
+            if number < len(spans[row]) and tile < images[row][number].num_tiles:
+                start, end = spans[row][number]
+                seen[row, start:end, place] = True
+
+    # an image of padding has one tile that counts as real, as in transformers
+    real = np.asarray([max(image.num_tiles, 1) for image in flat])
+    return Images(
+        pixels=jnp.asarray(np.stack([image.pixels for image in flat])),
+        aspect_ratio_ids=jnp.asarray(np.asarray([i.aspect_ratio_id for i in flat], np.int32)),
+        aspect_ratio_mask=jnp.asarray(np.arange(most_tiles)[None] < real[:, None]),
+        tile_index=jnp.asarray(index),
+        tile_valid=jnp.asarray(valid),
+        tile_seen=jnp.asarray(seen),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptTokens:
+    """The visual tokens of one prompt that pruning kept, in their original order.
+
+    Each field has one entry a token. `row` and `column` count patches within the tile; both are -1
+    for a tile's class token, which stands for no place.
+    """
+
+    number: np.ndarray
+    image: np.ndarray
+    tile: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+
+
+def locate(
+    numbers: np.ndarray, tiles: Sequence[tuple[int, int]], config: MllamaConfig
+) -> KeptTokens:
+    """Where the visual tokens `numbers` of a prompt with these `tiles` come from."""
+    per_tile, grid = config.vision.tokens_per_tile, config.vision.grid
+    places = np.asarray(tiles, np.int64).reshape(-1, 2)[numbers // per_tile]
+    patch = numbers % per_tile - 1
+    is_class = patch < 0
+    return KeptTokens(
+        number=numbers,
+        image=places[:, 0],
+        tile=places[:, 1],
+        row=np.where(is_class, -1, patch // grid),
+        column=np.where(is_class, -1, patch % grid),
+    )

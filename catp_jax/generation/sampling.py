@@ -1,0 +1,80 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p.
+
+All numbers are array leaves, so that changing one compiles nothing; only whether the choice is
+greedy is part of the program.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from catp_jax.struct import pytree, static
+
+
+@pytree
+class Sampling:
+    """How to choose. Each row of the batch has a seed of its own, so its tokens don't depend on its
+    neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play.
+    """
+
+    is_greedy: bool = static()
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    seeds: UInt32[Array, " b"]
+
+    def pick(self, logits: Float[Array, "b vocab"], step: Int[Array, ""]) -> Int[Array, " b"]:
+        """One token for each row; `step` numbers the new tokens of a generation."""
+        if self.is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits.astype(jnp.float32) / self.temperature
+        order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
+        ordered = jnp.take_along_axis(logits, order, axis=-1)
+
+        # top-k first, then top-p of what is left, as in transformers
+        place = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+        ordered = jnp.where((self.top_k > 0) & (place >= self.top_k), -jnp.inf, ordered)
+        shares = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        ordered = jnp.where((before >= self.top_p) & (place > 0), -jnp.inf, ordered)
+
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(self.seeds)
+        chosen = jax.vmap(jax.random.categorical)(keys, ordered)
+        return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+
+def sampling(
+    batch: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+) -> Sampling:
+    """Sampling for a batch; temperature 0 is greedy.
+
+    With one `seed`, row i uses `seed + i`; give a sequence to choose each row's.
+
+    Raises ValueError for numbers out of range.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature is 0 (greedy) or above, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"one seed per prompt is wanted ({batch}), got {len(seeds)}")
+    if any(not 0 <= number < 2**32 for number in seeds):
+        raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
+    return Sampling(
+        is_greedy=temperature == 0,
+        temperature=jnp.asarray(temperature or 1.0, jnp.float32),
+        top_k=jnp.asarray(top_k, jnp.int32),
+        top_p=jnp.asarray(top_p, jnp.float32),
+        seeds=jnp.asarray(np.asarray(seeds, np.uint32)),
+    )

@@ -1,0 +1,62 @@
+"""Pruning methods: one file, one method, one paper. `METHODS` lists them by name."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from catp_jax.contract import Site
+from catp_jax.pruning.fastv import FastV
+from catp_jax.pruning.k_norm import KNorm
+from catp_jax.pruning.random import Random
+from catp_jax.pruning.trimmed_llama import TrimmedLlama
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "trimmed_llama": TrimmedLlama,
+    "fastv": FastV,
+    "k_norm": KNorm,
+    "random": Random,
+}
+
+
+def methods_for(sites: frozenset[Site]) -> list[str]:
+    """Names of the methods that fit a model with these sites."""
+    return [name for name, method in METHODS.items() if method.site in sites]  # type: ignore[attr-defined]
+
+
+def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
+    """A method from its name and options: `"trimmed_llama"`, `"trimmed_llama:k_ratio=0.25"`.
+
+    Options follow the name, each after a colon. `keep` is a count of entries, None for a method
+    whose budget follows from the data.
+
+    Raises ValueError for a name or an option that does not exist or does not fit the model.
+    """
+    name, *options = spec.split(":")
+    fitting = methods_for(sites)
+    if name not in METHODS:
+        raise ValueError(f"unknown pruning method {name!r}; this model takes {', '.join(fitting)}")
+    if name not in fitting:
+        raise ValueError(
+            f"{name} prunes a place that this model does not have; it takes {', '.join(fitting)}"
+        )
+    method = METHODS[name]
+    fields = {f.name: f for f in dataclasses.fields(method) if f.name != "keep"}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for option in options:
+        key, separator, text = option.partition("=")
+        if key not in fields or not separator:
+            takes = ", ".join(f"{field}=…" for field in fields) or "no options"
+            raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
+        values[key] = _number(text, f"{name}:{key}")
+    if keep is None and not values.keys() & {"k_ratio", "per_head"}:
+        raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 64")
+    return method(keep=keep, **values)
+
+
+def _number(text: str, what: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise ValueError(f"{what} takes a number, got {text!r}")

@@ -1,0 +1,32 @@
+"""K-norm: the tokens whose keys are short. Needs no attention weights at all.
+
+Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+arXiv 2406.11430: in trained decoders a low key norm goes with high attention. The paper selects per
+head; here one set serves all heads and layers, so norms are averaged over the KV heads (our
+reading). In Llama 3.2 Vision's cross-attention keys are cached after an RMSNorm, which leaves only
+what its learned scale makes of their directions.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from catp_jax.contract import Pruner, Reduction, Site, View
+from catp_jax.pruning.scores import keep_best
+from catp_jax.struct import pytree, static
+
+
+@pytree
+class KNorm(Pruner[tuple[()]]):
+    """Keeps the `keep` visual tokens with the smallest mean key norm."""
+
+    site: ClassVar[Site] = Site.CROSS
+
+    keep: int = static()
+
+    def start(self, view: View) -> tuple[()]:
+        return ()
+
+    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+        norms = jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1).mean(axis=-1)
+        return Reduction(tokens=keep_best(self.keep, view.valid, -norms)), state

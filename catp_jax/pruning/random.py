@@ -1,0 +1,32 @@
+"""Random selection: the baseline that every method has to beat."""
+
+from typing import ClassVar
+
+import jax
+from jaxtyping import Array, Int
+
+from catp_jax.contract import Pruner, Reduction, Site, View
+from catp_jax.pruning.scores import keep_best
+from catp_jax.struct import pytree, static
+
+
+@pytree
+class Random(Pruner[tuple[()]]):
+    """Keeps `keep` visual tokens at random.
+
+    The draw depends on `seed` and on a token's place alone, so a sample keeps the same tokens
+    whatever else is in its batch, and a smaller budget keeps a part of what a larger one keeps.
+    """
+
+    site: ClassVar[Site] = Site.CROSS
+
+    keep: int = static()
+    seed: int | Int[Array, ""] = 0
+
+    def start(self, view: View) -> tuple[()]:
+        return ()
+
+    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+        key = jax.random.key(self.seed)
+        draw = jax.vmap(jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place))))
+        return Reduction(tokens=keep_best(self.keep, view.valid, draw(view.positions))), state

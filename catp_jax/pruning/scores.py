@@ -1,0 +1,86 @@
+"""What methods share: attention weights from a view's queries and keys, and choosing the best.
+
+Scores are float32 whatever the model's dtype. Only what a method reads is computed: a view's rows
+are cut out *before* the product with the keys.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Keep, View
+
+ROWS_AT_ONCE = 128  # bounds the memory of a pass over long prompts; results don't depend on it
+
+
+def attention(
+    queries: Float[Array, "b s h dk"],
+    keys: Float[Array, "b n kv dk"],
+    sees: Bool[Array, "b s n"],
+) -> Float[Array, "b h s n"]:
+    """Attention weights over what each row sees; zero throughout in a row that sees nothing."""
+    batch, rows, heads, channels = queries.shape
+    columns, kv_heads = keys.shape[1], keys.shape[2]
+    grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, channels)
+    logits = jnp.einsum("bskgd,bnkd->bkgsn", grouped, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, rows, columns)
+    weights = jax.nn.softmax(logits, axis=-1, where=sees[:, None])
+    return jnp.where(sees[:, None], weights, 0)
+
+
+def attention_received(view: View) -> Float[Array, "b h n"]:
+    """Attention that each column receives, summed over the rows, by head."""
+    rows = view.queries.shape[1]
+    if rows <= ROWS_AT_ONCE:
+        return attention(view.queries, view.keys, view.sees).sum(axis=2)
+
+    passes = math.ceil(rows / ROWS_AT_ONCE)
+    padding = passes * ROWS_AT_ONCE - rows
+    queries = jnp.pad(view.queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    sees = jnp.pad(view.sees, ((0, 0), (0, padding), (0, 0)))
+
+    def add(index: Int[Array, ""], total: Float[Array, "b h n"]) -> Float[Array, "b h n"]:
+        start = index * ROWS_AT_ONCE
+        some = jax.lax.dynamic_slice_in_dim(queries, start, ROWS_AT_ONCE, axis=1)
+        mask = jax.lax.dynamic_slice_in_dim(sees, start, ROWS_AT_ONCE, axis=1)
+        return total + attention(some, view.keys, mask).sum(axis=2)
+
+    batch, columns, _, _ = view.keys.shape
+    nothing = jnp.zeros((batch, view.queries.shape[2], columns), jnp.float32)
+    return jax.lax.fori_loop(0, passes, add, nothing)
+
+
+def last_row_attention(view: View) -> Float[Array, "b h n"]:
+    """Attention weights of the last row that sees an image, by head."""
+    numbers = jnp.arange(view.sees.shape[1], dtype=jnp.int32)
+    last = jnp.where(view.sees.any(axis=-1), numbers[None], 0).max(axis=1)
+    queries = jnp.take_along_axis(view.queries, last[:, None, None, None], axis=1)
+    sees = jnp.take_along_axis(view.sees, last[:, None, None], axis=1)
+    return attention(queries, view.keys, sees)[:, :, 0]
+
+
+def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
+    """Rank of each entry along the last axis, 0 for the highest; equal ones by lower index."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1, stable=True)
+
+
+def keep_best(
+    keep: int,
+    member: Bool[Array, "b n"],
+    *scores: Float[Array, "b n"] | Int[Array, "b n"],
+) -> Keep:
+    """The `keep` members with the highest scores, in their original order, empty entries last.
+
+    Scores decide lexicographically: the second one where the first is equal, and so on; then the
+    lower index wins. `keep` larger than the axis keeps everything.
+    """
+    size = member.shape[1]
+    index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), member.shape)
+    keys = (~member, *(-score for score in scores), index)
+    chosen = jax.lax.sort(keys, num_keys=len(keys), dimension=1)[-1][:, : min(keep, size)]
+    is_member = jnp.take_along_axis(member, chosen, axis=1)
+    empty, indices = jax.lax.sort((~is_member, chosen), num_keys=2, dimension=1)
+    return Keep(indices=indices, valid=~empty)
