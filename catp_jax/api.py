@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import convert
 import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import AutoProcessor
 
+import convert
 from catp_jax.contract import Keep, check_sites
 from catp_jax.generation import generate as programs
 from catp_jax.generation.images import ImageLike, read_image
@@ -44,6 +44,7 @@ class Answers:
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
     visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
+    `slots` is the room that each prompt's visual tokens take in a cross-attention cache.
     `reports` has the final state of each pruner, `logits` those of the first new token.
     """
 
@@ -51,6 +52,7 @@ class Answers:
     tokens: list[list[int]]
     available: tuple[int, ...]
     kept: list[KeptTokens] | None
+    slots: int
     reports: tuple[Any, ...]
     logits: np.ndarray
 
@@ -88,7 +90,8 @@ class Model:
                 f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
                 f"prompts; use None for a prompt without an image"
             )
-        processed = [[self._process(image) for image in _as_list(own)] for own in images]
+        distinct: dict[str | int, ProcessedImage] = {}
+        processed = [[self._process(image, distinct) for image in _as_list(own)] for own in images]
         tokens = [
             self._tokenize(prompt, len(own)) for prompt, own in zip(prompts, processed, strict=True)
         ]
@@ -188,7 +191,8 @@ class Model:
             row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
         ]
         kept = None
-        if (chosen := out.selection.kept) is not None:
+        chosen = out.selection.kept
+        if chosen is not None:
             kept = [
                 locate(indices[valid], tiles, self.config)
                 for indices, valid, tiles in zip(
@@ -201,6 +205,7 @@ class Model:
             tokens=tokens,
             available=packed.available,
             kept=kept,
+            slots=packed.slots if chosen is None else chosen.indices.shape[1],
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),
         )
@@ -221,13 +226,20 @@ class Model:
             if pruner.keep is not None and images:
                 budget.count(pruner.keep, images * vision.max_num_tiles * vision.tokens_per_tile)
 
-    def _process(self, source: ImageLike) -> ProcessedImage:
+    def process_image(self, source: ImageLike) -> ProcessedImage:
+        """The image as the model sees it: resized, cut into tiles, normalised."""
         out = self.processor.image_processor([[read_image(source)]], return_tensors="np")
         return ProcessedImage(
             pixels=np.asarray(out["pixel_values"][0, 0], np.float32),
             aspect_ratio_id=int(out["aspect_ratio_ids"][0, 0]),
             num_tiles=int(out["num_tiles"][0][0]),
         )
+
+    def _process(self, source: ImageLike, done: dict[str | int, ProcessedImage]) -> ProcessedImage:
+        key = str(source) if isinstance(source, str | Path) else id(source)
+        if key not in done:
+            done[key] = self.process_image(source)
+        return done[key]
 
     def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
         if isinstance(prompt, str):

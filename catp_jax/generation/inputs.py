@@ -43,12 +43,13 @@ class Packed:
     """`inputs` for the model, and what the host knows of them.
 
     `tiles[b]` lists a prompt's tiles as (image, tile), in the order in which its visual tokens are
-    counted. `available[b]` is the number of its visual tokens.
+    counted. `available[b]` is the number of its visual tokens, `slots` what each prompt is given.
     """
 
     inputs: Inputs
     tiles: tuple[tuple[tuple[int, int], ...], ...]
     available: tuple[int, ...]
+    slots: int
     longest: int
 
 
@@ -82,6 +83,8 @@ def pack(
     mode: MaskMode = "meta",
 ) -> Packed:
     """Arrays for the model; `images[b]` belong to the marks of `prompts[b]` in order.
+
+    An image object that stands in several prompts is encoded once.
 
     In mode "hf" every prompt gets all tiles of as many images as the batch's richest one, padding
     included, since there some rows attend to padding.
@@ -129,6 +132,7 @@ def pack(
         ),
         tiles=tiles,
         available=tuple(len(own) * per_tile for own in tiles),
+        slots=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
         longest=longest,
     )
 
@@ -142,10 +146,11 @@ def _images(
     mode: MaskMode,
 ) -> Images:
     most_tiles = config.vision.max_num_tiles
-    flat = [image for own in images for image in own]
-    if mode == "meta":
-        flat += [ProcessedImage.padding(config)] * (power_of_two(len(flat)) - len(flat))
-    starts = np.cumsum([0, *(len(own) for own in images)])
+    # an image that several prompts share is encoded once
+    distinct = {id(image): image for own in images for image in own}
+    place_of = {key: place for place, key in enumerate(distinct)}
+    flat = list(distinct.values())
+    flat += [ProcessedImage.padding(config)] * (power_of_two(len(flat)) - len(flat))
 
     batch, room = len(images), power_of_two(max(len(own) for own in tiles))
     index = np.zeros((batch, room), np.int32)
@@ -153,7 +158,7 @@ def _images(
     seen = np.zeros((batch, length, room), bool)
     for row, own in enumerate(tiles):
         for place, (number, tile) in enumerate(own):
-            index[row, place] = (starts[row] + number) * most_tiles + tile
+            index[row, place] = place_of[id(images[row][number])] * most_tiles + tile
             valid[row, place] = True
             if number < len(spans[row]) and tile < images[row][number].num_tiles:
                 start, end = spans[row][number]

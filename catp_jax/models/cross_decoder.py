@@ -16,7 +16,7 @@ before the first image, samples without one). What cross-attention does to them 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -284,7 +284,7 @@ class CrossDecoder(nnx.Module):
         self.embed_tokens = embedding(
             config.vocab_size + EXTRA_EMBEDDINGS, config.hidden_size, rngs=rngs
         )
-        self.layers = nnx.List(
+        self.layers: nnx.List[Any] = nnx.List(
             [
                 (CrossLayer if index in config.cross_attention_layers else SelfLayer)(
                     config, rngs=rngs

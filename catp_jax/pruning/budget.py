@@ -1,31 +1,53 @@
 """How many entries to keep: the only place where ratios become counts."""
 
+import dataclasses
 import math
 import re
 
+WANTED = "keep takes a count of at least 1 or a percentage such as 50%"
 
-def count(keep: int | str, available: int) -> int:
-    """The number of visual tokens that `keep` stands for, of `available` ones.
 
-    `keep` is a count (`64`, `"64"`) or a percentage (`"50%"`, rounded up).
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A count, or a percentage of what there is."""
 
-    Raises ValueError if it is neither, or not between 1 and `available`.
+    number: int | None
+    percent: float | None
+
+    def count(self, available: int) -> int:
+        """The number of entries to keep of `available` ones; a percentage is rounded up.
+
+        Raises ValueError if there are fewer.
+        """
+        if self.number is None:
+            return math.ceil(available * (self.percent or 0) / 100 - 1e-9)
+        if self.number > available:
+            raise ValueError(
+                f"keep is {self.number}, but there are only {available} visual tokens; "
+                f"give 1 to {available}, or a percentage"
+            )
+        return self.number
+
+
+def parse(keep: int | str) -> Budget:
+    """Reads `64`, `"64"` or `"50%"`.
+
+    Raises ValueError if it is neither a count from 1 on nor a percentage in (0, 100].
     """
-    wanted = f"keep takes a count from 1 to {available} or a percentage such as 50%, got {keep!r}"
     text = str(keep).strip()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+    if match := re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*%", text):
         percent = float(match[1])
         if not 0 < percent <= 100:
-            raise ValueError(f"{wanted}: a percentage is above 0 and at most 100")
-        return math.ceil(available * percent / 100 - 1e-9)
-    if not re.fullmatch(r"[+-]?\d+", text):
-        raise ValueError(wanted)
-    number = int(text)
-    if number < 1:
-        raise ValueError(f"{wanted}: at least one visual token has to stay")
-    if number > available:
-        raise ValueError(f"{wanted}: there are only {available} visual tokens")
-    return number
+            raise ValueError(f"{WANTED}, above 0% and at most 100%; got {keep!r}")
+        return Budget(None, percent)
+    if not re.fullmatch(r"[+-]?\d+", text) or int(text) < 1:
+        raise ValueError(f"{WANTED}; got {keep!r}")
+    return Budget(int(text), None)
+
+
+def count(keep: int | str, available: int) -> int:
+    """The number of entries that `keep` stands for, of `available` ones."""
+    return parse(keep).count(available)
 
 
 def capacities(available: int, steps: int = 8) -> tuple[int, ...]:

@@ -1,0 +1,288 @@
+"""The command line: `catp-jax generate`, `convert`, `demo`.
+
+Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from catp_jax.contract import Site
+from catp_jax.pruning import METHODS, budget, make
+
+AUTO = "auto"  # --keep for methods that find their own number
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="BLIP-2 and Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
+)
+
+ModelFolder = Annotated[
+    Path, typer.Argument(help="A Hugging Face folder, or one made by `catp-jax convert`.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE")
+]
+
+
+@app.command()
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="The question. With several, image i belongs to prompt i."),
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; repeat it for several in one prompt.")
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='A file with one JSON object a line: {"prompt": "…", "images": ["…"]}. '
+            "A line that cannot be used is reported, the others are answered.",
+        ),
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A pruning method, of {', '.join(METHODS)}; options follow after colons "
+            "(trimmed_llama:k_ratio=0.25). Repeat it to apply several in order.",
+            metavar="METHOD",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Visual tokens to keep: a count, a percentage, or auto for a method that finds "
+            "its own number. One for each --prune.",
+            metavar="N|P%|auto",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Prompt i draws with seed + i.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the checkpoint's chat template.")
+    ] = False,
+    mask_mode: Annotated[
+        Literal["meta", "hf"],
+        typer.Option(help="What text that sees no image does: nothing, or as in transformers."),
+    ] = "meta",
+    dtype: Dtype = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
+    ] = False,
+) -> None:
+    """Answer questions about images."""
+    methods = _methods(prune or [], keep or [])
+    requests = _read_batch(batch) if batch else _requests(prompt or [], image or [])
+    from catp_jax import api  # here, so that --help does not wait for JAX
+
+    loaded = api.load(model, dtype)
+    if chat:
+        requests = [_as_chat(request) for request in requests]
+    usable, problems = _usable(loaded, requests, mask_mode) if batch else (requests, [])
+    answers = []
+    started = time.perf_counter()
+    if usable:
+        packed = loaded.prepare(
+            [request.images for request in usable],
+            [request.prompt for request in usable],
+            mask_mode=mask_mode,
+        )
+        answers = loaded.generate_packed(
+            packed,
+            _pruners(methods, packed, type(loaded.network).sites),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            mask_mode=mask_mode,
+        )
+        seconds = time.perf_counter() - started
+        for index, request in enumerate(usable):
+            if json_output:
+                print(json.dumps(_as_json(request, answers, index, seconds)))
+            else:
+                print(answers.text[index])
+    for problem in problems:
+        print(f"catp-jax: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The folder to convert.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    to_hf: Annotated[
+        bool, typer.Option("--to-hf", help="From a converted folder back to Hugging Face's form.")
+    ] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
+    from convert.__main__ import run
+
+    run(source, out, to_hf=to_hf, dtype=dtype)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("demo"),
+    model: Annotated[
+        Path | None, typer.Option(help="A Llama Vision folder; without it, the shipped mini.")
+    ] = None,
+    questions: Annotated[int, typer.Option(help="How many test questions to answer.")] = 256,
+) -> None:
+    """Answer easy-VQA questions unpruned and pruned: a table, curves and pictures."""
+    from catp_jax import demo as module
+
+    module.run(model, out, questions, Console())
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and its images; `line` says where in a batch file it stands."""
+
+    prompt: Any
+    images: list[Path]
+    line: int | None = None
+
+
+def _requests(prompts: list[str], images: list[Path]) -> list[Request]:
+    if not prompts:
+        raise typer.BadParameter("give a --prompt, or a --batch file")
+    if len(prompts) == 1:
+        return [Request(prompts[0], images)]
+    if len(images) not in (0, len(prompts)):
+        raise typer.BadParameter(
+            f"{len(prompts)} prompts want one image each, or none; got {len(images)} images. "
+            f"Use --batch for anything else"
+        )
+    own = [[image] for image in images] or [[] for _ in prompts]
+    return [Request(prompt, some) for prompt, some in zip(prompts, own, strict=True)]
+
+
+def _read_batch(path: Path) -> list[Request | str]:
+    """The file's requests; for a line that is none, what is wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"batch file {str(path)!r} is not a file")
+    requests: list[Request | str] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, images = row["prompt"], row.get("images", [])
+            if not isinstance(prompt, str) or not isinstance(images, list):
+                raise TypeError
+            own = [path.parent / image for image in images]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            requests.append(
+                f'line {number} of {path} is not {{"prompt": text, "images": [paths]}}: {line[:80]}'
+            )
+            continue
+        requests.append(Request(prompt, own, number))
+    if not requests:
+        raise ValueError(f"batch file {str(path)!r} has no lines")
+    return requests
+
+
+def _usable(model: Any, requests: list[Any], mask_mode: Any) -> tuple[list[Request], list[str]]:
+    """The requests that can be prepared, and why the others cannot."""
+    usable, problems = [], []
+    for request in requests:
+        if isinstance(request, str):
+            problems.append(request)
+            continue
+        try:
+            model.prepare([request.images], [request.prompt], mask_mode=mask_mode)
+        except ValueError as error:
+            problems.append(f"line {request.line}: {error}")
+        else:
+            usable.append(request)
+    return usable, problems
+
+
+def _as_chat(request: Any) -> Any:
+    if isinstance(request, str):
+        return request
+    content = [*({"type": "image"} for _ in request.images)]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": request.prompt}]}
+    return dataclasses.replace(request, prompt=[message])
+
+
+def _methods(prune: list[str], keep: list[str]) -> list[tuple[str, str]]:
+    """The methods with their budgets, checked as far as that goes without a model."""
+    if len(prune) != len(keep):
+        raise typer.BadParameter(
+            f"each --prune wants its --keep: got {len(prune)} methods and {len(keep)} budgets"
+        )
+    for spec, text in zip(prune, keep, strict=True):
+        make(spec, None if text == AUTO else 1, frozenset(Site))
+        if text != AUTO:
+            budget.parse(text)
+    return list(zip(prune, keep, strict=True))
+
+
+def _pruners(methods: list[tuple[str, str]], packed: Any, sites: frozenset[Site]) -> list[Any]:
+    """Percentages are of the visual tokens of the prompt that has most."""
+    most = max(packed.available)
+    return [
+        make(spec, None if text == AUTO else budget.count(text, most), sites)
+        for spec, text in methods
+        if most
+    ]
+
+
+def _as_json(request: Request, answers: Any, index: int, seconds: float) -> dict[str, Any]:
+    kept = None
+    if answers.kept is not None:
+        own = answers.kept[index]
+        kept = [
+            {"image": i, "tile": t, "row": r, "column": c}
+            for i, t, r, c in zip(
+                *(a.tolist() for a in (own.image, own.tile, own.row, own.column)), strict=True
+            )
+        ]
+    return {
+        "prompt": request.prompt,
+        "images": [str(image) for image in request.images],
+        "text": answers.text[index],
+        "tokens": answers.tokens[index],
+        "visual_tokens": answers.available[index],
+        "kept": kept,
+        "reports": [
+            {name: value[index].item() for name, value in vars(report).items()}
+            for report in answers.reports
+            if dataclasses.is_dataclass(report)
+        ],
+        "batch_seconds": round(seconds, 4),
+    }
+
+
+def main() -> None:
+    """Entry point: errors of the input become messages, not tracebacks."""
+    try:
+        app()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"catp-jax: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("catp-jax: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
