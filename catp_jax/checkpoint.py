@@ -8,8 +8,14 @@ checkpoint need not be built from the classes that wrote it. A folder appears un
 when it is whole: Orbax writes beside it and renames.
 """
 
+import contextlib
+import dataclasses
+import glob
+import logging
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +27,7 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
 Tree = TypeVar("Tree")
+Shape = tuple[int, ...]
 
 LISTED = 20  # names of one kind that an error shows
 
@@ -28,13 +35,16 @@ LISTED = 20  # names of one kind that an error shows
 def save(path: str | Path, tree: Any) -> None:
     """Writes every array of `tree` to the new folder `path`, all of them or nothing.
 
-    Leaves are arrays, NNX variables or Python numbers. Raises ValueError if `path` exists.
+    Leaves are arrays, NNX variables or Python numbers. Raises ValueError if `path` exists, OSError
+    if the disk is full.
     """
     path = _new_folder(path)
     leaves = _leaves(tree)
     if not leaves:
         raise ValueError(f"nothing to save to {path}: the tree has no arrays")
-    ocp.save(path, {name: _array(leaf) for name, leaf in leaves.items()})
+    arrays = {name: _array(leaf) for name, leaf in leaves.items()}
+    with _writing(path):
+        ocp.save(path, arrays)
 
 
 def save_part(path: str | Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
@@ -43,12 +53,16 @@ def save_part(path: str | Path, arrays: Mapping[str, np.ndarray | jax.Array]) ->
     For trees larger than the memory of the host; until `finish`, nothing stands at `path`. Each
     call opens the unfinished checkpoint anew (about 0.1 s): pass many small arrays at a time.
     """
-    ocp.partial.save(_new_folder(path), dict(arrays))
+    path = _new_folder(path)
+    with _writing(path):
+        ocp.partial.save(path, dict(arrays))
 
 
 def finish(path: str | Path) -> None:
     """Makes the parts saved to `path` one checkpoint, atomically."""
-    ocp.partial.finalize(_new_folder(path))
+    path = _new_folder(path)
+    with _writing(path):
+        ocp.partial.finalize(path)
 
 
 def restore(path: str | Path, abstract: Tree) -> Tree:
@@ -61,15 +75,17 @@ def restore(path: str | Path, abstract: Tree) -> Tree:
     path = Path(path).absolute()
     wanted = {name: _struct(leaf) for name, leaf in _leaves(abstract).items()}
     _compare({name: shape for name, (shape, _) in contents(path).items()}, wanted, path)
-    try:
-        arrays = ocp.load(path, wanted)
-    except (MemoryError, RuntimeError):  # the machine's, not the file's
-        raise
-    except Exception as error:  # Orbax raises bare Exceptions
-        raise ValueError(
-            f"{path} is damaged: Orbax cannot read it ({_first_line(error)}); "
-            "restore another copy of it"
-        ) from error
+    return fill(abstract, _load(path, wanted))
+
+
+def read(path: str | Path, leaves: Mapping[str, tuple[Shape, np.dtype]]) -> dict[str, np.ndarray]:
+    """Some of a checkpoint's arrays, by name, in host memory."""
+    wanted = {name: _Spec(shape, dtype) for name, (shape, dtype) in leaves.items()}
+    return _load(Path(path).absolute(), wanted)
+
+
+def fill(abstract: Tree, arrays: Mapping[str, Any]) -> Tree:
+    """A tree like `abstract` whose leaves are taken from `arrays`, by name."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_variable)
     return jax.tree_util.tree_unflatten(
         structure,
@@ -80,13 +96,21 @@ def restore(path: str | Path, abstract: Tree) -> Tree:
     )
 
 
-def contents(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def names(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by the names a checkpoint stores them under, variables unwrapped."""
+    return {
+        name: leaf.get_value() if _is_variable(leaf) else leaf
+        for name, leaf in _leaves(tree).items()
+    }
+
+
+def contents(path: str | Path) -> dict[str, tuple[Shape, np.dtype]]:
     """Shape and dtype of every array in a checkpoint, by name, without reading them."""
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder")
     try:
-        tree: Any = ocp.metadata(path).metadata
+        tree: Any = ocp.metadata(str(path)).metadata
         return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
     except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
@@ -94,19 +118,27 @@ def contents(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         ) from error
 
 
-def discard_parts(path: str | Path) -> None:
-    """Removes what `save_part` wrote towards `path`, if it was never finished."""
-    path = Path(path).absolute()
-    for left in path.parent.glob(f"{path.name}.partial_save*"):
-        shutil.rmtree(left, ignore_errors=True)
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """Asks Orbax for an array in host memory."""
+
+    shape: Shape
+    dtype: np.dtype
 
 
-def names(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by the names a checkpoint stores them under, variables unwrapped."""
-    return {
-        name: leaf.get_value() if _is_variable(leaf) else leaf
-        for name, leaf in _leaves(tree).items()
-    }
+def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    options = ocp.Context()
+    options.pytree.loading.partial_load = True
+    try:
+        with options:
+            return ocp.load(path, dict(wanted))
+    except (MemoryError, RuntimeError):  # the machine's, not the file's
+        raise
+    except Exception as error:  # Orbax raises bare Exceptions
+        raise ValueError(
+            f"{path} is damaged: Orbax cannot read it ({_first_line(error)}); "
+            "restore another copy of it"
+        ) from error
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -141,7 +173,7 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _compare(
-    have: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct], path: Path
+    have: Mapping[str, Shape], wanted: Mapping[str, jax.ShapeDtypeStruct], path: Path
 ) -> None:
     """Raises ValueError with every name and shape in which a checkpoint differs from a tree."""
     both = have.keys() & wanted.keys()
@@ -171,6 +203,27 @@ def _new_folder(path: str | Path) -> Path:
     if path.exists():
         raise ValueError(f"{path} exists already; choose another folder or delete it first")
     return path
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Removes what was written towards `path` on failure, and names the disk's errors as such."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # Orbax logs the traceback of every error that it also raises
+    try:
+        yield
+    except BaseException as error:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in path.parent.glob(f"{glob.escape(path.name)}.partial_save*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+    finally:
+        log.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -78,12 +78,6 @@ def test_parts_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: P
     assert checkpoint.contents(path)["layers.2.kernel"] == ((4, 8), np.dtype(np.float32))
 
 
-def test_discarded_parts_leave_nothing(tmp_path: Path):
-    checkpoint.save_part(tmp_path / "a", {"x": np.zeros(3)})
-    checkpoint.discard_parts(tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_every_difference_is_listed(tmp_path: Path):
     checkpoint.save(tmp_path / "a", {"x": jnp.zeros(2), "y": jnp.zeros(3), "z": jnp.zeros(4)})
     with pytest.raises(ValueError, match="does not fit") as error:
@@ -112,3 +106,14 @@ def test_damaged_checkpoint_says_so(tmp_path: Path):
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"damaged|not a whole"):
         checkpoint.restore(path, {"x": jax.ShapeDtypeStruct((10_000,), jnp.float32)})
+
+
+@pytest.mark.parametrize("write", [checkpoint.save, checkpoint.save_part])
+def test_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path, monkeypatch, write):
+    async def fail(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left [os_error_code='28']")
+
+    monkeypatch.setattr("tensorstore.TensorStore.write", fail, raising=True)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(tmp_path / "a", {"x": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
