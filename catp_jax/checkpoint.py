@@ -44,7 +44,7 @@ def save(path: str | Path, tree: Any) -> None:
         raise ValueError(f"nothing to save to {path}: the tree has no arrays")
     arrays = {name: _array(leaf) for name, leaf in leaves.items()}
     with _writing(path):
-        ocp.save(path, arrays)
+        ocp.save(str(path), arrays)
 
 
 def save_part(path: str | Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
@@ -55,14 +55,14 @@ def save_part(path: str | Path, arrays: Mapping[str, np.ndarray | jax.Array]) ->
     """
     path = _new_folder(path)
     with _writing(path):
-        ocp.partial.save(path, dict(arrays))
+        ocp.partial.save(str(path), dict(arrays))
 
 
 def finish(path: str | Path) -> None:
     """Makes the parts saved to `path` one checkpoint, atomically."""
     path = _new_folder(path)
     with _writing(path):
-        ocp.partial.finalize(path)
+        ocp.partial.finalize(str(path))
 
 
 def restore(path: str | Path, abstract: Tree) -> Tree:
@@ -131,7 +131,7 @@ def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     options.pytree.loading.partial_load = True
     try:
         with options:
-            return ocp.load(path, dict(wanted))
+            return ocp.load(str(path), dict(wanted))
     except (MemoryError, RuntimeError):  # the machine's, not the file's
         raise
     except Exception as error:  # Orbax raises bare Exceptions

@@ -1,0 +1,59 @@
+"""Hugging Face checkpoints in, Orbax and JAX models out — and back. No torch.
+
+model, config = load("Llama-3.2-11B-Vision-Instruct")           # a Hugging Face folder
+to_orbax("Llama-3.2-11B-Vision-Instruct", "llama-orbax")        # with all that belongs to it
+model, config = load("llama-orbax", dtype="bfloat16")
+to_hf("llama-orbax", "llama-again")                             # byte-equal tensors
+"""
+
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from convert.configs import config_json, read_config
+from convert.converted import MANIFEST, load_converted, to_hf, to_orbax
+from convert.folders import refuse_unfinished
+from convert.reader import Place, load_hf
+from convert.report import Report, table
+from convert.writer import write_hf
+
+__all__ = [
+    "Report",
+    "config_json",
+    "load",
+    "load_converted",
+    "load_hf",
+    "read_config",
+    "table",
+    "to_hf",
+    "to_orbax",
+    "write_hf",
+]
+
+
+def load(
+    folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
+) -> tuple[Mllama, MllamaConfig]:
+    """The model in a folder, Hugging Face or converted, whichever it is.
+
+    `dtype` changes the weights' number type; `place` gives the abstract model's leaves the
+    shardings they are read onto. Raises ValueError if the folder is neither or is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; a Hugging Face folder (config.json, *.safetensors) or a "
+            f"converted one ({MANIFEST}, weights/) is wanted"
+        )
+    refuse_unfinished(folder)
+    if (folder / MANIFEST).exists():
+        model = load_converted(folder, dtype, place)
+    elif (folder / "config.json").exists():
+        model, _ = load_hf(folder, dtype, place=place)
+    else:
+        raise ValueError(
+            f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "
+            f"{MANIFEST} (a converted one)"
+        )
+    return model, model.config

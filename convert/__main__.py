@@ -1,0 +1,66 @@
+"""`python -m convert SOURCE OUT`: a Hugging Face folder to Orbax, or back with --to-hf."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from convert import table, to_orbax
+from convert import to_hf as back_to_hf
+from convert.report import Report
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def run(source: Path, out: Path, to_hf: bool = False, dtype: str | None = None) -> Report:
+    """Converts a folder and prints what became of every tensor. Raises ValueError."""
+    if to_hf and dtype is not None:
+        raise ValueError("--dtype goes with the way there; --to-hf writes what is stored")
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("")
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if to_hf:
+            report = back_to_hf(source, out, progress)
+        else:
+            report = to_orbax(source, out, dtype, progress)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # in a file, a tensor is a line
+    console.print(table(report))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    return report
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder; with --to-hf a converted")],
+    out: Annotated[Path, typer.Argument(help="the folder to make; it must not exist yet")],
+    to_hf: Annotated[bool, typer.Option("--to-hf", help="back to the Hugging Face format")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as they are")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
+    try:
+        run(source, out, to_hf, dtype)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def main() -> None:
+    """The command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Converted folders: Orbax weights, what is needed to go back, and the Hugging Face side files.
+
+out/
+  catp_jax.json      format, model type, key layout, and every tensor's file and number type
+  weights/           the parameters, an Orbax checkpoint
+  config.json, tokenizer.json, …   copied from the Hugging Face folder, byte by byte
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from catp_jax import checkpoint
+from catp_jax.models.mllama import Mllama
+from convert.configs import read_config
+from convert.folders import copy_side_files, new_folder, refuse_unfinished
+from convert.mllama import LAYOUTS, rules
+from convert.reader import (
+    Place,
+    Progress,
+    abstract_model,
+    by_position,
+    open_source,
+    parse_dtype,
+    with_dtypes,
+)
+from convert.report import Report, Row
+from convert.rules import sources
+from convert.shards import INDEX, SINGLE
+from convert.writer import Spec, nbytes, write_index, write_safetensors
+
+MANIFEST, WEIGHTS = "catp_jax.json", "weights"
+FORMAT = 1
+PART = 256 * 1024 * 1024  # bytes of tensors that are held at a time, or one larger tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One safetensors file of the original: its metadata, its tensors in order of their bytes."""
+
+    metadata: dict[str, str]
+    tensors: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What catp_jax.json holds; `dtypes` are those of the original tensors."""
+
+    layout: str
+    files: dict[str, File]
+    dtypes: dict[str, str]
+    ignored: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder."""
+        content = {"format": FORMAT, "model_type": "mllama", **dataclasses.asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Reads it from a folder. Raises ValueError if it is none, or of another version."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            written = content["format"], content["model_type"]
+            if written != (FORMAT, "mllama"):
+                raise ValueError(
+                    f"it is of format {written[0]} and model type {written[1]}, this version "
+                    f"reads format {FORMAT} and mllama"
+                )
+            files = {
+                name: File(dict(file["metadata"]), tuple(file["tensors"]))
+                for name, file in content["files"].items()
+            }
+            layout = content["layout"]
+            if layout not in LAYOUTS:
+                raise ValueError(f"unknown layout {layout!r}")
+            return cls(layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error!r}); convert again") from error
+
+
+def to_orbax(
+    hf_folder: str | Path,
+    out: str | Path,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Converts a Hugging Face folder into the new folder `out`; weights as `dtype` (None: as is).
+
+    Host memory stays near the largest tensor. Raises ValueError if the input is damaged or
+    unsupported, or if `out` exists or cannot be written; nothing is left of it then.
+    """
+    wanted = parse_dtype(dtype)
+    source = open_source(Path(hf_folder))
+    refuse_unfinished(source.folder)
+    matched = {match.source for match in source.matches}
+    manifest = Manifest(
+        layout=source.layout,
+        files={
+            shard.path.name: File(
+                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
+            )
+            for shard in source.shards
+        },
+        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
+        ignored=tuple(source.ignored),
+    )
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    done, held, part = 0, 0, {}
+    with new_folder(Path(out)) as folder:
+        for match, tensor in by_position(source):
+            if part and held + tensor.nbytes > PART:
+                checkpoint.save_part(folder / WEIGHTS, part)
+                held, part = 0, {}
+            stored = tensor.dtype if wanted is None else wanted
+            view = match.transform.forward(tensor.map())
+            part[match.target] = np.array(view, dtype=stored, order="C")
+            held += tensor.nbytes
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, total)
+        checkpoint.save_part(folder / WEIGHTS, part)
+        checkpoint.finish(folder / WEIGHTS)
+        copy_side_files(source.folder, folder)
+        manifest.write(folder)
+    return source.report(wanted)
+
+
+def load_converted(
+    folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
+) -> Mllama:
+    """The model in a converted folder, its weights as `dtype` (None: as they are stored).
+
+    `place` chooses shardings, as in `load_hf`. Raises ValueError if the folder is damaged.
+    """
+    wanted, folder = parse_dtype(dtype), Path(folder)
+    refuse_unfinished(folder)
+    Manifest.read(folder)
+    abstract = abstract_model(read_config(folder))
+    stored = checkpoint.contents(folder / WEIGHTS)
+    dtypes = {name: found for name, (_, found) in stored.items()}
+    missing = checkpoint.names(abstract).keys() - dtypes.keys()
+    dtypes |= dict.fromkeys(missing, np.dtype(np.float32))  # `restore` lists them
+    abstract = with_dtypes(abstract, dtypes, wanted)
+    if place is not None:
+        abstract = place(abstract)
+    return checkpoint.restore(folder / WEIGHTS, abstract)
+
+
+def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
+    """Writes a converted folder back as the new Hugging Face folder `out`.
+
+    Tensors have the names, files, order and — unless converted with a `dtype` — the bytes that
+    they had. Raises ValueError if `converted` is damaged, or if `out` exists or cannot be written.
+    """
+    folder = Path(converted)
+    refuse_unfinished(folder)
+    manifest, config = Manifest.read(folder), read_config(folder)
+    stored = checkpoint.contents(folder / WEIGHTS)
+    layout = LAYOUTS[manifest.layout]
+    matches = {
+        name: dataclasses.replace(one, source=name)
+        for one in sources(stored, rules(config))
+        for name in [layout.from_hub(one.source)]
+    }
+    listed = {name for file in manifest.files.values() for name in file.tensors}
+    if listed != matches.keys() or len(matches) != len(stored):
+        raise ValueError(
+            f"{folder}: {MANIFEST} lists {len(listed)} tensors, {WEIGHTS} holds {len(stored)}, "
+            f"and they are not the same; convert again"
+        )
+    specs: dict[str, list[Spec]] = {
+        file: [
+            (name, dtype, matches[name].transform.source_shape(shape))
+            for name in content.tensors
+            for shape, dtype in [stored[matches[name].target]]
+        ]
+        for file, content in manifest.files.items()
+    }
+    total = sum(nbytes(spec) for inside in specs.values() for spec in inside)
+    done = 0
+
+    def values(inside: Sequence[Spec]) -> Iterator[np.ndarray]:
+        nonlocal done
+        for group in _parts(inside):
+            ones = [matches[name] for name, _, _ in group]
+            arrays = checkpoint.read(
+                folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
+            )
+            for one, spec in zip(ones, group, strict=True):
+                yield one.transform.inverse(arrays.pop(one.target))
+                done += nbytes(spec)
+                if progress is not None:
+                    progress(done, total)
+
+    with new_folder(Path(out)) as target:
+        for file, inside in specs.items():
+            write_safetensors(target / file, inside, values(inside), manifest.files[file].metadata)
+        copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
+        if manifest.ignored and SINGLE not in specs:  # the index named them, the files do not
+            write_index(target, specs)
+        elif (folder / INDEX).exists():
+            shutil.copyfile(folder / INDEX, target / INDEX)
+        shutil.copyfile(folder / "config.json", target / "config.json")
+    return Report(
+        folder,
+        manifest.layout,
+        tuple(
+            Row(
+                source=name,
+                target=matches[name].target,
+                change=matches[name].transform.name,
+                file=file,
+                shape=shape,
+                dtype=manifest.dtypes[name],
+                stored_dtype=dtype.name,
+                nbytes=nbytes((name, dtype, shape)),
+            )
+            for file, inside in specs.items()
+            for name, dtype, shape in inside
+        ),
+        (),
+    )
+
+
+def _parts(specs: Sequence[Spec]) -> Iterator[list[Spec]]:
+    """The specs in runs of at most `PART` bytes, or of one larger tensor."""
+    part: list[Spec] = []
+    for spec in specs:
+        if part and sum(map(nbytes, part)) + nbytes(spec) > PART:
+            yield part
+            part = []
+        part.append(spec)
+    if part:
+        yield part

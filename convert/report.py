@@ -1,0 +1,112 @@
+"""What a conversion did with every tensor, as data and as a table to print."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from convert.rules import Match
+from convert.shards import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor: its name in the Hugging Face checkpoint, the parameter it fills, and how."""
+
+    source: str
+    target: str
+    change: str
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored_dtype: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ignored:
+    """One tensor that was left out, and why."""
+
+    source: str
+    reason: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Every tensor of a checkpoint: read and renamed, or ignored. `nbytes` are those read."""
+
+    checkpoint: Path
+    layout: str
+    rows: tuple[Row, ...]
+    ignored: tuple[Ignored, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that were read."""
+        return sum(row.nbytes for row in self.rows)
+
+    def summary(self) -> str:
+        """One line: how many tensors, how large, from which layout."""
+        changes: dict[str, int] = {}
+        for row in self.rows:
+            changes[row.change] = changes.get(row.change, 0) + 1
+        counts = ", ".join(f"{count} {change}" for change, count in sorted(changes.items()))
+        return (
+            f"{len(self.rows)} tensors, {readable(self.nbytes)}, in the {self.layout} layout: "
+            f"{counts}; {len(self.ignored)} ignored"
+        )
+
+
+def make_report(
+    checkpoint: Path,
+    layout: str,
+    matches: Iterable[Match],
+    ignored: dict[str, str],
+    tensors: dict[str, Tensor],
+    dtype: np.dtype | None,
+) -> Report:
+    """The report on a matched checkpoint, in the order of the model's parameters."""
+    rows = []
+    for match in matches:
+        tensor = tensors[match.source]
+        rows.append(
+            Row(
+                source=match.source,
+                target=match.target,
+                change=match.transform.name,
+                file=tensor.file.name,
+                shape=tensor.shape,
+                dtype=tensor.dtype.name,
+                stored_dtype=(tensor.dtype if dtype is None else dtype).name,
+                nbytes=tensor.nbytes,
+            )
+        )
+    left = [Ignored(name, reason, tensors[name].nbytes) for name, reason in ignored.items()]
+    return Report(checkpoint, layout, tuple(rows), tuple(left))
+
+
+def table(report: Report) -> Table:
+    """Every tensor in a line, for a terminal."""
+    shown = Table(title=str(report.checkpoint), caption=report.summary(), highlight=False)
+    for name in ("tensor", "parameter", "change"):
+        shown.add_column(name, overflow="fold")
+    shown.add_column("shape", justify="right", no_wrap=True)
+    shown.add_column("type", no_wrap=True)
+    for row in report.rows:
+        types = {row.dtype: None, row.stored_dtype: None}
+        shape = "×".join(map(str, row.shape))
+        shown.add_row(row.source, row.target, row.change, shape, " → ".join(types))
+    for left in report.ignored:
+        shown.add_row(left.source, "ignored", left.reason, "", "")
+    return shown
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes for people."""
+    size, units = float(nbytes), ["B", "KB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"

@@ -1,0 +1,186 @@
+"""Finds every tensor of a Hugging Face folder: in which file, from which byte to which, how typed.
+
+Only the headers of the safetensors files are read here; a tensor's bytes are mapped when they are
+asked for. A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The number types that are read, by their name in safetensors."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies; `start` counts bytes from the beginning of the file."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def map(self) -> np.ndarray:
+        """The tensor, mapped: of the file, only those bytes are read that somebody touches."""
+        if self.nbytes == 0:
+            return np.zeros(self.shape, self.dtype)
+        flat = np.memmap(self.file, self.dtype, "r", self.start, (math.prod(self.shape),))
+        return flat.reshape(self.shape).view(np.ndarray)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its free-form metadata and its tensors in the order of their bytes."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: tuple[Tensor, ...]
+
+
+def find_shards(folder: Path) -> list[Shard]:
+    """The folder's weight files, headers read and checked.
+
+    Raises ValueError naming every file that is missing, truncated or corrupt.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if (folder / SINGLE).exists():  # transformers, too, looks for it first
+        return [read_header(folder / SINGLE)]
+    if not (folder / INDEX).exists():
+        raise ValueError(_no_weights(folder))
+
+    listed = _read_index(folder / INDEX)
+    shards, problems = [], []
+    for name in sorted(set(listed.values())):
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is missing, though {INDEX} names it")
+            continue
+        try:
+            shards.append(read_header(folder / name))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        here = {tensor.name for tensor in shards[-1].tensors}
+        there = {tensor for tensor, file in listed.items() if file == name}
+        problems += [
+            f"{folder / name} has no {tensor}, though {INDEX} says so"
+            for tensor in sorted(there - here)
+        ]
+        problems += [
+            f"{folder / name} has {tensor}, which {INDEX} puts "
+            + (f"in {listed[tensor]}" if tensor in listed else "nowhere")
+            for tensor in sorted(here - there)
+        ]
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"the weights in {folder} are not whole; download or copy them again\n  "
+            + "\n  ".join(problems[:20])
+            + more
+        )
+    return shards
+
+
+def read_header(path: Path) -> Shard:
+    """One file's header. Raises ValueError, naming the file, if it is truncated or corrupt."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if first + file.read(16) == b"version https://git-lfs ":
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+        if len(first) < 8:
+            raise ValueError(f"{path} is truncated: {size} bytes, too short for a safetensors file")
+        length = int.from_bytes(first, "little")
+        if length > min(LONGEST_HEADER, size - 8):
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: its header claims {length} bytes, "
+                f"the file has {size}"
+            )
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its __metadata__ is not an object")
+        tensors = [_tensor(name, entry, path, 8 + length) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: its header cannot be read ({error})") from error
+
+    tensors.sort(key=lambda tensor: tensor.start)
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            raise ValueError(
+                f"{path} is corrupt: {tensor.name} starts at byte {tensor.start}, expected {end}"
+            )
+        end += tensor.nbytes
+    if end != size:
+        state = "truncated" if end > size else "corrupt"
+        raise ValueError(f"{path} is {state}: its tensors end at byte {end}, the file at {size}")
+    return Shard(path, metadata, tuple(tensors))
+
+
+def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name} has a shape or offset that is no count")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{name} is of type {entry['dtype']}; {', '.join(DTYPES)} are read: "
+            "take the checkpoint in bf16, f16 or f32, not a quantised one"
+        )
+    tensor = Tensor(name, path, DTYPES[entry["dtype"]], shape, data + start)
+    if tensor.nbytes != stop - start:
+        raise ValueError(f"{name} {list(shape)} needs {tensor.nbytes} bytes, has {stop - start}")
+    return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name."""
+    try:
+        listed = json.loads(path.read_bytes())["weight_map"]
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError("its weight_map is empty")
+        for file in listed.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"it names a file outside its folder: {file!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is corrupt: expected a weight_map ({error!r})") from error
+    return listed
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        return (
+            f"{folder} has weights only as PyTorch pickles ({', '.join(pickles[:3])}), which are "
+            "not read; make safetensors of them where torch is installed: "
+            "transformers.MllamaForConditionalGeneration.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW_FOLDER)"
+        )
+    return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"
