@@ -7,9 +7,6 @@ background, 64×64 pixels, and 107 forms of questions with 13 answers. The packa
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
-
-Split = Literal["train", "test"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Example:
     image_id: int
 
 
-def easy_vqa(split: Split = "test", limit: int | None = None) -> Iterator[Example]:
+def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]:
     """The first `limit` questions of easy-VQA's split, in the package's order.
 
     Raises ValueError if the split is unknown, and ModuleNotFoundError, saying what to install, if

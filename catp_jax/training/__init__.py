@@ -1,0 +1,1 @@
+"""Training: optax loops and the models that ship with the package."""

@@ -1,0 +1,344 @@
+"""Trains the mini Llama 3.2 Vision that ships with the package, from nothing, on easy-VQA.
+
+    python -m catp_jax.training.mini_llama_vision --out DIR --seed 0
+
+Two stages, because answers alone teach the vision tower colours but hardly shapes:
+
+1. tower: every visual token names the shape and the colour of what covers its own patch, or
+   "background". What there is to know about a shape then sits in the tokens that show it.
+2. decoder: the tower is frozen and the rest learns to answer. Half of the questions skip the first
+   cross-attention layer, which sees every token whatever is pruned: the later ones have to be able
+   to read the image themselves, as in a model of many such layers.
+
+Architecture, tokenizer and files are those of the large models; only the numbers are small.
+"""
+
+import json
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+import convert
+from catp_jax.contract import Keep
+from catp_jax.models.cross_decoder import CrossDecoderConfig
+from catp_jax.models.layers import Llama3Scaling, RopeConfig
+from catp_jax.models.mllama import Inputs, Mllama, MllamaConfig
+from catp_jax.models.tiled_vit import TiledVitConfig
+from catp_jax.study.tasks import Example, easy_vqa
+from catp_jax.training.data import (
+    COLOURS,
+    SHAPES,
+    Composer,
+    DenseBatch,
+    QuestionBatch,
+    Text,
+    by_image,
+    evaluation_batches,
+)
+from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.tokenizer import (
+    BOS,
+    EOS,
+    EOT,
+    PAD,
+    make_processor,
+    train_tokenizer,
+    write_processor,
+)
+
+VOCABULARY = 352
+POSITIONS = 512
+OPEN_GATE = 0.5  # where every gate starts; at the usual zero a branch learns late
+SKIP_FIRST = 0.5  # share of training questions that skip the first cross-attention layer
+QUESTIONS = 8  # per image in a training batch
+KEPT = (4, 8, 16, 32, 65, 130)  # visual tokens, of 260, in the evaluation with random keeping
+
+TOWER_LAYOUTS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+
+
+def mini_config() -> MllamaConfig:
+    """About 1.2 M parameters; 2×2 tiles of 32 px, 65 tokens each."""
+    return MllamaConfig(
+        vision=TiledVitConfig(
+            hidden_size=96,
+            hidden_act="gelu",
+            num_hidden_layers=3,
+            num_global_layers=1,
+            attention_heads=3,
+            num_channels=3,
+            intermediate_size=192,
+            image_size=32,
+            patch_size=4,
+            norm_eps=1e-5,
+            max_num_tiles=4,
+            intermediate_layers_indices=(1,),
+            supported_aspect_ratios=TOWER_LAYOUTS,
+        ),
+        text=CrossDecoderConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=96,
+            hidden_act="silu",
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            intermediate_size=192,
+            rope=RopeConfig(10000.0, Llama3Scaling(8.0, 1.0, 4.0, POSITIONS // 8)),
+            rms_norm_eps=1e-5,
+            max_position_embeddings=POSITIONS,
+            cross_attention_layers=(1, 4),
+        ),
+        image_token_index=VOCABULARY,
+    )
+
+
+def initialise(config: MllamaConfig, seed: int) -> Mllama:
+    """A model drawn anew: kernels by their fan-in, every gate open a little."""
+    model = Mllama(config, rngs=nnx.Rngs(seed))
+    root = jax.random.key(seed)
+
+    def draw(number: int, path: tuple, x: Array) -> Array:
+        name = jax.tree_util.keystr(path)
+        if "gate_proj" not in name and "gate" in name:
+            return jnp.full_like(x, OPEN_GATE) if "global_transformer" not in name else x
+        if "kernel" in name:
+            return jax.random.normal(jax.random.fold_in(root, number), x.shape) * x.shape[0] ** -0.5
+        return x
+
+    graph, state = nnx.split(model)
+    leaves = jax.tree.leaves_with_path(state)
+    drawn = [draw(number, path, x) for number, (path, x) in enumerate(leaves)]
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), drawn))
+
+
+def tower_loss(graph: nnx.GraphDef) -> Any:
+    """Loss of stage 1: what covers each token, shape and colour read off by a head each."""
+
+    def loss(
+        params: dict[str, Any], frozen: None, batch: DenseBatch, key: Array
+    ) -> tuple[Float[Array, ""], Figures]:
+        tower = nnx.merge(graph, params["tower"])
+        features = tower(batch.pixels, batch.aspect_ratio_ids, batch.aspect_ratio_mask)
+        total, figures = jnp.zeros(()), {}
+        for name, labels in (("shape", batch.shapes), ("colour", batch.colours)):
+            logits = features @ params[name]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            total += (losses * batch.weights).sum() / labels.shape[0]
+            on_shape = batch.weights * (labels > 0).astype(jnp.float32)
+            is_right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+            figures[name] = (is_right * on_shape).sum() / on_shape.sum()
+        return total, {"loss": total, **figures}
+
+    return loss
+
+
+def answer_logits(
+    model: Mllama,
+    batch: QuestionBatch,
+    is_first_open: Bool[Array, " q"] | None = None,
+    keep: Keep | None = None,
+) -> Float[Array, "i q s vocab"]:
+    """Logits of every row of every question; the image is encoded once for all of its questions.
+
+    `keep` has a question axis after the batch axis. Where `is_first_open` is False, the first
+    cross-attention layer is skipped.
+    """
+    graph, state = nnx.split(model)
+    first = model.language_model.first_cross
+
+    def one(tokens: Array, valid: Array, is_open: Array | None, keep: Keep | None) -> Array:
+        model = nnx.merge(graph, state)
+        if is_open is not None:
+            layer = model.language_model.layers[first]
+            for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+                value = getattr(layer, name)[...]
+                setattr(layer, name, nnx.Param(value * is_open.astype(value.dtype)[None]))
+        return model(Inputs(tokens=tokens, token_valid=valid, images=batch.images), keep)
+
+    axes = (1, 1, None if is_first_open is None else 0, None if keep is None else 1)
+    return jax.vmap(one, in_axes=axes, out_axes=1)(
+        batch.tokens, batch.token_valid, is_first_open, keep
+    )
+
+
+def decoder_loss(graph: nnx.GraphDef) -> Any:
+    """Loss of stage 2: the answer's tokens and the end after it."""
+
+    def loss(
+        params: nnx.State, frozen: nnx.State, batch: QuestionBatch, key: Array
+    ) -> tuple[Float[Array, ""], Figures]:
+        model = nnx.merge(graph, frozen, params)
+        is_open = jax.random.bernoulli(key, 1 - SKIP_FIRST, (batch.tokens.shape[1],))
+        logits = answer_logits(model, batch, is_open)
+        is_said = (batch.targets >= 0).astype(jnp.float32)
+        targets = jnp.maximum(batch.targets, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        total = (losses * is_said).sum() / is_said.sum()
+        return total, {"loss": total, "accuracy": is_answered(logits, batch.targets).mean()}
+
+    return loss
+
+
+def is_answered(
+    logits: Float[Array, "i q s vocab"], targets: Int[Array, "i q s"]
+) -> Float[Array, "i q"]:
+    """1 where greedy decoding would give exactly the answer and then end."""
+    is_right = (logits.argmax(axis=-1) == targets) | (targets < 0)
+    return is_right.all(axis=-1).astype(jnp.float32)
+
+
+def evaluate(
+    model: Mllama, batches: list[QuestionBatch], kept: int | None = None, seed: int = 0
+) -> list[float]:
+    """For every question of the batches, 1.0 if it is answered right.
+
+    With `kept`, each question's image keeps that many visual tokens, chosen at random, after the
+    first cross-attention layer.
+    """
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def answered(state: nnx.State, batch: QuestionBatch, key: Array) -> Array:
+        keep = None
+        if kept is not None:
+            questions = batch.tokens.shape[:2]
+            tokens = batch.images.tile_index.shape[1] * model.config.vision.tokens_per_tile
+            order = jnp.argsort(jax.random.uniform(key, (*questions, tokens)), axis=-1)
+            indices = order[..., :kept]
+            keep = Keep(indices=indices, valid=jnp.ones_like(indices, bool))
+        logits = answer_logits(nnx.merge(graph, state), batch, keep=keep)
+        return is_answered(logits, batch.targets)
+
+    results = []
+    for number, batch in enumerate(batches):
+        right = answered(state, batch, jax.random.fold_in(jax.random.key(seed), number))
+        is_question = np.asarray(batch.targets >= 0).any(axis=-1)
+        results += np.asarray(right)[is_question].tolist()
+    return results
+
+
+def kind(answer: str) -> str:
+    """The type of question an answer belongs to."""
+    return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes/no"
+
+
+def blind_accuracy(train_set: list[Example], test_set: list[Example]) -> float:
+    """Accuracy of the commonest answer to each question's words, without any image."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for example in train_set:
+        counts[example.question][example.answer] += 1
+    best = {question: counter.most_common(1)[0][0] for question, counter in counts.items()}
+    return float(np.mean([best.get(e.question) == e.answer for e in test_set]))
+
+
+def report(
+    model: Mllama, text: Text, train_set: list[Example], test_set: list[Example]
+) -> dict[str, Any]:
+    """Accuracy on the test set: overall, by type, with random tokens kept, and without images."""
+    batches = evaluation_batches(test_set, text, model.config.vision, size=50)
+    asked = [example for group in by_image(test_set) for example in group]
+    right = np.array(evaluate(model, batches))
+    kinds = np.array([kind(example.answer) for example in asked])
+    kept = {k: round(float(np.mean(evaluate(model, batches, kept=k))), 4) for k in KEPT}
+    return {
+        "questions": len(asked),
+        "accuracy": round(float(right.mean()), 4),
+        **{f"accuracy {k}": round(float(right[kinds == k].mean()), 4) for k in sorted(set(kinds))},
+        "accuracy blind": round(blind_accuracy(train_set, test_set), 4),
+        "accuracy with random tokens kept": kept,
+    }
+
+
+def write(model: Mllama, processor: Any, out: Path) -> None:
+    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights."""
+    bos, eos, eot, pad = processor.tokenizer.convert_tokens_to_ids([BOS, EOS, EOT, PAD])
+    ends = {"bos_token_id": bos, "eos_token_id": [eos, eot], "pad_token_id": pad}
+    with tempfile.TemporaryDirectory() as beside:
+        write_processor(processor, Path(beside))
+        text = json.dumps(ends | {"do_sample": False}, indent=2)
+        (Path(beside) / "generation_config.json").write_text(text + "\n")
+        convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint in Hugging Face format")],
+    work: Annotated[Path, typer.Option(help="folder for checkpoints to resume from")] = Path(
+        "mini-llama-vision-work"
+    ),
+    seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
+    tower_steps: Annotated[int, typer.Option(help="steps of stage 1, 32 images each")] = 1200,
+    decoder_steps: Annotated[int, typer.Option(help="steps of stage 2, 32 images each")] = 1200,
+    batch: Annotated[int, typer.Option(help="images in a step")] = 32,
+    train_limit: Annotated[int | None, typer.Option(help="first so many train questions")] = None,
+    test_limit: Annotated[int | None, typer.Option(help="first so many test questions")] = None,
+) -> None:
+    """Train the mini Llama 3.2 Vision on easy-VQA and write it in Hugging Face format.
+
+    Run it again with the same options to resume after an interruption.
+    """
+    began, log = time.monotonic(), work / "training_log.jsonl"
+    train_set, test_set = list(easy_vqa("train", train_limit)), list(easy_vqa("test", test_limit))
+    config = mini_config()
+    tokenizer = train_tokenizer(
+        (f"{e.question} {e.answer}" for e in train_set), VOCABULARY, POSITIONS
+    )
+    text = Text(
+        encode=tokenizer.encode,
+        end=tokenizer.convert_tokens_to_ids(EOT),
+        padding=tokenizer.convert_tokens_to_ids(PAD),
+    )
+    composer = Composer(train_set, config.vision, seed)
+    model = initialise(config, seed)
+
+    tower_graph, tower = nnx.split(model.vision_model)
+    heads = {
+        "shape": jnp.zeros((config.vision.output_size, 1 + len(SHAPES))),
+        "colour": jnp.zeros((config.vision.output_size, 1 + len(COLOURS))),
+    }
+    stage = Stage(
+        name="tower",
+        steps=tower_steps,
+        loss=tower_loss(tower_graph),
+        batches=lambda step: composer.dense(step, batch),
+        optimizer=warmup_cosine_adamw(2e-3, tower_steps, weight_decay=0.02),
+        seed=seed,
+        every=20,
+        save_every=100,
+    )
+    trained = train(stage, {"tower": tower, **heads}, work / "tower", log)
+    nnx.update(model.vision_model, trained["tower"])
+
+    graph, frozen, params = nnx.split(model, nnx.PathContains("vision_model"), ...)
+    stage = Stage(
+        name="decoder",
+        steps=decoder_steps,
+        loss=decoder_loss(graph),
+        batches=lambda step: composer.questions(step, batch, QUESTIONS, text),
+        optimizer=warmup_cosine_adamw(2e-3, decoder_steps, weight_decay=0.02),
+        seed=seed,
+        every=20,
+        save_every=100,
+    )
+    params = train(stage, params, work / "decoder", log, frozen=frozen)
+    model = nnx.merge(graph, frozen, params)
+
+    processor = make_processor(tokenizer, config.vision.image_size, config.vision.max_num_tiles)
+    write(model, processor, out)
+    figures = report(model, text, train_set, test_set)
+    figures["minutes"] = round((time.monotonic() - began) / 60, 1)
+    lines = [*log.read_text().splitlines(), json.dumps({"stage": "test", **figures})]
+    (out / "training_log.jsonl").write_text("\n".join(lines) + "\n")
+    typer.echo(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
