@@ -28,7 +28,8 @@ ROOMS = {
     "study": BELOW_GENERATION | {"generation"},
     "training": BELOW_GENERATION | {"generation", "study"},  # it trains on the study's tasks
     "api": BELOW_API,
-    "cli": BELOW_API | {"api", "catp_jax"},
+    "demo": BELOW_API | {"api"},
+    "cli": BELOW_API | {"api", "demo", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }

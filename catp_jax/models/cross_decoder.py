@@ -27,13 +27,13 @@ from catp_jax.models.cache import Cache, LayerCache, Slots
 from catp_jax.models.layers import (
     ACTIVATIONS,
     Llama3Scaling,
+    RmsNorm,
     RopeConfig,
     attend,
     embedding,
     gate,
     linear,
     merge_heads,
-    rms_norm,
     rope_angles,
     rotate,
     split_heads,
@@ -192,8 +192,8 @@ class CrossAttention(AttentionProjections):
 
     def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.q_norm = rms_norm(config.head_dim, config.rms_norm_eps, rngs=rngs)
-        self.k_norm = rms_norm(config.head_dim, config.rms_norm_eps, rngs=rngs)
+        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps)
 
     def queries(self, x: Float[Array, "b s d"]) -> Float[Array, "b s h dk"]:
         """The rows' queries, normed, not scaled."""
@@ -219,8 +219,8 @@ class SelfLayer(nnx.Module):
     def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
         self.self_attn = SelfAttention(config, rngs=rngs)
         self.mlp = TextMlp(config, rngs=rngs)
-        self.input_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(
         self,
@@ -240,8 +240,8 @@ class CrossLayer(nnx.Module):
     def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
         self.cross_attn = CrossAttention(config, rngs=rngs)
         self.mlp = TextMlp(config, rngs=rngs)
-        self.input_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn_attn_gate = gate(0.0)
         self.cross_attn_mlp_gate = gate(0.0)
 
@@ -292,7 +292,7 @@ class CrossDecoder(nnx.Module):
                 for index in range(config.num_hidden_layers)
             ]
         )
-        self.norm = rms_norm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
     def first_cross(self) -> int:

@@ -45,31 +45,51 @@ def linear(
 def embedding(
     rows: int, features: int, *, rngs: nnx.Rngs, axes: tuple[str, str] = ("vocab", "embed")
 ) -> nnx.Embed:
-    """A table looked up by row."""
-    return nnx.Embed(
+    """A table looked up by row; what comes out has the table's dtype."""
+    table = nnx.Embed(
         rows,
         features,
         embedding_init=nnx.initializers.normal(0.02),
         embedding_metadata={"axes": axes},
         rngs=rngs,
     )
+    table.dtype = None  # else the dtype it was made with, and bfloat16 weights become float32
+    return table
 
 
-def rms_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm over the last axis, computed in float32."""
-    return nnx.RMSNorm(features, epsilon=epsilon, scale_metadata={"axes": ("norm",)}, rngs=rngs)
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32; scaled in the input's dtype."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype)
+        return normed * _last_axis(self.scale, x)
 
 
-def layer_norm(features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, computed in float32."""
-    return nnx.LayerNorm(
-        features,
-        epsilon=epsilon,
-        use_fast_variance=False,
-        scale_metadata={"axes": ("norm",)},
-        bias_metadata={"axes": ("norm",)},
-        rngs=rngs,
-    )
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, in float32."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(features), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(features), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        scale, bias = (_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(x.dtype)
+
+
+def _last_axis(parameter: nnx.Param[Array], x: Float[Array, "*rows d"]) -> Float[Array, "*ones d"]:
+    return parameter[...].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def gate(initial: float) -> nnx.Param[Array]:
@@ -98,7 +118,8 @@ def attend(
     A row whose mask is all False returns the mean of the values: its caller drops it.
     """
     heads_mask = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(queries, keys, values, mask=heads_mask)
+    with jax.numpy_dtype_promotion("standard"):  # it widens bfloat16 by itself
+        return jax.nn.dot_product_attention(queries, keys, values, mask=heads_mask)
 
 
 @dataclasses.dataclass(frozen=True)

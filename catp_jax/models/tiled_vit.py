@@ -20,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.models.layers import (
     ACTIVATIONS,
+    LayerNorm,
     attend,
     embedding,
     gate,
-    layer_norm,
     linear,
     merge_heads,
     split_heads,
@@ -162,8 +162,8 @@ class VisionLayer(nnx.Module):
     def __init__(self, config: TiledVitConfig, is_gated: bool, *, rngs: nnx.Rngs):
         self.self_attn = VisionAttention(config, rngs=rngs)
         self.mlp = VisionMlp(config, rngs=rngs)
-        self.input_layernorm = layer_norm(config.hidden_size, config.norm_eps, rngs=rngs)
-        self.post_attention_layernorm = layer_norm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
         self.is_gated = is_gated
         if is_gated:
             self.gate_attn = gate(jnp.pi / 4)
@@ -211,8 +211,8 @@ class TiledVit(nnx.Module):
         self.gated_positional_embedding = PositionEmbedding(config, rngs=rngs)
         self.pre_tile_positional_embedding = TileEmbedding(config, rngs=rngs)
         self.post_tile_positional_embedding = TileEmbedding(config, rngs=rngs)
-        self.layernorm_pre = layer_norm(width, OUTER_NORM_EPS, rngs=rngs)
-        self.layernorm_post = layer_norm(width, OUTER_NORM_EPS, rngs=rngs)
+        self.layernorm_pre = LayerNorm(width, OUTER_NORM_EPS)
+        self.layernorm_post = LayerNorm(width, OUTER_NORM_EPS)
         self.transformer = VisionEncoder(config, config.num_hidden_layers, False, rngs=rngs)
         self.global_transformer = VisionEncoder(config, config.num_global_layers, True, rngs=rngs)
 
