@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from catp_jax.contract import Site
 from catp_jax.pruning.fastv import FastV
@@ -32,13 +32,11 @@ def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
     name, *options = spec.split(":")
-    fitting = methods_for(sites)
+    fitting = ", ".join(methods_for(sites)) or "no method"
     if name not in METHODS:
-        raise ValueError(f"unknown pruning method {name!r}; this model takes {', '.join(fitting)}")
-    if name not in fitting:
-        raise ValueError(
-            f"{name} prunes a place that this model does not have; it takes {', '.join(fitting)}"
-        )
+        raise ValueError(f"unknown pruning method {name!r}; this model takes {fitting}")
+    if name not in methods_for(sites):
+        raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
     method = METHODS[name]
     fields = {f.name: f for f in dataclasses.fields(method) if f.name != "keep"}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
@@ -47,16 +45,17 @@ def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
         if key not in fields or not separator:
             takes = ", ".join(f"{field}=…" for field in fields) or "no options"
             raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
-        values[key] = _number(text, f"{name}:{key}")
+        values[key] = _number(text, fields[key].type, f"{name}:{key}")
     if keep is None and not values.keys() & {"k_ratio", "per_head"}:
         raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 64")
     return method(keep=keep, **values)
 
 
-def _number(text: str, what: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ValueError(f"{what} takes a number, got {text!r}")
+def _number(text: str, kind: Any, what: str) -> int | float:
+    """`text` as the field's type has it: 1 is no count where a ratio is wanted, nor the reverse."""
+    is_ratio = float in get_args(kind)
+    try:
+        return float(text) if is_ratio else int(text)
+    except ValueError:
+        wanted = "number" if is_ratio else "whole number"
+        raise ValueError(f"{what} takes a {wanted}, got {text!r}") from None

@@ -20,7 +20,8 @@ class Budget:
         Raises ValueError if there are fewer.
         """
         if self.number is None:
-            return math.ceil(available * (self.percent or 0) / 100 - 1e-9)
+            rounded = math.ceil(available * (self.percent or 0) / 100 - 1e-9)
+            return max(rounded, min(available, 1))
         if self.number > available:
             raise ValueError(
                 f"keep is {self.number}, but there are only {available} visual tokens; "

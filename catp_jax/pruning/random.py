@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from catp_jax.contract import Pruner, Reduction, Site, View
 from catp_jax.pruning.scores import keep_best
@@ -21,7 +21,11 @@ class Random(Pruner[tuple[()]]):
     site: ClassVar[Site] = Site.CROSS
 
     keep: int = static()
-    seed: int | Int[Array, ""] = 0
+    seed: int | Int[Array, ""] | UInt32[Array, ""] = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, int) and not 0 <= self.seed < 2**31:
+            raise ValueError(f"Random wants a seed between 0 and 2**31 - 1, got {self.seed}")
 
     def start(self, view: View) -> tuple[()]:
         return ()

@@ -98,4 +98,5 @@ class TrimmedLlama(Pruner[TrimmedReport]):
         if self.k_ratio is None:
             return available
         share = jnp.asarray(self.k_ratio, jnp.float32) * available.astype(jnp.float32)
-        return jnp.ceil(share - 1e-4).astype(jnp.int32)
+        asked = jnp.ceil(share - 1e-4).astype(jnp.int32)  # float32 may lie just above a whole k
+        return jnp.clip(asked, jnp.minimum(available, 1), available)

@@ -1,0 +1,114 @@
+"""The papers' selections, one sample at a time, in slow loops over float64.
+
+A sample is `queries` [rows, heads, channels] (scaled), `keys` [columns, kv heads, channels] and
+`sees` [rows, columns]. Query head h reads KV head h // (heads // kv heads).
+"""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+def attention_row(
+    queries: np.ndarray, keys: np.ndarray, sees: np.ndarray, row: int, head: int
+) -> list[float]:
+    """One row of one head's attention weights; zeros if the row sees nothing."""
+    columns, kv_heads, _ = keys.shape
+    kv = head // (queries.shape[1] // kv_heads)
+    seen = [column for column in range(columns) if sees[row, column]]
+    weights = [0.0] * columns
+    if not seen:
+        return weights
+    logits = {
+        column: sum(
+            float(a) * float(b) for a, b in zip(queries[row, head], keys[column, kv], strict=True)
+        )
+        for column in seen
+    }
+    highest = max(logits.values())
+    total = sum(math.exp(logit - highest) for logit in logits.values())
+    for column in seen:
+        weights[column] = math.exp(logits[column] - highest) / total
+    return weights
+
+
+def seen_columns(sees: np.ndarray) -> list[int]:
+    """Columns that hold a token some row sees: the N of the papers."""
+    return [column for column in range(sees.shape[1]) if any(sees[:, column])]
+
+
+@dataclasses.dataclass
+class Trimmed:
+    kept: list[int]
+    union: int
+    overflow: int
+    mass: float
+
+
+def trimmed_llama(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    sees: np.ndarray,
+    *,
+    capacity: int | None,
+    per_head: int | None = None,
+    k_ratio: str | None = None,
+) -> Trimmed:
+    """arXiv 2504.00557: per head the k most attended columns, their union, cut at `capacity`.
+
+    `k_ratio` is decimal text, so that ⌈k_ratio·N⌉ is exact; without either, every head asks for
+    all columns.
+    """
+    rows, heads, _ = queries.shape
+    real = seen_columns(sees)
+    received = [[0.0] * sees.shape[1] for _ in range(heads)]
+    for head in range(heads):
+        for row in range(rows):
+            for column, weight in enumerate(attention_row(queries, keys, sees, row, head)):
+                received[head][column] += weight
+
+    k = len(real)
+    if per_head is not None:
+        k = min(per_head, len(real))
+    elif k_ratio is not None:
+        k = math.ceil(Fraction(k_ratio) * len(real))
+
+    union: set[int] = set()
+    best_rank = {column: len(real) for column in real}
+    for head in range(heads):
+        ranking = sorted(real, key=lambda column: (-received[head][column], column))
+        union.update(ranking[:k])
+        for place, column in enumerate(ranking):
+            best_rank[column] = min(best_rank[column], place)
+
+    total = {column: sum(received[head][column] for head in range(heads)) for column in real}
+    wish = sorted(union, key=lambda column: (best_rank[column], -total[column], column))
+    kept = sorted(wish if capacity is None else wish[:capacity])
+    everything = sum(total.values())
+    mass = sum(total[column] for column in kept) / everything if everything else 0.0
+    return Trimmed(kept, len(union), len(union) - len(kept), mass)
+
+
+def fastv(queries: np.ndarray, keys: np.ndarray, sees: np.ndarray, *, keep: int) -> list[int]:
+    """arXiv 2403.06764, released code: head-mean of the last row, here the last that sees."""
+    seeing = [row for row in range(len(sees)) if any(sees[row])]
+    if not seeing:
+        return []
+    heads = queries.shape[1]
+    score = [0.0] * sees.shape[1]
+    for head in range(heads):
+        for column, weight in enumerate(attention_row(queries, keys, sees, seeing[-1], head)):
+            score[column] += weight / heads
+    ranking = sorted(seen_columns(sees), key=lambda column: (-score[column], column))
+    return sorted(ranking[:keep])
+
+
+def k_norm(keys: np.ndarray, sees: np.ndarray, *, keep: int) -> list[int]:
+    """arXiv 2406.11430 with one set for all heads: the smallest mean key norms."""
+    norms = {}
+    for column in seen_columns(sees):
+        by_head = [math.sqrt(sum(float(x) ** 2 for x in key)) for key in keys[column]]
+        norms[column] = sum(by_head) / len(by_head)
+    return sorted(sorted(norms, key=lambda column: (norms[column], column))[:keep])

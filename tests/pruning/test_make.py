@@ -1,0 +1,119 @@
+"""Methods by name: what is refused, and that the message says what would do."""
+
+import dataclasses
+
+import pytest
+
+from catp_jax import pruning
+from catp_jax.contract import Site
+from catp_jax.pruning import METHODS, FastV, KNorm, Random, TrimmedLlama, make, methods_for
+
+CROSS = frozenset({Site.CROSS})
+
+
+@pytest.mark.parametrize(
+    ("spec", "keep", "method"),
+    [
+        ("trimmed_llama", 8, TrimmedLlama(keep=8)),
+        ("trimmed_llama:per_head=3", 8, TrimmedLlama(keep=8, per_head=3)),
+        ("trimmed_llama:k_ratio=0.25", None, TrimmedLlama(keep=None, k_ratio=0.25)),
+        ("trimmed_llama:k_ratio=1", 8, TrimmedLlama(keep=8, k_ratio=1.0)),
+        ("fastv", 8, FastV(keep=8)),
+        ("k_norm", 8, KNorm(keep=8)),
+        ("random", 8, Random(keep=8)),
+        ("random:seed=5", 8, Random(keep=8, seed=5)),
+    ],
+)
+def test_names_and_options_make_the_method(spec: str, keep: int | None, method):
+    assert make(spec, keep, CROSS) == method
+
+
+def test_options_have_the_type_of_their_field():
+    # 1 and 1.0 are equal but not the same program
+    assert isinstance(make("trimmed_llama:k_ratio=1", 8, CROSS).k_ratio, float)
+    assert isinstance(make("trimmed_llama:per_head=3", 8, CROSS).per_head, int)
+    assert isinstance(make("random:seed=3", 8, CROSS).seed, int)
+
+
+def test_every_method_is_listed_once_and_has_its_own_file():
+    for name, method in METHODS.items():
+        assert dataclasses.is_dataclass(method)
+        assert method.__module__ == f"catp_jax.pruning.{name}"
+    assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random"]
+
+
+@pytest.mark.parametrize("spec", ["", "catp", "Trimmed_Llama", "trimmed-llama", "fastv,random"])
+def test_an_unknown_name_is_answered_with_those_that_fit(spec: str):
+    with pytest.raises(ValueError, match="unknown pruning method") as error:
+        make(spec, 8, CROSS)
+    for name in methods_for(CROSS):
+        assert name in str(error.value)
+
+
+def test_a_method_for_another_place_is_answered_with_those_that_fit(monkeypatch):
+    @dataclasses.dataclass
+    class Entrance:
+        keep: int
+        site = Site.ENTRY
+
+    monkeypatch.setitem(pruning.METHODS, "entrance", Entrance)
+    assert make("entrance", 8, frozenset({Site.ENTRY})) == Entrance(8)
+    with pytest.raises(ValueError, match="does not have") as error:
+        make("entrance", 8, CROSS)
+    assert "it takes trimmed_llama, fastv, k_norm, random" in str(error.value)
+    with pytest.raises(ValueError, match="it takes entrance"):
+        make("fastv", 8, frozenset({Site.ENTRY}))
+
+
+def test_a_model_that_no_method_fits_is_told_so():
+    with pytest.raises(ValueError, match="no method") as error:
+        make("fastv", 8, frozenset({Site.WRITE}))
+    assert "fastv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("trimmed_llama:ratio=0.5", "per_head=…, k_ratio=…"),
+        ("trimmed_llama:k_ratio", "per_head=…, k_ratio=…"),
+        ("trimmed_llama:", "per_head=…, k_ratio=…"),
+        ("trimmed_llama:keep=4", "per_head=…, k_ratio=…"),
+        ("random:per_head=2", "seed=…"),
+        ("fastv:k=2", "no options"),
+        ("k_norm:seed=2", "no options"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_the_known_ones(spec: str, says: str):
+    with pytest.raises(ValueError, match="does not know the option") as error:
+        make(spec, 8, CROSS)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["", "abc", "half", "1/2", "0,5"])
+def test_an_option_that_is_no_number_is_refused(value: str):
+    with pytest.raises(ValueError, match="trimmed_llama:k_ratio takes a number"):
+        make(f"trimmed_llama:k_ratio={value}", 8, CROSS)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "trimmed_llama:k_ratio=0",
+        "trimmed_llama:k_ratio=1.5",
+        "trimmed_llama:k_ratio=nan",
+        "trimmed_llama:per_head=0",
+        "trimmed_llama:per_head=2.5",
+        "trimmed_llama:per_head=2:k_ratio=0.5",
+        "random:seed=0.5",
+        "random:seed=-1",
+    ],
+)
+def test_options_out_of_range_are_refused(spec: str):
+    with pytest.raises(ValueError, match=spec.split(":")[1].split("=")[0]):
+        make(spec, 8, CROSS)
+
+
+@pytest.mark.parametrize("spec", ["trimmed_llama", "fastv", "k_norm", "random", "random:seed=3"])
+def test_a_method_without_a_budget_is_asked_for_one(spec: str):
+    with pytest.raises(ValueError, match="wants a number of visual tokens to keep"):
+        make(spec, None, CROSS)

@@ -1,0 +1,82 @@
+"""The shared scores: attention weights, ranks, choosing the best."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from catp_jax.pruning import scores
+from tests.pruning import oracles
+from tests.pruning.views import kept, random_view
+
+
+@pytest.fixture(scope="module")
+def view():
+    return random_view(seed=7, rows=11)
+
+
+def test_attention_is_the_oracles(view):
+    weights = np.asarray(scores.attention(view.queries, view.keys, view.sees))
+    for sample in range(5):
+        arrays = [np.asarray(a[sample]) for a in (view.queries, view.keys, view.sees)]
+        for head in range(6):
+            for row in range(11):
+                expected = oracles.attention_row(*arrays, row, head)
+                np.testing.assert_allclose(weights[sample, head, row], expected, atol=1e-6)
+
+
+def test_attention_rows_sum_to_one_or_are_zero(view):
+    total = np.asarray(scores.attention(view.queries, view.keys, view.sees)).sum(axis=-1)
+    seeing = np.asarray(view.sees.any(axis=2))[:, None]
+    np.testing.assert_allclose(total, np.broadcast_to(seeing, total.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 4, 10, 11, 12])
+def test_attention_received_does_not_depend_on_the_rows_taken_at_once(
+    view, rows_at_once, monkeypatch
+):
+    whole = scores.attention(view.queries, view.keys, view.sees).sum(axis=2)
+    monkeypatch.setattr(scores, "ROWS_AT_ONCE", rows_at_once)
+    np.testing.assert_allclose(scores.attention_received(view), whole, atol=2e-6)
+
+
+def test_attention_received_in_passes_never_holds_all_rows(monkeypatch):
+    monkeypatch.setattr(scores, "ROWS_AT_ONCE", 4)
+    view = random_view(rows=23, columns=17)
+    jaxpr = str(jax.make_jaxpr(scores.attention_received)(view))
+    assert "5,6,4,17" in jaxpr  # weights of four rows
+    assert "5,6,23,17" not in jaxpr
+    assert "5,6,24,17" not in jaxpr
+
+
+def test_weights_are_float32_in_a_bfloat16_model(view):
+    queries, keys = view.queries.astype(jnp.bfloat16), view.keys.astype(jnp.bfloat16)
+    weights = scores.attention(queries, keys, view.sees)
+    assert weights.dtype == jnp.float32
+    exact = scores.attention(
+        queries.astype(jnp.float32), keys.astype(jnp.float32), view.sees
+    )  # of the same rounded numbers
+    np.testing.assert_allclose(weights, exact, atol=1e-5)
+
+
+def test_rank_gives_the_highest_zero_and_equals_by_place():
+    assert scores.rank(jnp.asarray([0.2, 0.9, 0.2, 0.5])).tolist() == [2, 0, 3, 1]
+
+
+def test_keep_best_sorts_members_first_and_by_the_next_score_where_equal():
+    member = jnp.asarray([[True, True, False, True, True]])
+    first = jnp.asarray([[1, 2, 9, 2, 2]], jnp.int32)
+    second = jnp.asarray([[0.0, 0.1, 0.0, 0.3, 0.1]])
+    assert kept(scores.keep_best(2, member, first, second), 0) == [1, 3]
+    assert kept(scores.keep_best(1, member, first, second), 0) == [3]
+    assert kept(scores.keep_best(3, member, first, second), 0) == [1, 3, 4]
+    assert kept(scores.keep_best(4, member, first, second), 0) == [0, 1, 3, 4]
+
+
+def test_keep_best_puts_empty_entries_last_and_stops_at_the_axis():
+    member = jnp.asarray([[False, True, False, True]])
+    keep = scores.keep_best(9, member, jnp.asarray([[5.0, 1.0, 5.0, 2.0]]))
+    assert keep.indices.shape == (1, 4)
+    assert keep.valid.tolist() == [[True, True, False, False]]
+    assert keep.indices[0, :2].tolist() == [1, 3]
+    assert sorted(keep.indices[0].tolist()) == [0, 1, 2, 3]

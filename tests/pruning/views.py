@@ -1,0 +1,70 @@
+"""Views to try methods on: a random one with every kind of row, and ones of given weights."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.contract import Keep, View
+
+
+def random_view(seed: int = 0, rows: int = 7, columns: int = 13) -> View:
+    """Five samples of different sizes: one sees no image, one has text before the image, one has
+    two images with a span each, all but one have padding in rows and columns. Padding holds large
+    numbers, so that reading it shows.
+    """
+    rng = np.random.default_rng(seed)
+    batch, heads, kv_heads, channels = 5, 6, 3, 4
+    sees = np.zeros((batch, rows, columns), bool)
+    sees[0] = True
+    sees[1, 2 : rows - 2, : columns - 4] = True  # rows before the image and after the text
+    sees[3, 1 : rows // 2, : columns // 3] = True
+    sees[3, rows // 2 : rows - 1, columns // 3 : columns - 2] = True
+    sees[4, : rows - 3, :3] = True
+    sees[4, : rows - 3, 5:8] = True  # a hole: columns that nobody sees
+    valid = sees.any(axis=1)
+
+    queries = rng.normal(size=(batch, rows, heads, channels)) * 1.3
+    keys = rng.normal(size=(batch, columns, kv_heads, channels))
+    queries[~sees.any(axis=2)] = 50
+    keys[~valid] = 0.001  # the shortest norm, were it read
+    return View(
+        layer=1,
+        tokens=jnp.asarray(rng.normal(size=(batch, columns, 8)), jnp.float32),
+        queries=jnp.asarray(queries, jnp.float32),
+        keys=jnp.asarray(keys, jnp.float32),
+        values=jnp.asarray(rng.normal(size=keys.shape), jnp.float32),
+        positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (batch, columns)),
+        valid=jnp.asarray(valid),
+        sees=jnp.asarray(sees),
+    )
+
+
+def view_of_weights(weights: Sequence[Sequence[Sequence[float]]]) -> View:
+    """One sample whose attention weights are `weights` [rows, heads, columns], given per row and
+    head up to a factor; one KV head. Keys are unit vectors and queries the weights' logarithms.
+    """
+    array = np.asarray(weights, np.float64)[None]
+    columns = array.shape[-1]
+    keys = np.eye(columns)[None, :, None]
+    return View(
+        layer=0,
+        tokens=jnp.zeros((1, columns, 2)),
+        queries=jnp.asarray(np.log(array), jnp.float32),
+        keys=jnp.asarray(keys, jnp.float32),
+        values=jnp.asarray(keys, jnp.float32),
+        positions=jnp.arange(columns, dtype=jnp.int32)[None],
+        valid=jnp.ones((1, columns), bool),
+        sees=jnp.ones((1, array.shape[1], columns), bool),
+    )
+
+
+run = jax.jit(lambda pruner, view: pruner(view, pruner.start(view)))
+"""A method on a view, compiled."""
+
+
+def kept(keep: Keep, sample: int) -> list[int]:
+    """A sample's kept entries, as Python numbers."""
+    indices, valid = np.asarray(keep.indices), np.asarray(keep.valid)
+    return indices[sample][valid[sample]].tolist()
