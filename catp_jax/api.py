@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoProcessor
 
 import convert
-from catp_jax.contract import Keep, check_sites
+from catp_jax.contract import Keep, Site, check_sites
 from catp_jax.generation import generate as programs
 from catp_jax.generation.images import ImageLike, read_image
 from catp_jax.generation.inputs import (
@@ -29,6 +29,7 @@ from catp_jax.generation.inputs import (
 )
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.pruning import budget
 
@@ -61,11 +62,21 @@ class Answers:
 class Model:
     """A checkpoint with its processor, ready to answer."""
 
-    network: Mllama
+    network: Frozen
     config: MllamaConfig
     processor: Any
     end_tokens: tuple[int, ...]
     pad_token: int
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Where this model can be pruned."""
+        return Mllama.sites
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The number type of the text decoder, and so of its caches."""
+        return self.network.thaw().language_model.embed_tokens.embedding.dtype
 
     def prepare(
         self,
@@ -219,7 +230,7 @@ class Model:
                 f"the longest prompt has {packed.longest} tokens and {max_new_tokens} new ones are "
                 f"asked for, but the model has {room} positions; shorten either"
             )
-        check_sites(pruners, type(self.network).sites, "this model")
+        check_sites(pruners, self.sites, "this model")
         vision = self.config.vision
         images = max((max((i for i, _ in own), default=-1) + 1 for own in packed.tiles), default=0)
         for pruner in pruners:
@@ -278,7 +289,7 @@ def load(folder: str | Path, dtype: str | None = None) -> Model:
     if pad is None:
         pad = processor.tokenizer.pad_token_id
     return Model(
-        network=network,
+        network=freeze(network),
         config=config,
         processor=processor,
         end_tokens=ends,

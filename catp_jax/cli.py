@@ -102,7 +102,7 @@ def generate(
         )
         answers = loaded.generate_packed(
             packed,
-            _pruners(methods, packed, type(loaded.network).sites),
+            _pruners(methods, packed, loaded.sites),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

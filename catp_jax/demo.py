@@ -80,7 +80,7 @@ def draw_examples(model: api.Model, examples: list[tasks.Example], path: Path) -
         )
     ]
     for keep in PICTURED:
-        pruner = make("trimmed_llama", keep, type(model.network).sites)
+        pruner = make("trimmed_llama", keep, model.sites)
         out = model.generate(images, prompts, [pruner], max_new_tokens=4)
         for row, image, text, kept in zip(rows, seen, out.text, out.kept or [], strict=True):
             row.append(Panel(image=image, kept=kept, caption=f"{text}\nkept {keep}"))

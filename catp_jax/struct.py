@@ -35,9 +35,14 @@ def pytree(cls: type[T]) -> type[T]:
     data = [field.name for field in fields if not field.metadata.get("static")]
     meta = [field.name for field in fields if field.metadata.get("static")]
 
-    def flatten(tree: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-        children = [(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in data]
-        return children, tuple(getattr(tree, name) for name in meta)
+    keys = [jax.tree_util.GetAttrKey(name) for name in data]
+
+    def flatten(tree: T) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(tree, name) for name in data], tuple(getattr(tree, name) for name in meta)
+
+    def flatten_with_keys(tree: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        children, compiled = flatten(tree)
+        return list(zip(keys, children, strict=True)), compiled
 
     def unflatten(compiled: tuple[Any, ...], children: Iterable[Any]) -> T:
         # not through __init__: JAX fills trees with placeholders that no check would pass
@@ -46,5 +51,5 @@ def pytree(cls: type[T]) -> type[T]:
             object.__setattr__(tree, name, value)
         return tree
 
-    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.contract import Site
+from catp_jax.models.mllama import MllamaConfig
 from catp_jax.pruning import make
 from catp_jax.study.cost import cross_bytes_per_token
 from catp_jax.study.tasks import Example, score
@@ -20,7 +21,9 @@ class Answerer(Protocol):
     """What a study needs of a loaded model (`catp_jax.api.Model`)."""
 
     @property
-    def network(self) -> Mllama: ...
+    def dtype(self) -> Any: ...
+    @property
+    def sites(self) -> frozenset[Site]: ...
     @property
     def config(self) -> MllamaConfig: ...
     def prepare(self, images: Any, prompts: Any) -> Any: ...
@@ -80,17 +83,14 @@ def sweep(
         filled = (some * batch)[:batch] if start else some  # a lone batch keeps its size
         packed = model.prepare([e.image for e in filled], [e.question for e in filled])
         batches.append((some, packed))
-    config = model.config
-    per_token = cross_bytes_per_token(
-        config, model.network.language_model.embed_tokens.embedding.dtype
-    )
+    per_token = cross_bytes_per_token(model.config, model.dtype)
 
     reference: tuple[tuple[str, ...], np.ndarray] | None = None
     for setting in (Setting(UNPRUNED, None), *settings):
         report(setting)
         pruners = ()
         if setting.method != UNPRUNED:
-            pruners = (make(setting.method, setting.keep, type(model.network).sites),)
+            pruners = (make(setting.method, setting.keep, model.sites),)
         model.generate_packed(batches[0][1], pruners, max_new_tokens=max_new_tokens)  # compiles
         texts, logits, kept, times, slots = [], [], [], [], 0
         for some, packed in batches:
