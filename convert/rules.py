@@ -8,6 +8,7 @@ it wants. Whatever does not fit is collected, and one error lists it all.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -171,8 +172,13 @@ def sources(parameters: Iterable[str], rules: Sequence[Rule]) -> list[Match]:
 
 def _numbers(pattern: str, name: str) -> tuple[str, ...] | None:
     """What stands for each `*` of a pattern; None if the name does not fit."""
-    fit = re.fullmatch(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+    fit = _compile(pattern).fullmatch(name)
     return None if fit is None else fit.groups()
+
+
+@functools.cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
 
 
 def _fill(pattern: str, numbers: tuple[str, ...]) -> str:

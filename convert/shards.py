@@ -108,7 +108,7 @@ def read_header(path: Path) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
-        if first + file.read(16) == b"version https://git-lfs ":
+        if first + file.read(16) == b"version https://git-lfs.":
             raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
         if len(first) < 8:
             raise ValueError(f"{path} is truncated: {size} bytes, too short for a safetensors file")

@@ -1,0 +1,96 @@
+"""convert.rules: exactly one tensor for each parameter, or an error that lists all that is not."""
+
+import numpy as np
+import pytest
+
+from convert.rules import IDENTITY, TRANSPOSE, Ignore, Rule, expand, match, patches, sources
+
+RULES = [
+    Rule("a.*.{q,k}.weight", "b.*.{q,k}.kernel", TRANSPOSE),
+    Rule("a.*.norm", "b.*.scale"),
+]
+IGNORES = [Ignore("a.*.inv_freq", "computed")]
+PARAMETERS = {"b.0.q.kernel": (4, 6), "b.0.k.kernel": (4, 2), "b.0.scale": (4,)}
+TENSORS = {"a.0.q.weight": (6, 4), "a.0.k.weight": (2, 4), "a.0.norm": (4,)}
+
+
+def run(tensors, rules=RULES, ignores=IGNORES, hints=None):
+    return match(tensors, PARAMETERS, rules, ignores, "folder", hints)
+
+
+def test_braces_stand_for_one_rule_a_word():
+    rules = expand([Rule("{x,y}.{q,k}", "{x,y}_.{q,k}")])
+    assert [(rule.source, rule.target) for rule in rules] == [
+        ("x.q", "x_.q"),
+        ("x.k", "x_.k"),
+        ("y.q", "y_.q"),
+        ("y.k", "y_.k"),
+    ]
+
+
+def test_each_parameter_gets_its_tensor():
+    matches, ignored = run(TENSORS | {"a.0.inv_freq": (2,)})
+    assert {one.target: (one.source, one.transform.name) for one in matches} == {
+        "b.0.q.kernel": ("a.0.q.weight", "transposed"),
+        "b.0.k.kernel": ("a.0.k.weight", "transposed"),
+        "b.0.scale": ("a.0.norm", "as it is"),
+    }
+    assert ignored == {"a.0.inv_freq": "computed"}
+
+
+def test_names_lead_back():
+    assert {one.source for one in sources(PARAMETERS, RULES)} == set(TENSORS)
+
+
+def test_a_star_is_a_number():
+    with pytest.raises(ValueError, match=r"1 unknown .*: a\.x\.norm"):
+        run(TENSORS | {"a.x.norm": (4,)})
+
+
+def test_everything_wrong_is_said_at_once():
+    tensors = {"a.0.q.weight": (4, 6), "a.0.norm": (4,), "a.1.norm": (4,), "extra": ()}
+    with pytest.raises(ValueError, match="folder: the tensors do not fit") as error:
+        run(tensors, hints={"a.0.k.weight": "no k, no keys"})
+    said = str(error.value)
+    assert "1 missing: a.0.k.weight" in said
+    assert "2 unknown (no rule, or no such place with this config.json): a.1.norm, extra" in said
+    assert "a.0.q.weight (has (4, 6), wanted (6, 4))" in said
+    assert said.endswith("no k, no keys")
+
+
+@pytest.mark.parametrize(
+    ("rules", "ignores", "said"),
+    [
+        ([*RULES, Rule("a.*.norm", "b.*.other")], [], "a.0.norm (to b.0.scale; to b.0.other)"),
+        (RULES, [Ignore("a.*.norm", "why")], "a.0.norm (to b.0.scale; ignored: why)"),
+        ([*RULES, Rule("c", "b.0.scale")], [], "b.0.scale (from a.0.norm and c)"),
+    ],
+)
+def test_nothing_is_matched_twice(rules, ignores, said: str):
+    with pytest.raises(ValueError, match="matched twice") as error:
+        run(TENSORS | ({"c": (4,)} if "c)" in said else {}), rules, ignores)
+    assert said in str(error.value)
+
+
+def test_long_lists_are_cut():
+    with pytest.raises(ValueError, match="30 unknown") as error:
+        run(TENSORS | {f"extra{n}": () for n in range(30)})
+    assert "… and 10 more" in str(error.value)
+
+
+@pytest.mark.parametrize("transform", [IDENTITY, TRANSPOSE, patches(3)])
+def test_transforms_lead_back(transform):
+    source = np.arange(5 * 3 * 2 * 2).reshape(5, 3, 2, 2)
+    if transform is TRANSPOSE:
+        source = source.reshape(5, 12)
+    target = transform.forward(source)
+    np.testing.assert_array_equal(transform.inverse(target), source)
+    assert transform.source_shape(target.shape) == source.shape
+
+
+def test_patches_are_the_matrix_of_a_convolution():
+    """Channel first, then row, then column, as the pixels of a patch are flattened."""
+    kernel = np.random.default_rng(0).normal(size=(5, 3, 2, 2))
+    patch = np.random.default_rng(1).normal(size=(3, 2, 2))
+    by_hand = np.einsum("ochw,chw->o", kernel, patch)
+    np.testing.assert_allclose(patch.reshape(-1) @ patches(3).forward(kernel), by_hand)
