@@ -23,6 +23,7 @@ from catp_jax.generation.inputs import (
     KeptTokens,
     Packed,
     ProcessedImage,
+    check_marks,
     locate,
     pack,
     round_up,
@@ -37,6 +38,14 @@ IMAGE_MARK = "<|image|>"
 
 Prompt = str | Sequence[dict[str, Any]]
 """Plain text, or chat messages for the checkpoint's own chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One prompt, read: its tokens, and its images as the model sees them."""
+
+    tokens: list[int]
+    images: list[ProcessedImage]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +110,40 @@ class Model:
                 f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
                 f"prompts; use None for a prompt without an image"
             )
-        distinct: dict[str | int, ProcessedImage] = {}
-        processed = [[self._process(image, distinct) for image in _as_list(own)] for own in images]
-        tokens = [
-            self._tokenize(prompt, len(own)) for prompt, own in zip(prompts, processed, strict=True)
-        ]
-        return pack(tokens, processed, self.config, mask_mode)
+        done: dict[str | int, ProcessedImage] = {}
+        questions = []
+        for number, (own, prompt) in enumerate(zip(images, prompts, strict=True)):
+            try:
+                questions.append(self.read(own, prompt, done=done))
+            except ValueError as error:
+                where = f"prompt {number}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
+        return self.pack(questions, mask_mode=mask_mode)
+
+    def read(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 0,
+        done: dict[str | int, ProcessedImage] | None = None,
+    ) -> Question:
+        """One prompt as tokens, and its images as the model sees them.
+
+        `done` remembers images by path or identity: one that comes again is processed and encoded
+        once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
+        """
+        done = {} if done is None else done
+        processed = [self._process(image, done) for image in _as_list(images)]
+        tokens = self._tokenize(prompt, len(processed))
+        check_marks(tokens, len(processed), self.config.image_token_index)
+        self._check_length(len(tokens), max_new_tokens)
+        return Question(tokens=tokens, images=processed)
+
+    def pack(self, questions: Sequence[Question], *, mask_mode: MaskMode = "meta") -> Packed:
+        """A batch of questions as arrays."""
+        tokens = [question.tokens for question in questions]
+        return pack(tokens, [question.images for question in questions], self.config, mask_mode)
 
     def generate(
         self,
@@ -224,18 +261,21 @@ class Model:
     def _check(self, packed: Packed, pruners: tuple[Any, ...], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}")
-        room = self.config.text.max_position_embeddings
-        if packed.longest + max_new_tokens > room:
-            raise ValueError(
-                f"the longest prompt has {packed.longest} tokens and {max_new_tokens} new ones are "
-                f"asked for, but the model has {room} positions; shorten either"
-            )
+        self._check_length(packed.longest, max_new_tokens)
         check_sites(pruners, self.sites, "this model")
         vision = self.config.vision
         images = max((max((i for i, _ in own), default=-1) + 1 for own in packed.tiles), default=0)
         for pruner in pruners:
             if pruner.keep is not None and images:
                 budget.count(pruner.keep, images * vision.max_num_tiles * vision.tokens_per_tile)
+
+    def _check_length(self, longest: int, new: int) -> None:
+        room = self.config.text.max_position_embeddings
+        if longest + new > room:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {new} new ones do not fit the model's {room} "
+                f"positions; shorten either"
+            )
 
     def process_image(self, source: ImageLike) -> ProcessedImage:
         """The image as the model sees it: resized, cut into tiles, normalised."""

@@ -6,7 +6,6 @@ Bad input ends with one message on stderr and exit code 1 (2 for a call that is 
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +49,9 @@ def generate(
             "A line that cannot be used is reported, the others are answered.",
         ),
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Lines of a --batch file that are answered at a time.")
+    ] = 8,
     prune: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,21 +87,41 @@ def generate(
 ) -> None:
     """Answer questions about images."""
     methods = _methods(prune or [], keep or [])
-    requests = _read_batch(batch) if batch else _requests(prompt or [], image or [])
-    from catp_jax import api  # here, so that --help does not wait for JAX
+    if batch:
+        requests, problems = _read_batch(batch)
+    else:
+        requests, problems = _requests(prompt or [], image or []), []
+        batch_size = len(requests)
+    if batch_size < 1:
+        raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
+    from catp_jax import api  # here, so that --help does not wait for it
 
     loaded = api.load(model, dtype)
-    if chat:
-        requests = [_as_chat(request) for request in requests]
-    usable, problems = _usable(loaded, requests, mask_mode) if batch else (requests, [])
-    answers = []
-    started = time.perf_counter()
-    if usable:
-        packed = loaded.prepare(
-            [request.images for request in usable],
-            [request.prompt for request in usable],
-            mask_mode=mask_mode,
-        )
+    for problem in problems:
+        print(f"catp-jax: {problem}", file=sys.stderr)
+    for start in range(0, len(requests), batch_size):
+        some, questions, images = [], [], {}
+        for request in requests[start : start + batch_size]:
+            try:
+                question = loaded.read(
+                    request.images,
+                    request.chat if chat else request.prompt,
+                    max_new_tokens=max_new_tokens,
+                    done=images,
+                )
+            except ValueError as error:
+                if request.line is None:
+                    raise
+                problems.append(f"line {request.line} of {batch}: {error}")
+                print(f"catp-jax: {problems[-1]}", file=sys.stderr)
+                continue
+            some.append(request)
+            questions.append(question)
+        if not questions:
+            continue
+        # short batches are filled up, so that all have one shape
+        questions += [questions[0]] * (batch_size - len(questions))
+        packed = loaded.pack(questions, mask_mode=mask_mode)
         answers = loaded.generate_packed(
             packed,
             _pruners(methods, packed, loaded.sites),
@@ -107,17 +129,12 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seed=seed,
+            seed=seed + start,
             mask_mode=mask_mode,
         )
-        seconds = time.perf_counter() - started
-        for index, request in enumerate(usable):
-            if json_output:
-                print(json.dumps(_as_json(request, answers, index, seconds)))
-            else:
-                print(answers.text[index])
-    for problem in problems:
-        print(f"catp-jax: {problem}", file=sys.stderr)
+        for index, request in enumerate(some):
+            as_json = _as_json(request, answers, index) if json_output else None
+            print(json.dumps(as_json) if as_json else answers.text[index], flush=True)
     if problems:
         raise typer.Exit(1)
 
@@ -155,9 +172,15 @@ def demo(
 class Request:
     """One prompt and its images; `line` says where in a batch file it stands."""
 
-    prompt: Any
+    prompt: str
     images: list[Path]
     line: int | None = None
+
+    @property
+    def chat(self) -> list[dict[str, Any]]:
+        """The prompt as a user's message, images first."""
+        content = [{"type": "image"} for _ in self.images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": self.prompt}]}]
 
 
 def _requests(prompts: list[str], images: list[Path]) -> list[Request]:
@@ -174,11 +197,11 @@ def _requests(prompts: list[str], images: list[Path]) -> list[Request]:
     return [Request(prompt, some) for prompt, some in zip(prompts, own, strict=True)]
 
 
-def _read_batch(path: Path) -> list[Request | str]:
-    """The file's requests; for a line that is none, what is wrong with it."""
+def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
+    """The file's requests, and what is wrong with the lines that are none."""
     if not path.is_file():
         raise ValueError(f"batch file {str(path)!r} is not a file")
-    requests: list[Request | str] = []
+    requests, problems = [], []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -187,40 +210,14 @@ def _read_batch(path: Path) -> list[Request | str]:
             prompt, images = row["prompt"], row.get("images", [])
             if not isinstance(prompt, str) or not isinstance(images, list):
                 raise TypeError
-            own = [path.parent / image for image in images]
+            requests.append(Request(prompt, [path.parent / image for image in images], number))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            requests.append(
+            problems.append(
                 f'line {number} of {path} is not {{"prompt": text, "images": [paths]}}: {line[:80]}'
             )
-            continue
-        requests.append(Request(prompt, own, number))
-    if not requests:
+    if not requests and not problems:
         raise ValueError(f"batch file {str(path)!r} has no lines")
-    return requests
-
-
-def _usable(model: Any, requests: list[Any], mask_mode: Any) -> tuple[list[Request], list[str]]:
-    """The requests that can be prepared, and why the others cannot."""
-    usable, problems = [], []
-    for request in requests:
-        if isinstance(request, str):
-            problems.append(request)
-            continue
-        try:
-            model.prepare([request.images], [request.prompt], mask_mode=mask_mode)
-        except ValueError as error:
-            problems.append(f"line {request.line}: {error}")
-        else:
-            usable.append(request)
-    return usable, problems
-
-
-def _as_chat(request: Any) -> Any:
-    if isinstance(request, str):
-        return request
-    content = [*({"type": "image"} for _ in request.images)]
-    message = {"role": "user", "content": [*content, {"type": "text", "text": request.prompt}]}
-    return dataclasses.replace(request, prompt=[message])
+    return requests, problems
 
 
 def _methods(prune: list[str], keep: list[str]) -> list[tuple[str, str]]:
@@ -246,7 +243,7 @@ def _pruners(methods: list[tuple[str, str]], packed: Any, sites: frozenset[Site]
     ]
 
 
-def _as_json(request: Request, answers: Any, index: int, seconds: float) -> dict[str, Any]:
+def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
     kept = None
     if answers.kept is not None:
         own = answers.kept[index]
@@ -257,6 +254,7 @@ def _as_json(request: Request, answers: Any, index: int, seconds: float) -> dict
             )
         ]
     return {
+        **({} if request.line is None else {"line": request.line}),
         "prompt": request.prompt,
         "images": [str(image) for image in request.images],
         "text": answers.text[index],
@@ -268,7 +266,6 @@ def _as_json(request: Request, answers: Any, index: int, seconds: float) -> dict
             for report in answers.reports
             if dataclasses.is_dataclass(report)
         ],
-        "batch_seconds": round(seconds, 4),
     }
 
 

@@ -76,6 +76,17 @@ def image_spans(tokens: Sequence[int], image_token: int) -> list[tuple[int, int]
     return list(zip(starts, ends, strict=True))
 
 
+def check_marks(tokens: Sequence[int], images: int, image_token: int) -> None:
+    """Raises ValueError if a prompt is empty or has not one mark for each image."""
+    if not tokens:
+        raise ValueError("the prompt is empty")
+    marks = sum(token == image_token for token in tokens)
+    if marks != images:
+        raise ValueError(
+            f"the prompt has {marks} <|image|> marks and {images} images; give one mark for each"
+        )
+
+
 def pack(
     prompts: Sequence[Sequence[int]],
     images: Sequence[Sequence[ProcessedImage]],
@@ -94,14 +105,10 @@ def pack(
     mark, most_tiles = config.image_token_index, config.vision.max_num_tiles
     per_tile = config.vision.tokens_per_tile
     for number, (tokens, own) in enumerate(zip(prompts, images, strict=True)):
-        marks = sum(token == mark for token in tokens)
-        if not tokens:
-            raise ValueError(f"prompt {number} is empty")
-        if marks != len(own):
-            raise ValueError(
-                f"prompt {number} has {marks} <|image|> marks and {len(own)} images; "
-                f"give one mark for each image"
-            )
+        try:
+            check_marks(tokens, len(own), mark)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
     batch, longest = len(prompts), max(len(tokens) for tokens in prompts)
     length = round_up(longest, TEXT_LENGTHS)
     text = np.zeros((batch, length), np.int32)

@@ -399,10 +399,11 @@ class CrossDecoder(nnx.Module):
             masked = cross_mask(cache.seen[:, None], cache.visual.valid, mode)
         layers: list[LayerCache | None] = []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            if isinstance(layer, SelfLayer) and past is not None:
+            if isinstance(layer, CrossLayer):
+                if past is not None and masked is not None:
+                    x = layer(x, past, masked)
+            elif past is not None:
                 x, past = layer(x, rope, mask, Past(cache=past, slot=slot))
-            elif past is not None and masked is not None:
-                x = layer(x, past, masked)
             layers.append(past)
         return self.norm(x)[:, 0], Cache(
             layers=tuple(layers),

@@ -1,6 +1,6 @@
 """A model as a tuple of arrays, for programs that are called once per token.
 
-`jax.jit` takes an NNX module as it is, but walks its tree in Python at every call: over 10 ms for
+`jax.jit` takes an NNX module as it is, but walks its tree in Python at every call: many ms for
 the 906 arrays of Llama 3.2 11B, more than a decode step takes on a GPU. A `Frozen` model hands over
 the same arrays in under 1 ms (`benchmarks/call_overhead.py`).
 """
@@ -18,7 +18,7 @@ from catp_jax.struct import pytree, static
 class Structure:
     """A tree's structure; quick to compare with itself, which is what each call does."""
 
-    def __init__(self, treedef: jax.tree_util.PyTreeDef):
+    def __init__(self, treedef: Any):
         self.treedef = treedef
         self.number = hash(treedef)
 
