@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from catp_jax.study.tasks import Example, score
 UNPRUNED = "unpruned"
 
 
+@runtime_checkable
 class Answerer(Protocol):
     """What a study needs of a loaded model (`catp_jax.api.Model`)."""
 

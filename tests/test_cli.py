@@ -1,0 +1,174 @@
+"""The command line as a user meets it: in a process of its own, good input and bad."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+CIRCLE = ROOT / "catp_jax" / "assets" / "blue-circle.png"
+ASK = ["--prompt", "what color is the shape?"]
+
+
+def catp_jax(*words, cwd=None):
+    command = [sys.executable, "-m", "catp_jax", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def refused(done, *said):
+    """One plain message, a non-zero exit, nothing on stdout."""
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    message = " ".join(done.stderr.replace("│", " ").split())  # typer frames its own
+    for words in said:
+        assert words in message
+
+
+def test_generate_answers():
+    done = catp_jax("generate", MINI, "--image", CIRCLE, *ASK)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "blue\n"
+    assert not done.stderr
+
+
+def test_generate_pruned_tells_as_json_what_was_kept():
+    done = catp_jax(
+        *("generate", MINI, "--image", CIRCLE, *ASK, "--json"),
+        *("--prune", "trimmed_llama", "--keep", "50%"),
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["visual_tokens"] == 260
+    assert len(answer["kept"]) == 130
+    assert {place["tile"] for place in answer["kept"]} <= {0, 1, 2, 3}
+    assert len({tuple(place.values()) for place in answer["kept"]}) == 130
+    (report,) = answer["reports"]
+    assert 0 < report["mass"] <= 1
+
+
+def test_a_budget_found_by_the_data_and_sampling_with_a_seed():
+    words = [
+        *("generate", MINI, "--image", CIRCLE, *ASK, "--json", "--max-new-tokens", 5),
+        *("--prune", "trimmed_llama:k_ratio=0.05", "--keep", "auto"),
+        *("--temperature", 1.5, "--top-k", 20, "--top-p", 0.9, "--seed", 3),
+    ]
+    first, second = catp_jax(*words), catp_jax(*words)
+    assert first.returncode == 0, first.stderr
+    answer = json.loads(first.stdout)
+    assert answer["reports"][0]["union"] == len(answer["kept"]) >= 13
+    assert answer["reports"][0]["overflow"] == 0
+    assert first.stdout == second.stdout
+
+
+def test_a_file_of_requests_goes_on_past_bad_lines(tmp_path):
+    rows = [
+        {"prompt": "what color is the shape?", "images": [str(CIRCLE)]},
+        {"prompt": "what shape is present?", "images": ["missing.png"]},
+        "not json",
+        {"images": []},
+        {"prompt": "<|image|><|image|>is there a circle?", "images": [str(CIRCLE)]},
+        {"prompt": "is there a circle?", "images": [str(CIRCLE), str(CIRCLE)]},
+        {"prompt": "hello"},
+    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    done = catp_jax(
+        "generate", MINI, "--batch", "rows.jsonl", "--batch-size", 2, "--json", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["line"] for answer in answers] == [1, 6, 7]
+    assert answers[0]["text"] == "blue"
+    assert [answer["visual_tokens"] for answer in answers] == [260, 520, 0]
+    assert len(done.stderr.splitlines()) == 4
+    for line, words in {2: "missing.png", 3: "not json", 4: '"prompt": text', 5: "2"}.items():
+        assert any(f"line {line}" in s and words in s for s in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    {
+        "0": "at least 1",
+        "-3": "at least 1",
+        "261": "only 260 visual tokens",
+        "0%": "above 0%",
+        "101%": "at most 100%",
+        "abc": "'abc'",
+    }.items(),
+)
+def test_a_budget_that_is_none_is_refused(keep, said):
+    done = catp_jax(
+        "generate", MINI, "--image", CIRCLE, *ASK, "--prune", "trimmed_llama", f"--keep={keep}"
+    )
+    refused(done, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prune", "nonesuch", "--keep", "4"], ["nonesuch", "trimmed_llama, fastv"]),
+        (["--prune", "fastv:k_ratio=0.5", "--keep", "4"], ["k_ratio=0.5", "no options"]),
+        (["--prune", "trimmed_llama:k_ratio=x", "--keep", "4"], ["k_ratio", "'x'"]),
+        (["--prune", "trimmed_llama"], ["each --prune wants its --keep"]),
+        (["--prune", "random", "--keep", "auto"], ["random wants a number"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens"]),
+        (["--max-new-tokens", "100000"], ["positions"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--dtype", "int7"], ["int7"]),
+        (["--chat"], ["no chat template"]),
+        (["--image", "nowhere.png"], ["nowhere.png", "is not a file"]),
+    ],
+)
+def test_bad_words_are_refused(words, said):
+    refused(catp_jax("generate", MINI, "--image", CIRCLE, *ASK, *words), *said)
+
+
+def test_a_damaged_image_is_refused_by_name(tmp_path):
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(CIRCLE.read_bytes()[:300])
+    refused(catp_jax("generate", MINI, "--image", cut, *ASK), "cut.png", "damaged")
+
+
+def test_marks_and_images_that_differ_in_number_are_refused():
+    done = catp_jax("generate", MINI, "--image", CIRCLE, "--prompt", "<|image|>a <|image|>b")
+    refused(done, "2 <|image|> marks and 1 images")
+
+
+def test_no_prompt_no_model_and_wrong_folders_are_refused(tmp_path):
+    refused(catp_jax("generate", MINI), "--prompt")
+    refused(catp_jax("generate", tmp_path / "none", *ASK), "is not a folder")
+    refused(catp_jax("generate", tmp_path, *ASK), "config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refused(catp_jax("generate", tmp_path, *ASK), "llama", "mllama")
+
+
+def test_convert_there_and_back_is_byte_equal_and_refuses_to_overwrite(tmp_path):
+    there = catp_jax("convert", MINI, tmp_path / "orbax")
+    assert there.returncode == 0, there.stderr
+    assert "vision_model.patch_embedding.kernel" in there.stdout
+    back = catp_jax("convert", tmp_path / "orbax", tmp_path / "hf", "--to-hf")
+    assert back.returncode == 0, back.stderr
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (MINI / name).read_bytes()
+    answer = catp_jax("generate", tmp_path / "orbax", "--image", CIRCLE, *ASK)
+    assert answer.stdout == "blue\n"
+    refused(catp_jax("convert", MINI, tmp_path / "orbax"), "exists already")
+
+
+def test_images_of_odd_kinds_are_answered_about(tmp_path):
+    circle = Image.open(CIRCLE).convert("RGB")
+    circle.convert("RGBA").save(tmp_path / "rgba.png")
+    circle.convert("P").save(tmp_path / "palette.png")
+    circle.resize((1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (3000, 4), "red").save(tmp_path / "long.png")
+    words = [w for p in sorted(tmp_path.glob("*.png")) for w in ("--image", p, *ASK)]
+    done = catp_jax("generate", MINI, *words)
+    assert done.returncode == 0, done.stderr
+    answers = dict(zip(["dot", "long", "palette", "rgba"], done.stdout.splitlines(), strict=True))
+    assert answers["palette"] == answers["rgba"] == "blue"
