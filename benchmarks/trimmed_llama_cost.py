@@ -2,8 +2,10 @@
 
 Regime: one image of 4 tiles (6,404 visual tokens), one short prompt, bf16, no padding. Everything
 here is exact and needs no weights: FLOPs are XLA's count of the lowered prefill on abstract arrays,
-cache bytes are the shapes of the cache that prefill returns. A decode step is bound by the bytes it
-reads: all weights but the vision tower's, and the cache; the floor is those bytes over bandwidth.
+cache bytes are the shapes of the cache that prefill returns. (XLA counts the body of a loop once,
+so attention is lowered in one piece instead of in blocks: the same arithmetic.) A decode step is
+bound by the bytes it reads, which are all weights but the vision tower's, and the cache; the floor
+of its time is those bytes over the memory's bandwidth.
 
     python benchmarks/trimmed_llama_cost.py [--size 11b|90b] [--prompt 64] [--new 128]
 
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from catp_jax.generation.generate import prefill
+from catp_jax.models import layers
 from catp_jax.models.mllama import Images, Inputs, Mllama, MllamaConfig
 from catp_jax.pruning import TrimmedLlama
 from catp_jax.pruning.budget import count
@@ -67,6 +70,7 @@ def main(
     new: Annotated[int, typer.Option(help="Room for new tokens.")] = 128,
 ) -> None:
     """Print what Trimmed Llama saves at several budgets."""
+    layers.LOGITS_AT_ONCE = 2**62
     config = {Size.B11: MllamaConfig.llama_3_2_11b, Size.B90: MllamaConfig.llama_3_2_90b}[size]()
     model = nnx.eval_shape(lambda: Mllama(config, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda leaf: abstract(leaf.shape, jnp.bfloat16), model)
@@ -83,9 +87,9 @@ def main(
         keep = count(share, tokens)
         pruners = () if keep == tokens else (TrimmedLlama(keep=keep),)
         lowered = prefill.lower(model, pruners, inputs, mode="meta", new_slots=new)
-        layers = lowered.out_info.cache.layers
-        cross_bytes = sum(nbytes(layer) for i, layer in enumerate(layers) if i in cross)
-        self_bytes = sum(nbytes(layer) for i, layer in enumerate(layers) if i not in cross)
+        caches = lowered.out_info.cache.layers
+        cross_bytes = sum(nbytes(layer) for i, layer in enumerate(caches) if i in cross)
+        self_bytes = sum(nbytes(layer) for i, layer in enumerate(caches) if i not in cross)
         rows.append(
             {
                 "keep": keep,

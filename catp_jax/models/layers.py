@@ -107,19 +107,37 @@ def merge_heads(x: Float[Array, "b s heads d"]) -> Float[Array, "b s width"]:
     return x.reshape(*x.shape[:-2], -1)
 
 
+LOGITS_AT_ONCE = 2**27
+"""Attention logits that exist at one time (512 MiB in float32); more rows go block by block."""
+
+
 def attend(
     queries: Float[Array, "b s h d"],
     keys: Float[Array, "b n kv d"],
     values: Float[Array, "b n kv d"],
-    mask: Bool[Array, "b s n"] | None,
+    mask: Bool[Array, "b s n"],
 ) -> Float[Array, "b s h d"]:
     """Scaled dot-product attention, softmax in float32; `kv` divides `h` (grouped queries).
 
     A row whose mask is all False returns the mean of the values: its caller drops it.
     """
-    heads_mask = None if mask is None else mask[:, None]
-    with jax.numpy_dtype_promotion("standard"):  # it widens bfloat16 by itself
-        return jax.nn.dot_product_attention(queries, keys, values, mask=heads_mask)
+    batch, rows, heads, _ = queries.shape
+
+    def attend_some(queries: Float[Array, "b s h d"], mask: Bool[Array, "b s n"]) -> Array:
+        with jax.numpy_dtype_promotion("standard"):  # it widens bfloat16 by itself
+            return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
+
+    block = max(LOGITS_AT_ONCE // (batch * heads * keys.shape[1]), 1)
+    if rows <= block:
+        return attend_some(queries, mask)
+
+    def blocks(x: Array) -> Array:
+        padding = ((0, 0), (0, -rows % block)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, padding).reshape(batch, -1, block, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    out = jax.lax.map(lambda some: attend_some(*some), (blocks(queries), blocks(mask)))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *queries.shape[2:])[:, :rows]
 
 
 @dataclasses.dataclass(frozen=True)
