@@ -15,6 +15,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +132,7 @@ def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     options = ocp.Context()
     options.pytree.loading.partial_load = True
     try:
-        with options:
+        with options, _quiet():
             return ocp.load(str(path), dict(wanted))
     except (MemoryError, RuntimeError):  # the machine's, not the file's
         raise
@@ -208,22 +210,58 @@ def _new_folder(path: str | Path) -> Path:
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Removes what was written towards `path` on failure, and names the disk's errors as such."""
-    log = logging.getLogger("absl")
+    with _quiet():
+        try:
+            yield
+        except BaseException as error:
+            _remove_parts(path)
+            if code := re.search(r"os_error_code='(\d+)'", str(error)):
+                number = int(code[1])
+                raise OSError(number, os.strerror(number), str(path)) from error
+            raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the user what Orbax says besides raising an error.
+
+    It logs the error's traceback, too. And it gives up at the first array that fails: others still
+    end, and complain to an event loop that is closed by then.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
     level = log.level
-    log.setLevel(logging.CRITICAL)  # Orbax logs the traceback of every error that it also raises
+
+    def pass_on(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            hook(event)
+
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = pass_on
     try:
         yield
-    except BaseException as error:
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
-        for left in path.parent.glob(f"{glob.escape(path.name)}.partial_save*"):
-            shutil.rmtree(left, ignore_errors=True)
-        if code := re.search(r"os_error_code='(\d+)'", str(error)):
-            number = int(code[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
+    except BaseException:
+        time.sleep(0.1)  # for the others to end
         raise
     finally:
+        sys.unraisablehook = hook
         log.setLevel(level)
+
+
+def _remove_parts(path: Path) -> None:
+    """Removes the unfinished folders beside `path`, until no write under way brings them back."""
+    quiet = 0
+    for _ in range(100):
+        left = [
+            folder
+            for folder in path.parent.glob(f"{glob.escape(path.name)}.*")
+            if ".orbax-checkpoint-tmp" in folder.name or ".partial_save" in folder.name
+        ]
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        quiet = 0 if left else quiet + 1
+        if quiet == 5:
+            return
+        time.sleep(0.02)
 
 
 def _first_line(error: Exception) -> str:

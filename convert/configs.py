@@ -110,7 +110,10 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> MllamaConfi
 
 
 def config_json(config: MllamaConfig, **extra: Any) -> dict[str, Any]:
-    """The config.json of a model of ours; `extra` adds to its text part (`eos_token_id` …)."""
+    """The config.json of a model of ours; `extra` adds to its text part (`eos_token_id` …).
+
+    Tokens that are not given are None, where transformers would put those of Llama 3.
+    """
     text, vision = config.text, config.vision
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": text.rope.theta}
     if (scaling := text.rope.scaling) is not None:
@@ -127,6 +130,8 @@ def config_json(config: MllamaConfig, **extra: Any) -> dict[str, Any]:
             "rope_parameters": rope,
             "cross_attention_layers": list(text.cross_attention_layers),
             "tie_word_embeddings": False,
+            "eos_token_id": None,
+            "pad_token_id": None,
             **extra,
         },
         "vision_config": {

@@ -7,7 +7,9 @@ out/
 """
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,7 +118,7 @@ def to_orbax(
     with new_folder(Path(out)) as folder:
         for match, tensor in by_position(source):
             if part and held + tensor.nbytes > PART:
-                checkpoint.save_part(folder / WEIGHTS, part)
+                _save_part(folder, part)
                 held, part = 0, {}
             stored = tensor.dtype if wanted is None else wanted
             view = match.transform.forward(tensor.map())
@@ -125,7 +127,7 @@ def to_orbax(
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)
-        checkpoint.save_part(folder / WEIGHTS, part)
+        _save_part(folder, part)
         checkpoint.finish(folder / WEIGHTS)
         copy_side_files(source.folder, folder)
         manifest.write(folder)
@@ -227,6 +229,14 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
         ),
         (),
     )
+
+
+def _save_part(folder: Path, part: dict[str, np.ndarray]) -> None:
+    """Saves arrays if the disk has room for them; Orbax would find out halfway."""
+    wanted = sum(array.nbytes for array in part.values())
+    if shutil.disk_usage(folder).free < wanted:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    checkpoint.save_part(folder / WEIGHTS, part)
 
 
 def _parts(specs: Sequence[Spec]) -> Iterator[list[Spec]]:

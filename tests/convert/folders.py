@@ -1,5 +1,7 @@
 """Hugging Face folders to convert: a tiny random model, saved by transformers in every way."""
 
+import atexit
+import copy
 import functools
 import json
 import shutil
@@ -27,11 +29,9 @@ SAVES: dict[str, dict[str, Any]] = {
 @functools.cache
 def _saved(kind: str, dtype: torch.dtype) -> Path:
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     hf, _, _ = tiny("gqa")
-    try:
-        hf.to(dtype).save_pretrained(folder, **SAVES[kind])
-    finally:
-        hf.to(torch.float32)
+    copy.deepcopy(hf).to(dtype).save_pretrained(folder, **SAVES[kind])
     return folder
 
 

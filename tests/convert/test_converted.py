@@ -1,0 +1,303 @@
+"""Converted folders: the same bytes on a round trip, and never a half that looks whole."""
+
+import filecmp
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import MllamaForConditionalGeneration
+
+import convert
+from catp_jax import checkpoint
+from convert import converted, writer
+from convert.report import table
+from tests.convert.folders import (
+    SAVES,
+    SIDE_FILES,
+    edit_config,
+    edit_tensors,
+    hf_folder,
+    tensors_of,
+)
+from tests.convert.test_reader import assert_same, on_mesh
+from tests.parity.tiny import tiny
+
+
+@pytest.mark.parametrize("kind", SAVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_gives_back_every_byte(tmp_path: Path, kind: str, dtype: torch.dtype):
+    folder = hf_folder(tmp_path / "hf", kind, dtype)
+    there = convert.to_orbax(folder, tmp_path / "converted")
+    back = convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == files
+    same, different, failed = filecmp.cmpfiles(folder, tmp_path / "again", files, shallow=False)
+    assert (sorted(same), different, failed) == (files, [], [])
+    assert {(row.source, row.target, row.file) for row in there.rows} == {
+        (row.source, row.target, row.file) for row in back.rows
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "converted", "hf"]
+
+
+def test_converted_folder_stands_by_itself(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    convert.to_orbax(folder, tmp_path / "converted")
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    model, config = convert.load(tmp_path / "converted")
+    assert config == model.config
+    assert_same(model, tiny("gqa")[1])
+    for name, content in SIDE_FILES.items():
+        assert (tmp_path / "converted" / name).read_bytes() == content.encode()
+    assert not (tmp_path / "converted" / "original").exists()
+
+
+def test_transformers_loads_what_comes_back(tmp_path: Path):
+    convert.to_orbax(hf_folder(tmp_path / "hf", "sharded"), tmp_path / "converted")
+    convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    loaded, info = MllamaForConditionalGeneration.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(info.values())
+    for name, tensor in tiny("gqa")[0].state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_number_type_is_converted_once(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    report = convert.to_orbax(folder, tmp_path / "converted", dtype="bfloat16")
+    assert {(row.dtype, row.stored_dtype) for row in report.rows} == {("float32", "bfloat16")}
+    model, _ = convert.load(tmp_path / "converted")
+    assert model.lm_head.kernel.dtype == jnp.bfloat16
+    wide, _ = convert.load(tmp_path / "converted", dtype="float32")
+    assert wide.lm_head.kernel.dtype == jnp.float32
+    convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    original = tensors_of(folder)
+    for name, tensor in tensors_of(tmp_path / "again").items():
+        assert torch.equal(tensor, original[name].bfloat16())
+
+
+def test_weights_go_straight_onto_a_mesh(tmp_path: Path):
+    convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    model, _ = convert.load(tmp_path / "converted", place=on_mesh)
+    kernel = model.language_model.layers[0].mlp.up_proj.kernel[...]
+    assert kernel.addressable_shards[0].data.shape == (6, 20)
+    assert_same(model, tiny("gqa")[1])
+
+
+def test_ignored_tensors_leave_the_index_too(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    ghost = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, **{ghost.replace(".", "__"): torch.zeros(2)})
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = tensors_of(folder)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    report = convert.to_orbax(folder, tmp_path / "converted")
+    assert [left.source for left in report.ignored] == [ghost]
+    convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    assert tensors_of(tmp_path / "again").keys() == names.keys() - {ghost}
+    model, _ = convert.load(tmp_path / "again")
+    assert_same(model, tiny("gqa")[1])
+
+
+def test_table_shows_every_tensor(tmp_path: Path):
+    report = convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    shown = table(report)
+    assert list(shown.columns[0].cells) == [row.source for row in report.rows]
+    assert list(shown.columns[1].cells) == [row.target for row in report.rows]
+    assert {row.source for row in report.rows} == tensors_of(tmp_path / "hf").keys()
+
+
+def test_host_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch):
+    """NumPy's memory while a checkpoint larger than that passes through, there and back."""
+    folder = hf_folder(tmp_path / "hf")
+    large = 20_000
+    edit_config(folder, "text_config", intermediate_size=large)
+    shapes = {"gate_proj": (large, 24), "up_proj": (large, 24), "down_proj": (24, large)}
+    edit_tensors(
+        folder,
+        **{
+            f"language_model__model__layers__{layer}__mlp__{name}__weight": torch.ones(shape)
+            for layer in range(5)
+            for name, shape in shapes.items()
+        },
+    )
+    one = large * 24 * 4
+    monkeypatch.setattr(converted, "PART", 2 * one)
+    for step, into in [(convert.to_orbax, "converted"), (convert.to_hf, "again")]:
+        source = folder if into == "converted" else tmp_path / "converted"
+        tracemalloc.start()
+        try:
+            report = step(source, tmp_path / into)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert report.nbytes > 15 * one
+        assert peak < 6 * one, into
+
+
+def test_existing_folder_is_refused_and_kept(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(ValueError, match=r"out exists already; choose another folder or delete"):
+        convert.to_orbax(folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(ValueError, match=r"there is no folder .*deep"):
+        convert.to_orbax(folder, tmp_path / "deep" / "out")
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch):
+    folder = hf_folder(tmp_path / "hf")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ValueError, match=r"out could not be written: No space left on device"):
+        convert.to_orbax(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("step", ["to_orbax", "to_hf"])
+def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, step: str):
+    """A limit on the size of files stands for a full disk: some writes succeed, others do not."""
+    source = hf_folder(tmp_path / "hf")
+    if step == "to_hf":
+        convert.to_orbax(source, tmp_path / "converted")
+        source = tmp_path / "converted"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    script = f"""
+import resource, sys
+from pathlib import Path
+from convert.__main__ import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+try:
+    run(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), to_hf={step == "to_hf"})
+except ValueError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "out could not be written: File too large; nothing of it was kept" in run.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch):
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(converted, "PART", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "out", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("step", ["to_orbax", "to_hf"])
+def test_what_a_killed_run_leaves_does_not_load(tmp_path: Path, step: str):
+    source = hf_folder(tmp_path / "hf")
+    if step == "to_hf":
+        convert.to_orbax(source, tmp_path / "converted")
+        source = tmp_path / "converted"
+    script = f"""
+import os, signal, convert
+def die(done, total):
+    if done == total:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert.{step}({str(source)!r}, {str(tmp_path / "out")!r}, progress=die)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    (left,) = tmp_path.glob("out.unfinished-*")
+    with pytest.raises(ValueError, match="is what an interrupted conversion left"):
+        convert.load(left)
+    for step_on in (convert.to_hf, convert.to_orbax):
+        with pytest.raises(ValueError, match=r"interrupted conversion|no config\.json"):
+            step_on(left, tmp_path / "next")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: "{", "cannot be read"),
+        (lambda m: json.dumps(m | {"format": 99}), "of format 99"),
+        (lambda m: json.dumps({k: v for k, v in m.items() if k != "files"}), "'files'"),
+        (lambda m: json.dumps(m | {"layout": "odd"}), "unknown layout 'odd'"),
+    ],
+)
+def test_damaged_manifest_is_named(tmp_path: Path, change, message: str):
+    convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    path = tmp_path / "converted" / "catp_jax.json"
+    path.write_text(change(json.loads(path.read_text())))
+    for step in (convert.load, lambda folder: convert.to_hf(folder, tmp_path / "again")):
+        with pytest.raises(ValueError, match=message) as error:
+            step(tmp_path / "converted")
+        assert "catp_jax.json" in str(error.value)
+
+
+def test_damaged_weights_are_named(tmp_path: Path):
+    convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    weights = tmp_path / "converted" / "weights"
+    data = max((p for p in weights.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(ValueError, match="weights is damaged"):
+        convert.load(tmp_path / "converted")
+    with pytest.raises(ValueError, match="weights is damaged"):
+        convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "hf"]
+
+
+def test_config_that_was_changed_afterwards_does_not_fit(tmp_path: Path):
+    convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    edit_config(tmp_path / "converted", "text_config", intermediate_size=21)
+    with pytest.raises(ValueError, match="of another shape") as error:
+        convert.load(tmp_path / "converted")
+    assert "language_model.layers.0.mlp.up_proj.kernel" in str(error.value)
+
+
+def test_trained_model_becomes_a_folder_that_transformers_loads(tmp_path: Path):
+    _, ours, config = tiny("mha")
+    raw = convert.config_json(config, eos_token_id=[3, 4])
+    convert.write_hf(ours, raw, tmp_path / "one", side_files=hf_folder(tmp_path / "side"))
+    convert.write_hf(ours, raw, tmp_path / "many", max_shard_bytes=10_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    assert (tmp_path / "one" / "chat_template.jinja").exists()
+    for name in ("one", "many"):
+        loaded, info = MllamaForConditionalGeneration.from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
+        assert not any(info.values())
+        assert loaded.config.text_config.eos_token_id == [3, 4]
+        for key, tensor in tiny("mha")[0].state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], tensor)
+        again, _ = convert.load(tmp_path / name)
+        assert_same(again, ours)
+
+
+def test_model_and_config_to_be_written_must_fit(tmp_path: Path):
+    _, ours, _ = tiny("mha")
+    with pytest.raises(ValueError, match="describes another model"):
+        convert.write_hf(ours, convert.config_json(tiny("gqa")[2]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_cut_where_they_would_grow_too_large():
+    specs = [(name, np.dtype(np.float32), (size,)) for name, size in [("a", 5), ("b", 1), ("c", 9)]]
+    files = writer.split(specs, max_shard_bytes=24)
+    assert [[name for name, _, _ in file] for file in files.values()] == [["a", "b"], ["c"]]
+    assert list(files) == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert list(writer.split(specs, 1000)) == ["model.safetensors"]
+
+
+def test_checkpoint_of_ours_is_what_weights_hold(tmp_path: Path):
+    convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
+    _, ours, _ = tiny("gqa")
+    assert_same(checkpoint.restore(tmp_path / "converted" / "weights", ours), ours)

@@ -1,0 +1,40 @@
+"""`python -m convert`: a table on success; on bad input one message, exit code 1, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.convert.folders import hf_folder, tensors_of
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_there_and_back(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    there = run(folder, tmp_path / "converted")
+    assert there.returncode == 0, there.stderr
+    for name in tensors_of(folder):
+        assert name in there.stdout
+    back = run(tmp_path / "converted", tmp_path / "again", "--to-hf")
+    assert back.returncode == 0, back.stderr
+    assert (folder / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_bad_input_is_one_message(tmp_path: Path):
+    failed = run(hf_folder(tmp_path / "hf") / "original", tmp_path / "out")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: ")
+    assert "has no config.json" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_is_code_two(tmp_path: Path):
+    assert run(tmp_path).returncode == 2
+    assert run("--help").returncode == 0
