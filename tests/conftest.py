@@ -16,6 +16,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Parity is measured in float32; some backends multiply matrices in less.
 jax.config.update("jax_default_matmul_precision", "float32")
+# Nearly all the time goes into compiling tiny programs. This takes LLVM's passes out, a third to a
+# half of it; XLA's own (dead code, fusion, aliases) stay, so that FLOPs and buffers are the same.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Checks the shapes in our signatures at each call. It has to be in place before either is imported.
 install_import_hook(["catp_jax", "convert"], "beartype.beartype")

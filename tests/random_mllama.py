@@ -21,7 +21,7 @@ from catp_jax.models.tiled_vit import TiledVitConfig
 VISION = TiledVitConfig(
     hidden_size=16,
     hidden_act="gelu",
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_global_layers=1,
     attention_heads=2,
     num_channels=3,
@@ -58,7 +58,8 @@ RATIO_IDS = {1: 1, 2: 2, 3: 3, 4: 6}  # an aspect ratio of so many tiles; 4 as 2
 @functools.cache
 def random_mllama() -> Mllama:
     """The model, the same in every test."""
-    return randomized(Mllama(CONFIG, rngs=nnx.Rngs(0)), seed=1)
+    with jax.ensure_compile_time_eval():  # a first call may come while something is traced
+        return randomized(Mllama(CONFIG, rngs=nnx.Rngs(0)), seed=1)
 
 
 def randomized(model: Mllama, seed: int) -> Mllama:
