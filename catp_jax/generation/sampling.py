@@ -4,6 +4,7 @@ All numbers are array leaves, so that changing one compiles nothing; only whethe
 greedy is part of the program.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -30,7 +31,8 @@ class Sampling:
         """One token for each row; `step` numbers the new tokens of a generation."""
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits.astype(jnp.float32) / self.temperature
+        logits = logits.astype(jnp.float32)
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
         ordered = jnp.take_along_axis(logits, order, axis=-1)
 
@@ -52,7 +54,7 @@ def sampling(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
 ) -> Sampling:
     """Sampling for a batch; temperature 0 is greedy.
 
@@ -60,21 +62,23 @@ def sampling(
 
     Raises ValueError for numbers out of range.
     """
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is 0 (greedy) or above, got {temperature}")
-    if top_k < 0:
+    if top_k != int(top_k) or top_k < 0:
         raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    numbers = np.asarray(seed, object)
+    seeds = [seed + row for row in range(batch)] if numbers.ndim == 0 else numbers.tolist()
     if len(seeds) != batch:
         raise ValueError(f"one seed per prompt is wanted ({batch}), got {len(seeds)}")
-    if any(not 0 <= number < 2**32 for number in seeds):
+    if any(number != int(number) or not 0 <= number < 2**32 for number in seeds):
         raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
     return Sampling(
         is_greedy=temperature == 0,
-        temperature=jnp.asarray(temperature or 1.0, jnp.float32),
-        top_k=jnp.asarray(top_k, jnp.int32),
+        # float32 has no smaller number to divide by, int32 no larger one
+        temperature=jnp.asarray(max(temperature or 1.0, 1e-37), jnp.float32),
+        top_k=jnp.asarray(min(int(top_k), 2**31 - 1), jnp.int32),
         top_p=jnp.asarray(top_p, jnp.float32),
         seeds=jnp.asarray(np.asarray(seeds, np.uint32)),
     )
