@@ -1,5 +1,6 @@
 """Reading images of any kind into plain RGB, so that processors see what a person sees."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -17,27 +18,37 @@ def read_image(source: ImageLike) -> Image.Image:
 
     Raises ValueError if it cannot be read, naming the file.
     """
-    name = f"image {str(source)!r}" if isinstance(source, str | Path) else "image"
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), name)
+        return _to_rgb(_from_array(source), "image")
+    if not isinstance(source, str | Path | Image.Image):
+        raise ValueError(
+            f"an image is a path, a PIL image or an array, got {type(source).__name__}"
+        )
     if isinstance(source, Image.Image):
-        return _to_rgb(source, name)
-    path = Path(source)
-    if not path.is_file():
+        return _to_rgb(_decode(source, "image"), "image")
+    name = f"image {str(source)!r}"
+    if not os.path.isfile(source):
         raise ValueError(f"{name} is not a file")
-    if path.stat().st_size == 0:
+    if not os.path.getsize(source):
         raise ValueError(f"{name} is an empty file")
+    return _to_rgb(_decode(source, name), name)
+
+
+def _decode(source: str | Path | Image.Image, name: str) -> Image.Image:
+    """All pixels, upright, in the image's own mode."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _to_rgb(image, name)
+            if isinstance(source, Image.Image):
+                return ImageOps.exif_transpose(source)
+            with Image.open(source) as image:
+                return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is in no image format that can be read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS
         raise ValueError(f"{name} has more than {limit} pixels; scale it down first") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:  # decoders raise nearly anything on damaged data
         raise ValueError(f"{name} is damaged or cut off: {error}") from None
 
 
@@ -60,12 +71,13 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: {image.width}×{image.height}")
-    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError(f"{name} holds floating-point pixels of unknown range; save it as 8 bits")
     if image.mode.startswith("I"):  # 16-bit grey: plain conversion would clip it to white
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8))
+    if image.mode == "La":  # premultiplied; PIL takes it to LA alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -68,8 +68,8 @@ def sampling(
         raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
-    numbers = np.asarray(seed, object)
-    seeds = [seed + row for row in range(batch)] if numbers.ndim == 0 else numbers.tolist()
+    given = np.asarray(seed, object)
+    seeds = (given + np.arange(batch) if given.ndim == 0 else given).tolist()
     if len(seeds) != batch:
         raise ValueError(f"one seed per prompt is wanted ({batch}), got {len(seeds)}")
     if any(number != int(number) or not 0 <= number < 2**32 for number in seeds):

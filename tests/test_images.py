@@ -1,0 +1,368 @@
+"""Images as people have them: every mode, format and kind of damage."""
+
+import inspect
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from catp_jax.generation.images import read_image
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(image: Image.Image) -> tuple:
+    """Top left, top right, bottom left, bottom right."""
+    right, bottom = image.width - 1, image.height - 1
+    return tuple(image.getpixel(at) for at in [(0, 0), (right, 0), (0, bottom), (right, bottom)])
+
+
+def four_colours(width: int = 4, height: int = 2) -> Image.Image:
+    image = Image.new("RGB", (width, height), WHITE)
+    for at, colour in [((0, 0), RED), ((width - 1, 0), GREEN), ((0, height - 1), BLUE)]:
+        image.putpixel(at, colour)
+    return image
+
+
+def noise(width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# --- what can be read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extension", ["png", "bmp", "tiff", "webp", "gif", "ppm"])
+def test_plain_colours_come_out_as_they_are(tmp_path: Path, extension: str):
+    path = tmp_path / f"image.{extension}"
+    options = {"lossless": True} if extension == "webp" else {}
+    four_colours().save(path, **options)
+    for source in (path, str(path)):
+        image = read_image(source)
+        assert image.mode == "RGB"
+        assert image.size == (4, 2)
+        assert corners(image) == (RED, GREEN, BLUE, WHITE)
+
+
+def test_an_image_stays_readable_after_its_file_is_gone(tmp_path: Path):
+    path = tmp_path / "image.png"
+    four_colours().save(path)
+    image = read_image(path)
+    path.unlink()
+    assert corners(image) == (RED, GREEN, BLUE, WHITE)
+
+
+def test_cmyk_jpeg_has_its_colours(tmp_path: Path):
+    path = tmp_path / "image.jpg"
+    Image.new("RGB", (16, 16), (250, 20, 30)).convert("CMYK").save(path, quality=100)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(image.getpixel((8, 8)), (250, 20, 30), atol=6)
+
+
+def test_palette_without_transparency(tmp_path: Path):
+    path = tmp_path / "image.png"
+    four_colours().convert("P", palette=Image.Palette.ADAPTIVE, colors=4).save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == "P"
+    assert corners(read_image(path)) == (RED, GREEN, BLUE, WHITE)
+
+
+@pytest.mark.parametrize("extension", ["png", "gif"])
+def test_palette_with_transparency_is_laid_over_white(tmp_path: Path, extension: str):
+    path = tmp_path / f"image.{extension}"
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([*RED, *BLUE, *GREEN])
+    image.putpixel((3, 0), 1)
+    image.save(path, transparency=0)
+    assert corners(read_image(path)) == (WHITE, BLUE, WHITE, WHITE)
+
+
+def test_palette_with_transparency_by_degrees(tmp_path: Path):
+    path = tmp_path / "image.png"
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    image.save(path, transparency=bytes([128, 255]))
+    left, right = (read_image(path).getpixel((x, 0)) for x in (0, 1))
+    np.testing.assert_allclose(left, (255, 127, 127), atol=1)
+    assert right == BLUE
+
+
+def test_rgba_is_laid_over_white(tmp_path: Path):
+    path = tmp_path / "image.png"
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))  # transparent black, the usual background
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    image.putpixel((0, 1), (0, 0, 255, 128))
+    image.save(path)
+    read = read_image(path)
+    assert corners(read)[:2] == (WHITE, RED)
+    np.testing.assert_allclose(read.getpixel((0, 1)), (127, 127, 255), atol=1)
+
+
+def test_grey_with_alpha_is_laid_over_white(tmp_path: Path):
+    path = tmp_path / "image.png"
+    image = Image.new("LA", (2, 1), (0, 0))
+    image.putpixel((1, 0), (40, 255))
+    image.save(path)
+    read = read_image(path)
+    assert (read.getpixel((0, 0)), read.getpixel((1, 0))) == (WHITE, (40, 40, 40))
+
+
+def test_one_bit(tmp_path: Path):
+    path = tmp_path / "image.png"
+    image = Image.new("1", (2, 1), 0)
+    image.putpixel((1, 0), 1)
+    image.save(path)
+    read = read_image(path)
+    assert (read.getpixel((0, 0)), read.getpixel((1, 0))) == ((0, 0, 0), WHITE)
+
+
+def test_grey(tmp_path: Path):
+    path = tmp_path / "image.jpg"
+    Image.new("L", (16, 16), 77).save(path, quality=100)
+    np.testing.assert_allclose(read_image(path).getpixel((8, 8)), (77, 77, 77), atol=2)
+
+
+@pytest.mark.parametrize("extension", ["png", "tiff"])
+def test_sixteen_bit_grey_is_scaled_not_clipped_to_white(tmp_path: Path, extension: str):
+    path = tmp_path / f"image.{extension}"
+    values = np.asarray([[0, 257, 257 * 100, 65535]], np.uint16)
+    Image.fromarray(values).save(path)
+    read = np.asarray(read_image(path))
+    assert read[0, :, 0].tolist() == [0, 1, 100, 255]
+    assert (read == read[:, :, :1]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_photograph_is_upright(tmp_path: Path, orientation: int):
+    # As cameras do: the pixels as the sensor lay, and a note how to turn them.
+    lay = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    upright = four_colours(40, 20)
+    path = tmp_path / "image.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright if lay is None else upright.transpose(lay)).save(path, exif=exif)
+    read = read_image(path)
+    assert read.size == (40, 20)
+    assert corners(read) == (RED, GREEN, BLUE, WHITE)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20000, 3), (3, 20000), (1, 500)])
+def test_tiny_and_very_long_images_are_read_and_processed(tmp_path: Path, size):
+    path = tmp_path / "image.png"
+    Image.new("RGB", size, (200, 10, 10)).save(path)
+    image = read_image(path)
+    assert image.size == size
+    processor = MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=4)
+    out = processor([[image]], return_tensors="np")
+    assert out["pixel_values"].shape == (1, 1, 4, 3, 32, 32)
+    assert np.isfinite(out["pixel_values"]).all()
+    assert 1 <= out["num_tiles"][0][0] <= 4
+    assert out["aspect_ratio_ids"][0, 0] >= 1
+    # the image is there: its red is not its blue (padding, left as it is, has no colour)
+    first = out["pixel_values"][0, 0, 0]
+    assert first[0].max() > first[2].max()
+
+
+def test_an_animation_is_its_first_picture(tmp_path: Path):
+    path = tmp_path / "image.gif"
+    Image.new("RGB", (8, 8), RED).save(
+        path, save_all=True, append_images=[Image.new("RGB", (8, 8), BLUE)]
+    )
+    assert read_image(path).getpixel((4, 4)) == RED
+
+
+def test_pil_images_are_treated_as_files_are():
+    transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert read_image(transparent).getpixel((0, 0)) == WHITE
+    assert transparent.getpixel((0, 0)) == (0, 0, 0, 0)  # left alone
+    turned = four_colours().transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    assert corners(read_image(turned)) == (RED, GREEN, BLUE, WHITE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
+                                  "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "I;16B"])  # fmt: skip
+def test_every_mode_of_pil_becomes_rgb(mode: str):
+    image = read_image(Image.new(mode, (3, 2)))
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+
+
+# --- arrays -----------------------------------------------------------------------------------
+
+
+def test_arrays_of_bytes_and_of_floats():
+    pixels = np.asarray([[RED, GREEN], [BLUE, WHITE]], np.uint8)
+    assert corners(read_image(pixels)) == (RED, GREEN, BLUE, WHITE)
+    for kind in (np.float16, np.float32, np.float64):
+        assert corners(read_image((pixels / 255).astype(kind))) == (RED, GREEN, BLUE, WHITE)
+    assert read_image(np.full((2, 3), 60, np.uint8)).getpixel((0, 0)) == (60, 60, 60)
+    assert read_image(np.full((2, 3), 0.2)).getpixel((2, 1)) == (51, 51, 51)
+    assert read_image(np.zeros((2, 3, 4), np.uint8)).getpixel((0, 0)) == WHITE  # transparent
+    assert read_image(pixels[::-1, ::-1]).getpixel((0, 0)) == WHITE  # not contiguous
+    assert read_image(np.zeros((2, 3, 3), np.uint8)).size == (3, 2)  # width, height
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((4,), np.uint8), r"got \[4\]"),
+        (np.zeros((), np.uint8), r"got \[\]"),
+        (np.zeros((2, 2, 1), np.uint8), r"got \[2, 2, 1\]"),
+        (np.zeros((2, 2, 2), np.uint8), r"got \[2, 2, 2\]"),
+        (np.zeros((3, 8, 8), np.uint8), r"got \[3, 8, 8\]"),  # channels first
+        (np.zeros((1, 8, 8, 3), np.uint8), r"got \[1, 8, 8, 3\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"got \[0, 8, 3\]"),
+        (np.zeros((8, 0, 3), np.uint8), r"got \[8, 0, 3\]"),
+        (np.full((2, 2, 3), 255.0), "0 to 1"),
+        (np.full((2, 2, 3), -0.1), "0 to 1"),
+        (np.full((2, 2, 3), np.nan), "0 to 1"),
+        (np.full((2, 2, 3), np.inf), "0 to 1"),
+        (np.zeros((2, 2, 3), np.int64), "int64"),
+        (np.zeros((2, 2, 3), np.uint16), "uint16"),
+        (np.zeros((2, 2, 3), bool), "bool"),
+        (np.zeros((2, 2, 3), complex), "complex"),
+        (np.full((2, 2), "a"), "<U1"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused(array: np.ndarray, says: str):
+    with pytest.raises(ValueError, match=says):
+        read_image(array)
+
+
+# --- what cannot be read ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.png", None, "is not a file"),
+        ("empty.png", b"", "is an empty file"),
+        ("text.png", b"This is no picture.\n" * 20, "in no image format"),
+        ("header.png", b"\x89PNG\r\n\x1a\n", "no image format|damaged"),
+        ("half.jpg", b"\xff\xd8\xff\xe0", "no image format|damaged"),
+        ("zeros.jpg", bytes(1000), "in no image format"),
+        ("x" * 300 + ".png", None, "is not a file"),
+        ("nul\0.png", None, "is not a file"),
+    ],
+)
+def test_files_that_are_no_image_are_refused_by_name(tmp_path: Path, name, content, says):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    for source in (path, str(path)):
+        with pytest.raises(ValueError, match=says) as error:
+            read_image(source)
+        assert repr(str(path)) in str(error.value)
+
+
+def test_a_folder_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="is not a file"):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
+def test_a_file_cut_off_anywhere_is_refused_or_read_whole(tmp_path: Path, extension: str):
+    buffer = io.BytesIO()
+    noise().save(buffer, {"jpg": "jpeg"}.get(extension, extension))
+    whole = buffer.getvalue()
+    path = tmp_path / f"image.{extension}"
+    refused = 0
+    for length in [*range(1, 60), *np.linspace(60, len(whole) - 1, 25).astype(int)]:
+        path.write_bytes(whole[:length])
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = read_image(path)
+        except ValueError as error:
+            refused += str(path) in str(error)
+        else:
+            assert image.size == (60, 40)
+    assert refused > 75
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ppm"])
+def test_a_file_with_flipped_bytes_is_refused_or_read(tmp_path: Path, extension: str):
+    buffer = io.BytesIO()
+    noise(12, 8).save(buffer, {"jpg": "jpeg"}.get(extension, extension))
+    whole = bytearray(buffer.getvalue())
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"image.{extension}"
+    outcomes = set()
+    for _ in range(300):
+        damaged = whole.copy()
+        for place in rng.integers(0, min(len(whole), 400), rng.integers(1, 4)):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert read_image(path).mode == "RGB"
+            outcomes.add("read")
+        except ValueError as error:
+            outcomes.add("refused" if str(path) in str(error) else str(error))
+    assert outcomes == {"read", "refused"}
+
+
+@pytest.mark.parametrize("pixels", [3000, 1500, 1000, 10])
+def test_a_decompression_bomb_is_refused_with_the_limit(tmp_path: Path, monkeypatch, pixels):
+    path = tmp_path / "image.png"
+    noise().save(path)  # 2,400 pixels; PIL itself only warns up to twice the limit
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    if pixels >= 2400:
+        assert read_image(path).size == (60, 40)
+        return
+    with pytest.raises(ValueError, match=f"more than {pixels} pixels; scale it down") as error:
+        read_image(path)
+    assert repr(str(path)) in str(error.value)
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path):
+    path = tmp_path / "image.tiff"
+    Image.fromarray(np.full((2, 2), 3.5, np.float32)).save(path)
+    with pytest.raises(ValueError, match="floating-point pixels of unknown range"):
+        read_image(path)
+
+
+def test_a_pil_image_whose_file_is_cut_off_is_refused(tmp_path: Path):
+    path = tmp_path / "image.png"
+    noise().save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with Image.open(path) as image, pytest.raises(ValueError, match="damaged or cut off"):
+        read_image(image)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(size):
+    with pytest.raises(ValueError, match="has no pixels"):
+        read_image(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("source", [None, 5, b"bytes", ["a.png"], object()])
+def test_what_is_no_image_at_all_is_refused(source):
+    read = inspect.unwrap(read_image)  # as a user calls it, without our checks of types
+    with pytest.raises(ValueError, match="image is a path"):
+        read(source)
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd):
+    path = tmp_path / "image.jpg"
+    noise().save(path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match="damaged"):
+        read_image(path)
+    assert capfd.readouterr() == ("", "")
