@@ -32,7 +32,7 @@ from convert.reader import (
     with_dtypes,
 )
 from convert.report import Report, Row
-from convert.rules import sources
+from convert.rules import copy, sources
 from convert.shards import INDEX, SINGLE
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
@@ -67,6 +67,8 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Reads it from a folder. Raises ValueError if it is none, or of another version."""
         path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
             content = json.loads(path.read_bytes())
             written = content["format"], content["model_type"]
@@ -84,7 +86,7 @@ class Manifest:
                 raise ValueError(f"unknown layout {layout!r}")
             return cls(layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error!r}); convert again") from error
+            raise ValueError(f"{path} cannot be read ({error}); convert again") from error
 
 
 def to_orbax(
@@ -99,8 +101,10 @@ def to_orbax(
     unsupported, or if `out` exists or cannot be written; nothing is left of it then.
     """
     wanted = parse_dtype(dtype)
+    refuse_unfinished(Path(hf_folder))
+    if (Path(hf_folder) / MANIFEST).exists():
+        raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
     source = open_source(Path(hf_folder))
-    refuse_unfinished(source.folder)
     matched = {match.source for match in source.matches}
     manifest = Manifest(
         layout=source.layout,
@@ -121,8 +125,7 @@ def to_orbax(
                 _save_part(folder, part)
                 held, part = 0, {}
             stored = tensor.dtype if wanted is None else wanted
-            view = match.transform.forward(tensor.map())
-            part[match.target] = np.array(view, dtype=stored, order="C")
+            part[match.target] = copy(match.transform.forward(tensor.map()), stored)
             held += tensor.nbytes
             done += tensor.nbytes
             if progress is not None:

@@ -22,7 +22,7 @@ from catp_jax.models.mllama import Mllama, MllamaConfig
 from convert.configs import read_config
 from convert.mllama import match_mllama
 from convert.report import Report, make_report
-from convert.rules import Match
+from convert.rules import Match, copy
 from convert.shards import DTYPES, Shard, Tensor, find_shards
 
 Progress = Callable[[int, int], None]
@@ -145,12 +145,11 @@ def _read(match: Match, tensor: Tensor, struct: jax.ShapeDtypeStruct) -> jax.Arr
     """One tensor in our layout, where `struct` wants it; what nobody asks for stays unread."""
     view = match.transform.forward(tensor.map())
 
-    def copy(index: Any) -> np.ndarray:
-        # Always a copy: the array must not depend on the file.
-        return np.array(view[index], dtype=struct.dtype, order="C")
+    def part(index: Any) -> np.ndarray:
+        return copy(view[index], struct.dtype)  # the array must not depend on the file
 
     if isinstance(struct.sharding, Sharding):
-        array = jax.make_array_from_callback(struct.shape, struct.sharding, copy)
+        array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
     else:
-        array = jnp.asarray(copy((...,)))
+        array = jnp.asarray(part((...,)))
     return array.block_until_ready()  # or host copies of several tensors would pile up

@@ -170,7 +170,7 @@ def _read_index(path: Path) -> dict[str, str]:
             if not isinstance(file, str) or Path(file).name != file:
                 raise ValueError(f"it names a file outside its folder: {file!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupt: expected a weight_map ({error!r})") from error
+        raise ValueError(f"{path} is corrupt: a weight_map is wanted ({error})") from error
     return listed
 
 

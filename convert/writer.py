@@ -16,7 +16,7 @@ from catp_jax.models.mllama import Mllama
 from convert.configs import parse_config
 from convert.folders import copy_side_files, new_folder
 from convert.mllama import rules
-from convert.rules import sources
+from convert.rules import copy, sources
 from convert.shards import DTYPES, INDEX, SINGLE
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -110,7 +110,7 @@ def write_safetensors(
         for (name, dtype, shape), value in zip(specs, values, strict=True):
             if value.dtype != dtype or value.shape != shape:
                 raise RuntimeError(f"{name} is {value.dtype} {value.shape}, not {dtype} {shape}")
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            file.write(copy(value, dtype).reshape(-1).view(np.uint8).data)
 
 
 def write_index(

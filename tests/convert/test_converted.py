@@ -145,6 +145,15 @@ def test_host_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch):
         assert peak < 6 * one, into
 
 
+def test_wrong_direction_is_said(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"hf is no converted folder: it has no catp_jax\.json"):
+        convert.to_hf(folder, tmp_path / "out")
+    convert.to_orbax(folder, tmp_path / "converted")
+    with pytest.raises(ValueError, match="is converted already"):
+        convert.to_orbax(tmp_path / "converted", tmp_path / "out")
+
+
 def test_existing_folder_is_refused_and_kept(tmp_path: Path):
     folder = hf_folder(tmp_path / "hf")
     (tmp_path / "out").mkdir()
@@ -220,7 +229,7 @@ convert.{step}({str(source)!r}, {str(tmp_path / "out")!r}, progress=die)
     with pytest.raises(ValueError, match="is what an interrupted conversion left"):
         convert.load(left)
     for step_on in (convert.to_hf, convert.to_orbax):
-        with pytest.raises(ValueError, match=r"interrupted conversion|no config\.json"):
+        with pytest.raises(ValueError, match="is what an interrupted conversion left"):
             step_on(left, tmp_path / "next")
 
 

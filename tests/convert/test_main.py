@@ -37,4 +37,3 @@ def test_bad_input_is_one_message(tmp_path: Path):
 
 def test_wrong_usage_is_code_two(tmp_path: Path):
     assert run(tmp_path).returncode == 2
-    assert run("--help").returncode == 0
