@@ -2,8 +2,9 @@
 
 One batch has it all: text before the image, an image in front, none, three images, two tiles.
 Differences are relative to the largest logit: a full budget may differ by 1e-6 (observed: not at
-all), batches and references by 1e-5 (observed: 6e-7). Where a test compares many shapes, methods run on the
-views of one compiled program and share the rest; `test_generate_is_its_parts` ties both together.
+all), batches and references by 1e-5 (observed: 6e-7). Where a test compares many shapes, methods
+run on the views of one compiled program and share the rest; `test_generate_is_its_parts` ties both
+together.
 """
 
 import functools
