@@ -1,4 +1,4 @@
-"""BLIP-2 and Llama 3.2 Vision in JAX, with visual-token and KV pruning that keeps shapes fixed."""
+"""Llama 3.2 Vision in JAX, with visual-token pruning that keeps shapes fixed."""
 
 from typing import TYPE_CHECKING, Any
 

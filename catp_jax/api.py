@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from transformers import AutoProcessor
+from transformers.models.mllama.processing_mllama import build_string_from_input
 
 import convert
 from catp_jax.contract import Keep, Site, check_sites
@@ -32,12 +34,16 @@ from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 
 IMAGE_MARK = "<|image|>"
 
 Prompt = str | Sequence[dict[str, Any]]
 """Plain text, or chat messages for the checkpoint's own chat template."""
+
+Done = dict[str | int, tuple[ImageLike, ProcessedImage]]
+"""Images read already, by path or identity, with their source."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Model:
 
         Raises ValueError for an image that cannot be read or marks that don't fit the images.
         """
-        if isinstance(prompts, str) or isinstance(images, str | Path | np.ndarray):
+        if isinstance(prompts, str) or isinstance(images, str | Path | np.ndarray | Image.Image):
             raise ValueError("images and prompts are lists, with one entry for each question")
         if not prompts:
             raise ValueError("at least one prompt is wanted")
@@ -110,7 +116,7 @@ class Model:
                 f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
                 f"prompts; use None for a prompt without an image"
             )
-        done: dict[str | int, ProcessedImage] = {}
+        done: Done = {}
         questions = []
         for number, (own, prompt) in enumerate(zip(images, prompts, strict=True)):
             try:
@@ -126,7 +132,7 @@ class Model:
         prompt: Prompt,
         *,
         max_new_tokens: int = 0,
-        done: dict[str | int, ProcessedImage] | None = None,
+        done: Done | None = None,
     ) -> Question:
         """One prompt as tokens, and its images as the model sees them.
 
@@ -139,6 +145,11 @@ class Model:
         check_marks(tokens, len(processed), self.config.image_token_index)
         self._check_length(len(tokens), max_new_tokens)
         return Question(tokens=tokens, images=processed)
+
+    def visual_tokens(self, question: Question) -> int:
+        """How many visual tokens a question has, before any pruning."""
+        per_tile = self.config.vision.tokens_per_tile
+        return sum(image.num_tiles for image in question.images) * per_tile
 
     def pack(self, questions: Sequence[Question], *, mask_mode: MaskMode = "meta") -> Packed:
         """A batch of questions as arrays."""
@@ -175,7 +186,6 @@ class Model:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            mask_mode=mask_mode,
         )
 
     def generate_packed(
@@ -188,9 +198,9 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
-        mask_mode: MaskMode = "meta",
     ) -> Answers:
-        """`generate` on prepared inputs."""
+        """`generate` on prepared inputs, in the mask mode they were packed for."""
+        mask_mode = packed.mask_mode
         pruners = tuple(pruners)
         self._check(packed, pruners, max_new_tokens)
         choice = sampling(
@@ -286,21 +296,23 @@ class Model:
             num_tiles=int(out["num_tiles"][0][0]),
         )
 
-    def _process(self, source: ImageLike, done: dict[str | int, ProcessedImage]) -> ProcessedImage:
+    def _process(self, source: ImageLike, done: Done) -> ProcessedImage:
         key = str(source) if isinstance(source, str | Path) else id(source)
         if key not in done:
-            done[key] = self.process_image(source)
-        return done[key]
+            # the source is kept: once it is gone, another object may get its id
+            done[key] = (source, self.process_image(source))
+        return done[key][1]
 
     def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
         if isinstance(prompt, str):
             if IMAGE_MARK not in prompt:
                 prompt = IMAGE_MARK * images + prompt
-            return list(self.processor(text=[prompt])["input_ids"][0])
+            text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
+            return list(self.processor.tokenizer(text)["input_ids"])
         if not self.processor.chat_template:
             raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
         text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
-        return list(self.processor(text=[text], add_special_tokens=False)["input_ids"][0])
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _as_list(own: Any) -> list[ImageLike]:
@@ -309,15 +321,17 @@ def _as_list(own: Any) -> list[ImageLike]:
     return list(own) if isinstance(own, list | tuple) else [own]
 
 
-def load(folder: str | Path, dtype: str | None = None) -> Model:
+def load(folder: str | Path, dtype: str | None = None, *, vision_mode: VisionMode = "hf") -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, or one made of it by `catp-jax convert`.
 
-    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored.
+    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `vision_mode` says
+    which states of the tower the decoder gets, see `tiled_vit.VisionMode`.
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     network, config = convert.load(folder, dtype)
+    network.vision_model.mode = vision_mode
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -325,6 +339,7 @@ def load(folder: str | Path, dtype: str | None = None) -> Model:
             f"{folder} has weights but no processor that can be read (tokenizer.json, "
             f"tokenizer_config.json, preprocessor_config.json): {error}"
         ) from None
+    _check_processor(folder, processor, config)
     ends, pad = _special_tokens(folder)
     if pad is None:
         pad = processor.tokenizer.pad_token_id
@@ -337,11 +352,32 @@ def load(folder: str | Path, dtype: str | None = None) -> Model:
     )
 
 
+def _check_processor(folder: Path, processor: Any, config: MllamaConfig) -> None:
+    """Raises ValueError if the processor makes other tiles or tokens than the model takes."""
+    images, vision = processor.image_processor, config.vision
+    pairs = {
+        "tile height": (images.size["height"], vision.image_size),
+        "tile width": (images.size["width"], vision.image_size),
+        "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
+        "image token": (processor.image_token_id, config.image_token_index),
+    }
+    wrong = [
+        f"{name}: {has}, not {wanted}" for name, (has, wanted) in pairs.items() if has != wanted
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: the processor does not fit config.json ({'; '.join(wrong)})")
+
+
 def _special_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
     """End and padding tokens: generation_config.json's word counts before config.json's."""
-    text = json.loads((folder / "config.json").read_text())["text_config"]
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    settings = {**settings, **settings.get("text_config", {})}
     own = folder / "generation_config.json"
-    settings = {**text, **(json.loads(own.read_text()) if own.is_file() else {})}
+    if own.is_file():
+        try:
+            settings |= json.loads(own.read_text())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{own} cannot be read: {error}") from None
     ends = settings.get("eos_token_id")
     if ends is None:
         raise ValueError(f"{folder} names no eos_token_id in its config or generation config")

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import typer
 from rich.console import Console
 
 from catp_jax.contract import Site
+from catp_jax.generation.images import read_image
+from catp_jax.generation.sampling import sampling
 from catp_jax.pruning import METHODS, budget, make
 
 AUTO = "auto"  # --keep for methods that find their own number
@@ -21,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="BLIP-2 and Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
+    help="Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
 )
 
 ModelFolder = Annotated[
@@ -63,8 +67,8 @@ def generate(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Visual tokens to keep: a count, a percentage, or auto for a method that finds "
-            "its own number. One for each --prune.",
+            help="Visual tokens to keep: a count, a percentage of each prompt's own, or auto for "
+            "a method that finds its own number. One for each --prune.",
             metavar="N|P%|auto",
         ),
     ] = None,
@@ -72,7 +76,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Prompt i draws with seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(help="Prompt or line i draws with seed + i, from 0.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the checkpoint's chat template.")
     ] = False,
@@ -80,6 +84,10 @@ def generate(
         Literal["meta", "hf"],
         typer.Option(help="What text that sees no image does: nothing, or as in transformers."),
     ] = "meta",
+    vision_mode: Annotated[
+        Literal["hf", "meta"],
+        typer.Option(help="Which tower states are used: as in transformers, or as in Meta's code."),
+    ] = "hf",
     dtype: Dtype = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
@@ -87,6 +95,8 @@ def generate(
 ) -> None:
     """Answer questions about images."""
     methods = _methods(prune or [], keep or [])
+    if batch and (prompt or image):
+        raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
     if batch:
         requests, problems = _read_batch(batch)
     else:
@@ -94,13 +104,16 @@ def generate(
         batch_size = len(requests)
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
+        for path in image or []:
+            read_image(path)  # before a model is loaded, which may take minutes
+    sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from catp_jax import api  # here, so that --help does not wait for it
 
-    loaded = api.load(model, dtype)
+    loaded = api.load(model, dtype, vision_mode=vision_mode)
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):
-        some, questions, images = [], [], {}
+        some, questions, images, limits = [], [], {}, []
         for request in requests[start : start + batch_size]:
             try:
                 question = loaded.read(
@@ -109,6 +122,7 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     done=images,
                 )
+                limits.append(_limits(methods, loaded.visual_tokens(question)))
             except ValueError as error:
                 if request.line is None:
                     raise
@@ -120,17 +134,19 @@ def generate(
         if not questions:
             continue
         # short batches are filled up, so that all have one shape
-        questions += [questions[0]] * (batch_size - len(questions))
+        missing = batch_size - len(questions)
+        questions += questions[:1] * missing
+        limits += limits[:1] * missing
+        numbers = [request.number for request in some] + [some[0].number] * missing
         packed = loaded.pack(questions, mask_mode=mask_mode)
         answers = loaded.generate_packed(
             packed,
-            _pruners(methods, packed, loaded.sites),
+            _pruners(methods, limits, packed.slots, loaded.sites),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seed=seed + start,
-            mask_mode=mask_mode,
+            seed=[seed + number for number in numbers],
         )
         for index, request in enumerate(some):
             as_json = _as_json(request, answers, index) if json_output else None
@@ -174,6 +190,7 @@ class Request:
 
     prompt: str
     images: list[Path]
+    number: int = 0
     line: int | None = None
 
     @property
@@ -194,7 +211,10 @@ def _requests(prompts: list[str], images: list[Path]) -> list[Request]:
             f"Use --batch for anything else"
         )
     own = [[image] for image in images] or [[] for _ in prompts]
-    return [Request(prompt, some) for prompt, some in zip(prompts, own, strict=True)]
+    return [
+        Request(prompt, some, number)
+        for number, (prompt, some) in enumerate(zip(prompts, own, strict=True))
+    ]
 
 
 def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
@@ -210,7 +230,8 @@ def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
             prompt, images = row["prompt"], row.get("images", [])
             if not isinstance(prompt, str) or not isinstance(images, list):
                 raise TypeError
-            requests.append(Request(prompt, [path.parent / image for image in images], number))
+            own = [path.parent / image for image in images]
+            requests.append(Request(prompt, own, number - 1, number))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             problems.append(
                 f'line {number} of {path} is not {{"prompt": text, "images": [paths]}}: {line[:80]}'
@@ -233,14 +254,31 @@ def _methods(prune: list[str], keep: list[str]) -> list[tuple[str, str]]:
     return list(zip(prune, keep, strict=True))
 
 
-def _pruners(methods: list[tuple[str, str]], packed: Any, sites: frozenset[Site]) -> list[Any]:
-    """Percentages are of the visual tokens of the prompt that has most."""
-    most = max(packed.available)
-    return [
-        make(spec, None if text == AUTO else budget.count(text, most), sites)
-        for spec, text in methods
-        if most
-    ]
+def _limits(methods: list[tuple[str, str]], available: int) -> list[int]:
+    """How many of its visual tokens a prompt keeps, by each method in turn.
+
+    Raises ValueError if it has fewer than a count asks for.
+    """
+    limits = []
+    for _, text in methods:
+        if available and text != AUTO:
+            available = budget.count(text, available)
+        limits.append(available)
+    return limits
+
+
+def _pruners(
+    methods: list[tuple[str, str]], limits: list[list[int]], slots: int, sites: frozenset[Site]
+) -> list[Any]:
+    """One pruner a method; each prompt's own limit within room that depends on shapes alone."""
+    pruners = []
+    for (spec, text), own in zip(methods, zip(*limits, strict=True), strict=True):
+        if slots and text == AUTO:
+            pruners.append(make(spec, None, sites))
+        elif slots:
+            slots = budget.parse(text).count(slots)
+            pruners.append(make(spec, slots, sites, limit=jnp.asarray(own, jnp.int32)))
+    return pruners
 
 
 def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
@@ -273,8 +311,16 @@ def main() -> None:
     """Entry point: errors of the input become messages, not tracebacks."""
     try:
         app()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"catp-jax: {error}", file=sys.stderr)
+        sys.exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "catp-jax: the device's memory is full; lower --batch-size or use --dtype bfloat16",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("catp-jax: interrupted", file=sys.stderr)

@@ -32,7 +32,8 @@ class Site(enum.Enum):
 class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
-    Queries are scaled and keys are as cached, so that `queries · keys` is the attention logit.
+    Queries are scaled, in float32, and keys are as cached, so that `queries · keys` is the
+    attention logit.
     `sees` is False in every row that is text padding; a column is `valid` if it holds a token that
     some row sees.
     """
@@ -78,6 +79,10 @@ class Pruner(Protocol[State]):
     """
 
     site: ClassVar[Site]
+
+    keep: Any
+    """Entries that stay, a static count. None: the data decide; the selection is then as long as
+    the axis, and a caller that can wait for the host cuts it to what is used."""
 
     def start(self, view: View) -> State:
         """The state before the first call."""

@@ -6,10 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from catp_jax import api
-from catp_jax.pruning import make
 from catp_jax.study import report, tasks
 from catp_jax.study.pictures import Panel, draw_kept
-from catp_jax.study.sweep import Setting, sweep
+from catp_jax.study.sweep import UNPRUNED, Result, Setting, sweep
 
 SETTINGS = [
     Setting(method, keep)
@@ -21,7 +20,7 @@ SETTINGS = [
     }.items()
     for keep in budgets
 ]
-PICTURED = (64, 16, 4)  # budgets of the pictures
+PICTURED = "trimmed_llama"
 
 
 def mini_llama_vision() -> Path:
@@ -51,7 +50,7 @@ def run(model_folder: Path | None, out: Path, questions: int, console: Console) 
             results.append(result)
         status.update("drawing")
         report.draw_accuracy(results, out / "accuracy.png")
-        draw_examples(model, examples, out / "kept.png")
+        draw_examples(model, examples, results, out / "kept.png")
     report.write_json_lines(results, out / "results.jsonl")
     console.print(report.table(results))
     console.print(f"written: {out / 'accuracy.png'}, {out / 'kept.png'}, {out / 'results.jsonl'}")
@@ -64,24 +63,26 @@ def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example
     return [examples[index * len(examples) // number] for index in range(number)]
 
 
-def draw_examples(model: api.Model, examples: list[tasks.Example], path: Path) -> None:
+def draw_examples(
+    model: api.Model, examples: list[tasks.Example], results: list[Result], path: Path
+) -> None:
     """What Trimmed Llama kept of three images, and what was answered."""
-    distinct = {example.image_id: example for example in examples}
-    wh = [example for example in distinct.values() if example.question.startswith("wh")]
-    chosen = (wh + list(distinct.values()))[:3]
-    images = [example.image for example in chosen]
-    prompts = [example.question for example in chosen]
-    seen = [model.process_image(image) for image in images]
-    full = model.generate(images, prompts, max_new_tokens=4)
-    rows = [
-        [Panel(image=image, kept=None, caption=f"{prompt}\n{text} (all {number})")]
-        for image, prompt, text, number in zip(
-            seen, prompts, full.text, full.available, strict=True
+    first = {e.image_id: number for number, e in reversed(list(enumerate(examples)))}
+    numbers = sorted(first.values(), key=lambda n: examples[n].question.startswith("wh"))[-3:]
+    shown = [r for r in results if r.setting.method in (UNPRUNED, PICTURED)]
+    rows = []
+    for number in numbers:
+        image = model.process_image(examples[number].image)
+        rows.append(
+            [
+                Panel(
+                    image=image,
+                    kept=result.kept[number],
+                    caption=f"{examples[number].question}\nall: {result.answers[number]}"
+                    if result.kept[number] is None
+                    else f"kept {result.setting.keep}: {result.answers[number]}",
+                )
+                for result in sorted(shown, key=lambda r: -r.visual_tokens)
+            ]
         )
-    ]
-    for keep in PICTURED:
-        pruner = make("trimmed_llama", keep, model.sites)
-        out = model.generate(images, prompts, [pruner], max_new_tokens=4)
-        for row, image, text, kept in zip(rows, seen, out.text, out.kept or [], strict=True):
-            row.append(Panel(image=image, kept=kept, caption=f"{text}\nkept {keep}"))
     draw_kept(rows, model.config.vision, path)

@@ -3,6 +3,9 @@
 Only the headers of the safetensors files are read here; a tensor's bytes are mapped when they are
 asked for. A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes.
 
+Read here and not by the safetensors library because each process wants just the byte ranges of its
+own shards, in bfloat16 too, as views that cost nothing until they are read.
+
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
 

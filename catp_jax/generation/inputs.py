@@ -1,7 +1,8 @@
 """From token lists and processed images to arrays of few shapes.
 
-Prompts are padded on the right to a text length out of `TEXT_LENGTHS`, the images of the batch to a
-power of two, every prompt's tiles to 1, 2, 4, 8, …: a steady stream of work compiles nothing new.
+Prompts are padded on the right to a length out of `TEXT_LENGTHS`, the images of the batch to a
+number out of `IMAGE_COUNTS`, every prompt's tiles to one out of `TILE_COUNTS`: a steady stream of
+work compiles nothing new.
 
 A text row sees the images of its span: from their `<|image|>` mark up to the next one; marks that
 follow each other directly share a span.
@@ -20,6 +21,8 @@ from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
 
 TEXT_LENGTHS = tuple(sorted({16 * 2**k for k in range(14)} | {24 * 2**k for k in range(13)}))
+IMAGE_COUNTS = (1, 2, 3, 4, *sorted({2**k for k in range(3, 13)} | {6 * 2**k for k in range(10)}))
+TILE_COUNTS = (1, 2, *IMAGE_COUNTS[3:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Packed:
     """`inputs` for the model, and what the host knows of them.
 
     `tiles[b]` lists a prompt's tiles as (image, tile), in the order in which its visual tokens are
-    counted. `available[b]` is the number of its visual tokens, `slots` what each prompt is given.
+    counted. `available[b]` is the number of its visual tokens, tiles of padding apart; `slots` is
+    the room that each prompt gets for them.
     """
 
     inputs: Inputs
@@ -51,6 +55,7 @@ class Packed:
     available: tuple[int, ...]
     slots: int
     longest: int
+    mask_mode: MaskMode
 
 
 def round_up(number: int, sizes: Sequence[int]) -> int:
@@ -59,11 +64,6 @@ def round_up(number: int, sizes: Sequence[int]) -> int:
         if number <= size:
             return size
     return -(-number // sizes[-1]) * sizes[-1]
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that holds `number`."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def image_spans(tokens: Sequence[int], image_token: int) -> list[tuple[int, int]]:
@@ -138,9 +138,10 @@ def pack(
             tokens=jnp.asarray(text), token_valid=jnp.asarray(valid), images=packed_images
         ),
         tiles=tiles,
-        available=tuple(len(own) * per_tile for own in tiles),
+        available=tuple(sum(image.num_tiles for image in own) * per_tile for own in images),
         slots=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
         longest=longest,
+        mask_mode=mode,
     )
 
 
@@ -157,9 +158,9 @@ def _images(
     distinct = {id(image): image for own in images for image in own}
     place_of = {key: place for place, key in enumerate(distinct)}
     flat = list(distinct.values())
-    flat += [ProcessedImage.padding(config)] * (power_of_two(len(flat)) - len(flat))
+    flat += [ProcessedImage.padding(config)] * (round_up(len(flat), IMAGE_COUNTS) - len(flat))
 
-    batch, room = len(images), power_of_two(max(len(own) for own in tiles))
+    batch, room = len(images), round_up(max(len(own) for own in tiles), TILE_COUNTS)
     index = np.zeros((batch, room), np.int32)
     valid = np.zeros((batch, room), bool)
     seen = np.zeros((batch, length, room), bool)

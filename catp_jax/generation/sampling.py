@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p.
 
 All numbers are array leaves, so that changing one compiles nothing; only whether the choice is
-greedy is part of the program.
+greedy, and whether tokens are left out at all (which takes a sort), is part of the program.
 """
 
 import math
@@ -22,6 +22,7 @@ class Sampling:
     """
 
     is_greedy: bool = static()
+    is_filtered: bool = static()
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
@@ -33,6 +34,9 @@ class Sampling:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits.astype(jnp.float32)
         logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(self.seeds)
+        if not self.is_filtered:
+            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
         order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
         ordered = jnp.take_along_axis(logits, order, axis=-1)
 
@@ -42,8 +46,6 @@ class Sampling:
         shares = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares
         ordered = jnp.where((before >= self.top_p) & (place > 0), -jnp.inf, ordered)
-
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(self.seeds)
         chosen = jax.vmap(jax.random.categorical)(keys, ordered)
         return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
 
@@ -76,6 +78,7 @@ def sampling(
         raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
     return Sampling(
         is_greedy=temperature == 0,
+        is_filtered=top_k > 0 or top_p < 1,
         # float32 has no smaller number to divide by, int32 no larger one
         temperature=jnp.asarray(max(temperature or 1.0, 1e-37), jnp.float32),
         top_k=jnp.asarray(min(int(top_k), 2**31 - 1), jnp.int32),

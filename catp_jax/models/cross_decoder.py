@@ -12,7 +12,8 @@ before the first image, samples without one). What cross-attention does to them 
 
 - "meta": nothing, as in Meta's reference implementation.
 - "hf": as in transformers: they attend to every visual token there is, padding included, and only
-  the feed-forward branch is dropped. The result then depends on the padding of the batch.
+  the feed-forward branch is dropped. The result then depends on the padding of the batch. Pruning
+  never keeps padding, so with it such rows differ from transformers even at a full budget.
 """
 
 import dataclasses
@@ -133,7 +134,7 @@ def cross_mask(sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: Mask
     if mode == "meta":
         return CrossMask(mask=sees, attends=has_image, feeds=has_image)
     everything = jnp.where(has_image[:, :, None], sees, valid[:, None, :])
-    return CrossMask(mask=everything, attends=jnp.ones_like(has_image), feeds=has_image)
+    return CrossMask(mask=everything, attends=everything.any(axis=-1), feeds=has_image)
 
 
 class TextMlp(nnx.Module):
@@ -323,7 +324,7 @@ class CrossDecoder(nnx.Module):
         view = View(
             layer=self.first_cross,
             tokens=visual.features,
-            queries=queries * jnp.asarray(self.config.head_dim**-0.5, queries.dtype),
+            queries=queries.astype(jnp.float32) * self.config.head_dim**-0.5,
             keys=cache.keys,
             values=cache.values,
             positions=visual.slots.positions,

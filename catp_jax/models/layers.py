@@ -2,7 +2,7 @@
 
 Parameters live in Flax NNX modules whose attribute paths are those of the Hugging Face checkpoint;
 only the last word differs (`weight` becomes `kernel`, `scale` or `embedding`). Beside each kernel
-stand the names of its axes, which `catp_jax.sharding` maps to a mesh.
+stand the names of its axes, for whoever maps them to a mesh.
 """
 
 import dataclasses

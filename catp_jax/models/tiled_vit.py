@@ -10,9 +10,17 @@ of it are kept because the released weights were trained with them:
 - Only padding-to-padding attention is masked. Real tokens do attend to padding tiles, so a padding
   tile can be dropped after this encoder, not inside it.
 - Tokens are padded to a multiple of 8 per tile inside the encoder and those take part likewise.
+
+In a third one implementations differ: what `intermediate_layers_indices` counts (`VisionMode`).
+
+- "hf": the outputs of those layers, as in transformers since its refactoring of 2025 (pull request
+  #39643) and so in what the parity tests compare with.
+- "meta": their inputs, as in Meta's reference code and in transformers before. Meta's weights were
+  trained so.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,6 +36,8 @@ from catp_jax.models.layers import (
     merge_heads,
     split_heads,
 )
+
+VisionMode = Literal["hf", "meta"]
 
 OUTER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference uses before and after
 
@@ -183,7 +193,7 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of layers; returns what each of them put out."""
+    """A stack of layers; returns its input and what each layer put out."""
 
     def __init__(self, config: TiledVitConfig, depth: int, is_gated: bool, *, rngs: nnx.Rngs):
         self.layers = nnx.List([VisionLayer(config, is_gated, rngs=rngs) for _ in range(depth)])
@@ -191,10 +201,10 @@ class VisionEncoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
     ) -> list[Float[Array, "i n d"]]:
-        outputs = [x]
+        states = [x]
         for layer in self.layers:
-            outputs.append(layer(outputs[-1], mask))
-        return outputs[1:] or outputs
+            states.append(layer(states[-1], mask))
+        return states
 
 
 class TiledVit(nnx.Module):
@@ -202,6 +212,7 @@ class TiledVit(nnx.Module):
 
     def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.mode: VisionMode = "hf"
         patch = config.num_channels * config.patch_size**2
         width = config.hidden_size
         self.patch_embedding = linear(patch, width, ("patch", "vision_embed"), rngs=rngs)
@@ -245,7 +256,8 @@ class TiledVit(nnx.Module):
         x = self.post_tile_positional_embedding(x, aspect_ratio_ids)
         x = self.global_transformer(x.reshape(images, tiles * padded, -1), mask)[-1]
 
-        between = [local[index] for index in config.intermediate_layers_indices]
+        shift = 1 if self.mode == "hf" else 0
+        between = [local[index + shift] for index in config.intermediate_layers_indices]
         x = jnp.concatenate([x, jnp.stack(between, axis=-1).reshape(*x.shape[:-1], -1)], axis=-1)
         return x.reshape(images, tiles, padded, -1)[:, :, :tokens]
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, get_args
 
+from jaxtyping import Array, Int
+
 from catp_jax.contract import Site
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
@@ -23,11 +25,16 @@ def methods_for(sites: frozenset[Site]) -> list[str]:
     return [name for name, method in METHODS.items() if method.site in sites]  # type: ignore[attr-defined]
 
 
-def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
+def make(
+    spec: str,
+    keep: int | None,
+    sites: frozenset[Site],
+    limit: Int[Array, " b"] | None = None,
+) -> Any:
     """A method from its name and options: `"trimmed_llama"`, `"trimmed_llama:k_ratio=0.25"`.
 
     Options follow the name, each after a colon. `keep` is a count of entries, None for a method
-    whose budget follows from the data.
+    whose budget follows from the data; `limit` leaves fewer to some samples.
 
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
@@ -38,7 +45,8 @@ def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
     if name not in methods_for(sites):
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
     method = METHODS[name]
-    fields = {f.name: f for f in dataclasses.fields(method) if f.name != "keep"}  # type: ignore[arg-type]
+    every = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    fields = {key: field for key, field in every.items() if key not in ("keep", "limit")}
     values: dict[str, Any] = {}
     for option in options:
         key, separator, text = option.partition("=")
@@ -46,8 +54,10 @@ def make(spec: str, keep: int | None, sites: frozenset[Site]) -> Any:
             takes = ", ".join(f"{field}=…" for field in fields) or "no options"
             raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
         values[key] = _number(text, fields[key].type, f"{name}:{key}")
-    if keep is None and not values.keys() & {"k_ratio", "per_head"}:
+    if keep is None and type(None) not in get_args(every["keep"].type):
         raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 64")
+    if limit is not None:
+        values["limit"] = limit
     return method(keep=keep, **values)
 
 

@@ -9,6 +9,8 @@ cross-attention layer and that layer's and all later keys and values are gathere
 
 from typing import ClassVar
 
+from jaxtyping import Array, Int
+
 from catp_jax.contract import Pruner, Reduction, Site, View
 from catp_jax.pruning.scores import keep_best, last_row_attention
 from catp_jax.struct import pytree, static
@@ -21,10 +23,11 @@ class FastV(Pruner[tuple[()]]):
     site: ClassVar[Site] = Site.CROSS
 
     keep: int = static()
+    limit: Int[Array, " b"] | None = None
 
     def start(self, view: View) -> tuple[()]:
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
         score = last_row_attention(view).mean(axis=1)
-        return Reduction(tokens=keep_best(self.keep, view.valid, score)), state
+        return Reduction(tokens=keep_best(self.keep, view.valid, score, limit=self.limit)), state

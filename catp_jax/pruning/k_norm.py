@@ -10,6 +10,7 @@ what its learned scale makes of their directions.
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from catp_jax.contract import Pruner, Reduction, Site, View
 from catp_jax.pruning.scores import keep_best
@@ -23,10 +24,11 @@ class KNorm(Pruner[tuple[()]]):
     site: ClassVar[Site] = Site.CROSS
 
     keep: int = static()
+    limit: Int[Array, " b"] | None = None
 
     def start(self, view: View) -> tuple[()]:
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
         norms = jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1).mean(axis=-1)
-        return Reduction(tokens=keep_best(self.keep, view.valid, -norms)), state
+        return Reduction(tokens=keep_best(self.keep, view.valid, -norms, limit=self.limit)), state

@@ -21,6 +21,7 @@ class Random(Pruner[tuple[()]]):
     site: ClassVar[Site] = Site.CROSS
 
     keep: int = static()
+    limit: Int[Array, " b"] | None = None
     seed: int | Int[Array, ""] | UInt32[Array, ""] = 0
 
     def __post_init__(self) -> None:
@@ -33,4 +34,5 @@ class Random(Pruner[tuple[()]]):
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
         key = jax.random.key(self.seed)
         draw = jax.vmap(jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place))))
-        return Reduction(tokens=keep_best(self.keep, view.valid, draw(view.positions))), state
+        drawn = draw(view.positions)
+        return Reduction(tokens=keep_best(self.keep, view.valid, drawn, limit=self.limit)), state

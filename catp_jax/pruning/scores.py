@@ -23,8 +23,9 @@ def attention(
     """Attention weights over what each row sees; zero throughout in a row that sees nothing."""
     batch, rows, heads, channels = queries.shape
     columns, kv_heads = keys.shape[1], keys.shape[2]
+    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
     grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, channels)
-    logits = jnp.einsum("bskgd,bnkd->bkgsn", grouped, keys, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bskgd,bnkd->bkgsn", grouped, keys)
     logits = logits.reshape(batch, heads, rows, columns)
     weights = jax.nn.softmax(logits, axis=-1, where=sees[:, None])
     return jnp.where(sees[:, None], weights, 0)
@@ -71,8 +72,11 @@ def keep_best(
     keep: int,
     member: Bool[Array, "b n"],
     *scores: Float[Array, "b n"] | Int[Array, "b n"],
+    limit: Int[Array, " b"] | None = None,
 ) -> Keep:
     """The `keep` members with the highest scores, in their original order, empty entries last.
+
+    `limit` leaves fewer to a sample, so that each may have a share of its own tokens.
 
     Scores decide lexicographically: the second one where the first is equal, and so on; then the
     lower index wins. `keep` larger than the axis keeps everything.
@@ -82,5 +86,7 @@ def keep_best(
     keys = (~member, *(-score for score in scores), index)
     chosen = jax.lax.sort(keys, num_keys=len(keys), dimension=1)[-1][:, : min(keep, size)]
     is_member = jnp.take_along_axis(member, chosen, axis=1)
+    if limit is not None:
+        is_member &= jnp.arange(chosen.shape[1])[None] < limit[:, None]
     empty, indices = jax.lax.sort((~is_member, chosen), num_keys=2, dimension=1)
     return Keep(indices=indices, valid=~empty)

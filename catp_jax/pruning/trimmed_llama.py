@@ -33,6 +33,7 @@ class TrimmedReport:
     """What Trimmed Llama found, per sample.
 
     `union`: tokens that at least one head asked for. `overflow`: how many of them did not fit.
+    (With `keep` alone heads ask for no number: the union is what is kept.)
     `mass`: share of the voting rows' attention that the kept tokens had, 0 … 1.
     """
 
@@ -55,11 +56,12 @@ class TrimmedLlama(Pruner[TrimmedReport]):
     site: ClassVar[Site] = Site.CROSS
 
     keep: int | None = static()
+    limit: Int[Array, " b"] | None = None
     per_head: int | None = static(default=None)
     k_ratio: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
-        if self.keep is None and self.k_ratio is None and self.per_head is None:
+        if self.keep is None and not self._asks_for_a_number:
             raise ValueError(
                 "TrimmedLlama(keep=None) keeps the whole union, so it wants per_head or k_ratio"
             )
@@ -81,14 +83,20 @@ class TrimmedLlama(Pruner[TrimmedReport]):
         union = view.valid & (best_rank < self._per_head(view)[:, None])
 
         size = view.valid.shape[1]
-        kept = keep_best(size if self.keep is None else self.keep, union, -best_rank, total)
-        asked = union.sum(axis=1, dtype=jnp.int32)
+        keep = size if self.keep is None else self.keep
+        kept = keep_best(keep, union, -best_rank, total, limit=self.limit)
+        stay = kept.valid.sum(axis=1, dtype=jnp.int32)
+        asked = union.sum(axis=1, dtype=jnp.int32) if self._asks_for_a_number else stay
         mass = jnp.where(kept.valid, kept.apply(total), 0).sum(axis=1)
         return Reduction(tokens=kept), TrimmedReport(
             union=asked,
-            overflow=asked - kept.valid.sum(axis=1, dtype=jnp.int32),
+            overflow=asked - stay,
             mass=mass / jnp.maximum(total.sum(axis=1), jnp.finfo(jnp.float32).tiny),
         )
+
+    @property
+    def _asks_for_a_number(self) -> bool:
+        return self.per_head is not None or self.k_ratio is not None
 
     def _per_head(self, view: View) -> Int[Array, " b"]:
         """k, the number of tokens that each head may ask for."""

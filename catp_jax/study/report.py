@@ -35,11 +35,11 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def write_json_lines(results: Sequence[Result], path: Path) -> None:
-    """One JSON object a line; the answers themselves are left out."""
+    """One JSON object a line, figures only."""
     with path.open("w") as file:
         for result in results:
             row = dataclasses.asdict(result)
-            del row["answers"]
+            del row["answers"], row["kept"]
             file.write(json.dumps(row) + "\n")
 
 

@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from catp_jax.contract import Site
+from catp_jax.generation.inputs import KeptTokens
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.pruning import make
+from catp_jax.struct import replace
 from catp_jax.study.cost import cross_bytes_per_token
 from catp_jax.study.tasks import Example, score
 
@@ -47,7 +49,7 @@ class Result:
     of the questions. `kl`: mean KL divergence of the first answer token's distribution from the
     unpruned one, in nats. `cross_kv_bytes`: cross-attention cache of one question.
     `milliseconds`: median time of a question in a batch, prefill and answer; `spread` is half the
-    range of it over the batches.
+    range of it over the batches. `answers` and `kept` (None: everything) are one per question.
     """
 
     setting: Setting
@@ -60,6 +62,7 @@ class Result:
     milliseconds: float
     spread: float
     answers: tuple[str, ...]
+    kept: tuple[KeptTokens | None, ...]
 
 
 def sweep(
@@ -93,15 +96,21 @@ def sweep(
         if setting.method != UNPRUNED:
             pruners = (make(setting.method, setting.keep, model.sites),)
         model.generate_packed(batches[0][1], pruners, max_new_tokens=max_new_tokens)  # compiles
-        texts, logits, kept, times, slots = [], [], [], [], 0
-        for some, packed in batches:
+        texts, logits, kept, counts, times, slots = [], [], [], [], [], 0
+        for number, (some, packed) in enumerate(batches):
+            # a method that draws does so anew for each batch, not once for the whole study
+            drawn = [replace(p, seed=p.seed + number) if hasattr(p, "seed") else p for p in pruners]
             started = time.perf_counter()
-            out = model.generate_packed(packed, pruners, max_new_tokens=max_new_tokens)
+            out = model.generate_packed(packed, drawn, max_new_tokens=max_new_tokens)
             times.append(1000 * (time.perf_counter() - started) / len(packed.available))
             texts += out.text[: len(some)]
             logits.append(out.logits[: len(some)])
-            counts = out.available if out.kept is None else [len(own.number) for own in out.kept]
-            kept += counts[: len(some)]
+            own = out.kept or [None] * len(some)
+            kept += own[: len(some)]
+            counts += [
+                available if mine is None else len(mine.number)
+                for mine, available in zip(kept[-len(some) :], out.available, strict=False)
+            ]
             slots = max(slots, out.slots)
         answers, scores = tuple(texts), np.concatenate(logits)
         reference = reference or (answers, scores)
@@ -110,7 +119,7 @@ def sweep(
         yield Result(
             setting=setting,
             questions=len(examples),
-            visual_tokens=float(np.mean(kept)),
+            visual_tokens=float(np.mean(counts)),
             accuracy=float(np.mean(right)),
             agreement=float(np.mean(same)),
             kl=float(np.mean(kl_divergence(reference[1], scores))),
@@ -118,6 +127,7 @@ def sweep(
             milliseconds=statistics.median(times),
             spread=(max(times) - min(times)) / 2,
             answers=answers,
+            kept=tuple(kept),
         )
 
 

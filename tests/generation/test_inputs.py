@@ -8,12 +8,13 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from catp_jax.generation.inputs import (
+    IMAGE_COUNTS,
     TEXT_LENGTHS,
+    TILE_COUNTS,
     ProcessedImage,
     image_spans,
     locate,
     pack,
-    power_of_two,
     round_up,
 )
 from tests.random_mllama import AVAILABLE, CONFIG, IMAGE, PER_TILE, PROMPTS, packed, picture
@@ -84,15 +85,20 @@ def test_text_lengths_waste_at_most_half_and_reach_the_models_positions():
     assert round_up(TEXT_LENGTHS[-1] + 1, TEXT_LENGTHS) == 2 * TEXT_LENGTHS[-1]
 
 
-@pytest.mark.parametrize(("number", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
-def test_powers_of_two(number: int, power: int):
-    assert power_of_two(number) == power
+def test_counts_of_images_and_tiles_go_to_few_sizes_close_above():
+    for sizes in (IMAGE_COUNTS, TILE_COUNTS):
+        rounded = [round_up(number, sizes) for number in range(1, 3000)]
+        assert all(size >= number for number, size in enumerate(rounded, 1))
+        assert all(2 * size <= 3 * number for number, size in enumerate(rounded, 1) if number > 3)
+        assert len(set(rounded)) < 30
+    assert IMAGE_COUNTS[:7] == (1, 2, 3, 4, 6, 8, 12)
+    assert TILE_COUNTS[:6] == (1, 2, 4, 6, 8, 12)
 
 
 def test_the_mixed_batch_has_the_shapes_of_its_buckets():
     inputs = packed().inputs
     assert inputs.tokens.shape == inputs.token_valid.shape == (5, 16)
-    assert inputs.images.pixels.shape == (8, 4, 3, 12, 12)  # 6 images
+    assert inputs.images.pixels.shape == (6, 4, 3, 12, 12)
     assert inputs.images.tile_index.shape == (5, 8)  # 7 tiles at most
     assert inputs.images.tile_seen.shape == (5, 16, 8)
     for row, tokens in enumerate(PROMPTS):
@@ -132,7 +138,8 @@ def test_tile_numbers_point_at_the_images_pixels():
 def test_mode_hf_gives_every_prompt_all_tiles_of_as_many_images_as_the_richest():
     batch = packed(mode="hf")
     assert all(len(tiles) == 12 for tiles in batch.tiles)
-    assert batch.available == (12 * PER_TILE,) * 5
+    assert batch.available == AVAILABLE  # tiles of padding are nobody's visual tokens
+    assert batch.mask_mode == "hf"
     valid = np.asarray(batch.inputs.images.tile_valid)
     assert valid.sum(axis=1).tolist() == [12] * 5
     # but no row sees a tile that is padding
@@ -160,12 +167,13 @@ def test_an_image_in_several_prompts_is_encoded_once():
 
 
 def test_images_beyond_the_last_are_blank_with_one_tile_that_counts():
-    images = packed().inputs.images
+    own = [picture(4, seed) for seed in range(5)]
+    images = pack([[IMAGE] * 5], [own], CONFIG).inputs.images
     blank = ProcessedImage.padding(CONFIG)
     assert (blank.aspect_ratio_id, blank.num_tiles) == (0, 0)
-    assert not np.asarray(images.pixels[6:]).any()
-    assert images.aspect_ratio_ids[6:].tolist() == [0, 0]
-    assert images.aspect_ratio_mask[6:].tolist() == [[True, False, False, False]] * 2
+    assert not np.asarray(images.pixels[5:]).any()
+    assert images.aspect_ratio_ids[5:].tolist() == [0]
+    assert images.aspect_ratio_mask[5:].tolist() == [[True, False, False, False]]
     assert images.aspect_ratio_mask[1].tolist() == [True] * 4
 
 

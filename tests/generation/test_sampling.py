@@ -120,12 +120,19 @@ def test_bfloat16_logits_are_sampled_in_float32():
 def test_other_numbers_reuse_the_program():
     fresh = jax.jit(lambda choice, logits, step: choice.pick(logits, step))
     logits = jnp.zeros((3, 10))
-    for temperature, top_k, top_p, seed in [(0.5, 0, 1.0, 0), (2.0, 7, 0.1, 9)]:
+    for temperature, top_k, top_p, seed in [(0.5, 0, 0.9, 0), (2.0, 7, 0.1, 9), (1.0, 3, 1.0, 4)]:
         choice = sampling(3, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         fresh(choice, logits, jnp.asarray(seed, jnp.int32))
     assert fresh._cache_size() == 1
     fresh(sampling(3), logits, jnp.asarray(0, jnp.int32))
     assert fresh._cache_size() == 2
+
+
+def test_without_top_k_and_top_p_nothing_is_sorted():
+    logits, step = jnp.zeros((3, 10)), jnp.asarray(0, jnp.int32)
+    program = jax.jit(lambda choice: choice.pick(logits, step))
+    assert "sort" not in program.lower(sampling(3, temperature=0.5)).as_text()
+    assert "sort" in program.lower(sampling(3, temperature=0.5, top_k=4)).as_text()
 
 
 def test_seeds_may_come_as_numpy_numbers():

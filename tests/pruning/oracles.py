@@ -88,6 +88,8 @@ def trimmed_llama(
     kept = sorted(wish if capacity is None else wish[:capacity])
     everything = sum(total.values())
     mass = sum(total[column] for column in kept) / everything if everything else 0.0
+    if per_head is None and k_ratio is None:  # nobody asks for a number: nothing overflows
+        return Trimmed(kept, len(kept), 0, mass)
     return Trimmed(kept, len(union), len(union) - len(kept), mass)
 
 

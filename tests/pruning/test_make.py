@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import pytest
 
 from catp_jax import pruning
@@ -113,7 +114,17 @@ def test_options_out_of_range_are_refused(spec: str):
         make(spec, 8, CROSS)
 
 
-@pytest.mark.parametrize("spec", ["trimmed_llama", "fastv", "k_norm", "random", "random:seed=3"])
+@pytest.mark.parametrize("spec", ["fastv", "k_norm", "random", "random:seed=3"])
 def test_a_method_without_a_budget_is_asked_for_one(spec: str):
     with pytest.raises(ValueError, match="wants a number of visual tokens to keep"):
         make(spec, None, CROSS)
+
+
+def test_trimmed_llama_without_a_budget_is_asked_for_what_its_heads_want():
+    with pytest.raises(ValueError, match="per_head or k_ratio"):
+        make("trimmed_llama", None, CROSS)
+
+
+def test_a_limit_of_each_sample_is_handed_on():
+    limit = jnp.asarray([3, 5])
+    assert make("k_norm", 8, CROSS, limit=limit).limit is limit

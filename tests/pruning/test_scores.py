@@ -80,3 +80,11 @@ def test_keep_best_puts_empty_entries_last_and_stops_at_the_axis():
     assert keep.valid.tolist() == [[True, True, False, False]]
     assert keep.indices[0, :2].tolist() == [1, 3]
     assert sorted(keep.indices[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_a_limit_leaves_each_sample_its_own_number_of_the_best():
+    member = jnp.asarray([[True] * 5] * 3)
+    score = jnp.asarray([[5, 1, 4, 2, 3]] * 3, jnp.int32)
+    keep = scores.keep_best(4, member, score, limit=jnp.asarray([2, 4, 9]))
+    assert [kept(keep, row) for row in range(3)] == [[0, 2], [0, 2, 3, 4], [0, 2, 3, 4]]
+    assert keep.valid.tolist()[0] == [True, True, False, False]

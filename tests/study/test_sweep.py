@@ -37,7 +37,7 @@ class Parrot:
         odd = [int(prompt.split()[1]) % 2 for prompt in packed.prompts]
         kept, slots, bias = None, 128, 0.0
         if pruners:
-            assert pruners == (KNorm(keep=7),)
+            assert list(pruners) == [KNorm(keep=7)]
             here = np.arange(7)
             kept = [KeptTokens(here, here, here, here, here) for _ in odd]
             slots, bias = 7, 1.0
