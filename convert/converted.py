@@ -133,8 +133,20 @@ def to_orbax(
         _save_part(folder, part)
         checkpoint.finish(folder / WEIGHTS)
         copy_side_files(source.folder, folder)
+        if wanted is not None:
+            name_dtype(folder / "config.json", wanted)
         manifest.write(folder)
     return source.report(wanted)
+
+
+def name_dtype(path: Path, dtype: np.dtype) -> None:
+    """Makes a config.json name the number type of weights that were cast."""
+    content = json.loads(path.read_bytes())
+    for part in (content, content.get("text_config"), content.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and part.get(key) is not None:
+                part[key] = dtype.name
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_converted(
@@ -208,7 +220,13 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
         for file, inside in specs.items():
             write_safetensors(target / file, inside, values(inside), manifest.files[file].metadata)
         copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
-        if manifest.ignored and SINGLE not in specs:  # the index named them, the files do not
+        is_cast = any(
+            dtype.name != manifest.dtypes[name]
+            for inside in specs.values()
+            for name, dtype, _ in inside
+        )
+        # the old index counts other bytes, or names tensors that were left out
+        if (manifest.ignored or is_cast) and SINGLE not in specs:
             write_index(target, specs)
         elif (folder / INDEX).exists():
             shutil.copyfile(folder / INDEX, target / INDEX)

@@ -1,5 +1,8 @@
 """`catp_jax.load` and `generate` on the shipped mini checkpoint, up to transformers end to end."""
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +89,27 @@ def test_an_image_may_be_a_path_a_picture_or_an_array(model):
     np.testing.assert_allclose(out.logits, out.logits[:1].repeat(5, 0), atol=1e-5)
 
 
+def test_images_that_are_made_as_they_are_asked_for_are_not_mixed_up(model):
+    class Column(Sequence):
+        """Like a dataset's column: every access decodes anew, and nobody keeps the picture."""
+
+        colors = ("red", "blue", "black", "yellow") * 5
+
+        def __len__(self):
+            return len(self.colors)
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (64, 64), self.colors[index])
+
+    packed = model.prepare(Column(), [COLOR] * 20)
+    images = packed.inputs.images
+    assert images.pixels.shape[0] == 24  # 20, in a bucket
+    own = np.asarray(images.pixels)[np.asarray(images.tile_index[:, 0]) // 4]
+    for row, color in enumerate(Column.colors):
+        expected = model.process_image(Image.new("RGB", (64, 64), color)).pixels
+        np.testing.assert_array_equal(own[row], expected)
+
+
 def test_an_image_that_comes_again_is_encoded_once(model):
     packed = model.prepare([CIRCLE] * 4, [COLOR, SHAPE, COLOR, SHAPE])
     assert packed.inputs.images.pixels.shape[0] == 1
@@ -149,14 +173,27 @@ def test_what_cannot_be_used_is_refused(model, images, prompts, said):
 def test_lists_are_wanted(model):
     with pytest.raises(ValueError, match="are lists"):
         model.generate([CIRCLE], COLOR)
-    with pytest.raises(ValueError, match="are lists"):
-        model.generate(CIRCLE, [COLOR])
+    for one in (CIRCLE, Image.open(CIRCLE)):
+        with pytest.raises(ValueError, match="are lists"):
+            model.generate(one, [COLOR])
 
 
 @pytest.mark.parametrize("keep", [0, -1, 261])
 def test_a_budget_out_of_range_is_refused(model, keep):
     with pytest.raises(ValueError, match="keep"):
         model.generate([CIRCLE], [COLOR], [KNorm(keep=keep)])
+
+
+def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(MINI, folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text())
+            settings.get("image_processor", settings)["size"] = {"height": 48, "width": 48}
+            (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="tile height 48, not 32"):
+        catp_jax.load(folder)
 
 
 def test_the_weights_may_be_cast(model):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own, good input and bad."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_a_file_of_requests_goes_on_past_bad_lines(tmp_path):
         assert any(f"line {line}" in s and words in s for s in done.stderr.splitlines())
 
 
+def test_budgets_in_a_file_are_each_lines_own(tmp_path):
+    small = tmp_path / "small.png"
+    Image.open(CIRCLE).convert("RGB").crop((0, 0, 32, 32)).save(small)
+    rows = [{"prompt": ASK[1], "images": [str(image)]} for image in (CIRCLE, small)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["generate", MINI, "--batch", tmp_path / "rows.jsonl", "--json", "--prune", "k_norm"]
+    half = catp_jax(*words, "--keep", "50%")
+    assert [len(json.loads(line)["kept"]) for line in half.stdout.splitlines()] == [130, 33]
+    count = catp_jax(*words, "--keep", "100")
+    assert count.returncode == 1
+    (answer,) = map(json.loads, count.stdout.splitlines())
+    assert (answer["line"], len(answer["kept"])) == (1, 100)
+    assert "line 2" in count.stderr
+    assert "only 65 visual tokens" in count.stderr
+
+
 @pytest.mark.parametrize(
     ("keep", "said"),
     {
@@ -129,6 +146,20 @@ def test_bad_words_are_refused(words, said):
     refused(catp_jax("generate", MINI, "--image", CIRCLE, *ASK, *words), *said)
 
 
+def test_chat_puts_the_prompt_through_the_checkpoints_template(tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(MINI, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for part in messages[0].content %}"
+        "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    )
+    done = catp_jax("generate", folder, "--image", CIRCLE, *ASK, "--chat", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["prompt"], answer["visual_tokens"]) == (ASK[1], 260)
+    assert answer["text"]
+
+
 def test_a_damaged_image_is_refused_by_name(tmp_path):
     cut = tmp_path / "cut.png"
     cut.write_bytes(CIRCLE.read_bytes()[:300])
@@ -142,6 +173,8 @@ def test_marks_and_images_that_differ_in_number_are_refused():
 
 def test_no_prompt_no_model_and_wrong_folders_are_refused(tmp_path):
     refused(catp_jax("generate", MINI), "--prompt")
+    refused(catp_jax("generate", MINI, *ASK, "--batch", "rows.jsonl"), "leave out the others")
+    refused(catp_jax("generate", MINI, "--batch", tmp_path / "none.jsonl"), "is not a file")
     refused(catp_jax("generate", tmp_path / "none", *ASK), "is not a folder")
     refused(catp_jax("generate", tmp_path, *ASK), "config.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax import pruning
 from catp_jax.contract import Keep, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.inputs import Packed, locate, pack
@@ -60,6 +61,10 @@ CASES = [
     *((method, "meta") for method in METHODS),
     *((method, "hf") for method in ("trimmed_llama, union", "k_norm")),
 ]
+
+
+def test_every_method_of_the_registry_is_tested_here():
+    assert {type(make(8)) for make in METHODS.values()} == set(pruning.METHODS.values())
 
 
 def generate(

@@ -83,6 +83,23 @@ def test_number_type_is_converted_once(tmp_path: Path):
     original = tensors_of(folder)
     for name, tensor in tensors_of(tmp_path / "again").items():
         assert torch.equal(tensor, original[name].bfloat16())
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert said["dtype"] == "bfloat16"
+    assert (
+        MllamaForConditionalGeneration.from_pretrained(tmp_path / "again").dtype is torch.bfloat16
+    )
+
+
+def test_index_of_cast_weights_counts_their_bytes(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf", "sharded")
+    convert.to_orbax(folder, tmp_path / "converted", dtype="bfloat16")
+    convert.to_hf(tmp_path / "converted", tmp_path / "again")
+    before, after = (
+        json.loads((place / "model.safetensors.index.json").read_text())
+        for place in (folder, tmp_path / "again")
+    )
+    assert after["weight_map"] == before["weight_map"]
+    assert 2 * after["metadata"]["total_size"] == before["metadata"]["total_size"]
 
 
 def test_weights_go_straight_onto_a_mesh(tmp_path: Path):
