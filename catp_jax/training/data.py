@@ -11,7 +11,7 @@ that resumes at a step sees what an uninterrupted one would have seen.
 import dataclasses
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -74,6 +74,11 @@ class QuestionBatch:
     targets: Int[Array, "i q s"]
 
 
+def is_negated(question: str) -> bool:
+    """Whether there is a "no" or "not" in the question."""
+    return bool({"no", "not"} & set(re.findall(r"\w+", question)))
+
+
 def names_in(questions: Iterable[tuple[str, str]], names: tuple[str, ...]) -> int:
     """Index of the one name that the questions and answers say the image has; -1 if none does.
 
@@ -83,10 +88,9 @@ def names_in(questions: Iterable[tuple[str, str]], names: tuple[str, ...]) -> in
     found = set()
     for question, answer in questions:
         words = set(re.findall(r"\w+", question))
-        is_negated = bool(words & {"no", "not"})
         if answer in names:
             found.add(answer)
-        elif answer not in ("yes", "no") or (answer == "yes") != is_negated:
+        elif answer not in ("yes", "no") or (answer == "yes") != is_negated(question):
             found |= words & set(names)
     if len(found) > 1:
         raise ValueError(f"the questions of one image name {sorted(found)}; one was wanted")
@@ -174,6 +178,12 @@ class Composer:
             take_apart(read_image(group[0]), tuple((e.question, e.answer) for e in group))
             for group in by_image(examples)
         ]
+        self.plain_photos = [
+            p for p in self.photos if not all(is_negated(question) for question, _ in p.questions)
+        ]
+        asked = Counter(q for photo in self.photos for q, _ in photo.questions)
+        answered = Counter(pair for photo in self.photos for pair in photo.questions)
+        self.rarity = {pair: asked[pair[0]] / count for pair, count in answered.items()}
         self.of_shape = [
             [p for p in self.photos if p.shape == number] for number in range(len(SHAPES))
         ]
@@ -231,20 +241,31 @@ class Composer:
             weights=jnp.asarray(np.stack(columns["weights"])),
         )
 
-    def questions(self, step: int, size: int, each: int, text: "Text") -> QuestionBatch:
-        """Batch number `step`: photos' questions beside another image of the same answers."""
+    def questions(
+        self, step: int, size: int, each: int, text: "Text", is_plain: bool = False
+    ) -> QuestionBatch:
+        """Batch number `step`: photos' questions beside another image of the same answers.
+
+        Questions are drawn by the rarity of their answer to that question. Seven of eight "is there
+        a red shape?" are answered no; drawn evenly, a model is long content to say so unseen.
+
+        With `is_plain`, none has a "no" or "not" in it.
+        """
         rng = np.random.default_rng((self.seed, 1, step))
         pixels, ids, asked = [], [], []
         for _ in range(size):
-            photo = pick(rng, self.photos)
+            photo = pick(rng, self.plain_photos if is_plain else self.photos)
             cut = pick(rng, self.of_shape[photo.shape]) if photo.shape >= 0 else photo
             colours = pick(rng, self.of_colour[photo.colour]) if photo.colour >= 0 else photo
             canvas, _, number = self.compose(rng, cut.matte, colours)
             layout = self.config.supported_aspect_ratios[number]
             pixels.append(split_tiles(normalise(canvas), layout, self.config.max_num_tiles))
             ids.append(number + 1)
-            chosen = [pick(rng, photo.questions) for _ in range(each)]
-            asked.append([(careless(rng, question), answer) for question, answer in chosen])
+            own = [q for q in photo.questions if not (is_plain and is_negated(q[0]))]
+            rarity = np.array([self.rarity[pair] for pair in own])
+            chosen = rng.choice(len(own), size=each, p=rarity / rarity.sum())
+            pairs = [own[number] for number in chosen]
+            asked.append([(careless(rng, question), answer) for question, answer in pairs])
         return text.batch(
             np.stack(pixels), np.array(ids, np.int32), asked, each=each, config=self.config
         )

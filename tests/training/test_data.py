@@ -186,6 +186,29 @@ def test_dense_batches_name_what_they_show(composer):
     assert len(set(np.asarray(batch.aspect_ratio_ids).tolist())) > 1
 
 
+def test_plain_batches_have_no_negation(composer, tokenizer, text):
+    negations = set(tokenizer.convert_tokens_to_ids(["Ġno", "Ġnot"]))
+    plain, usual = (
+        np.asarray(composer.questions(0, 16, 4, text, is_plain=plain).tokens)
+        for plain in (True, False)
+    )
+    answers = 2  # the last two tokens that are not padding may be " no" and the end
+    for tokens, has_any in ((plain, False), (usual, True)):
+        prompts = [
+            [t for t in row if t != text.padding][:-answers] for row in tokens.reshape(64, -1)
+        ]
+        assert any(negations & set(map(int, prompt)) for prompt in prompts) == has_any
+
+
+def test_rare_answers_are_drawn_as_often_as_common_ones(composer, tokenizer, text):
+    """Most "is there a red shape?" are answered no; in a batch about half are."""
+    batch = composer.questions(0, 64, 8, text, is_plain=True)
+    yes, no = tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno"])
+    targets = np.asarray(batch.targets)
+    share = (targets == yes).sum() / ((targets == yes) | (targets == no)).sum()
+    assert 0.35 < share < 0.65
+
+
 def test_targets_stand_one_row_before_the_answer(composer, text):
     batch = composer.questions(0, 4, 3, text)
     tokens, targets = np.asarray(batch.tokens), np.asarray(batch.targets)
