@@ -5,6 +5,7 @@ Bad input ends with one message on stderr and exit code 1 (2 for a call that is 
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -309,6 +310,7 @@ def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: errors of the input become messages, not tracebacks."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

@@ -78,7 +78,7 @@ def sampling(
         raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
     return Sampling(
         is_greedy=temperature == 0,
-        is_filtered=top_k > 0 or top_p < 1,
+        is_filtered=temperature > 0 and (top_k > 0 or top_p < 1),
         # float32 has no smaller number to divide by, int32 no larger one
         temperature=jnp.asarray(max(temperature or 1.0, 1e-37), jnp.float32),
         top_k=jnp.asarray(min(int(top_k), 2**31 - 1), jnp.int32),
