@@ -209,7 +209,7 @@ def decoder_loss(graph: nnx.GraphDef, skip_first: float) -> Any:
     """
 
     def loss(
-        params: nnx.State, frozen: nnx.State, batch: QuestionBatch, key: Array
+        params: Any, frozen: Any, batch: QuestionBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
         model = nnx.merge(graph, frozen, params)
         is_open = jax.random.bernoulli(key, 1 - skip_first, (batch.tokens.shape[1],))
@@ -242,7 +242,7 @@ def evaluate(
     graph, state = nnx.split(model)
 
     @jax.jit
-    def answered(state: nnx.State, batch: QuestionBatch, key: Array) -> Array:
+    def answered(state: Any, batch: QuestionBatch, key: Array) -> Array:
         keep = None
         if kept is not None:
             questions = batch.tokens.shape[:2]
