@@ -177,28 +177,29 @@ def answer_logits(
     model: Mllama,
     batch: QuestionBatch,
     is_first_open: Bool[Array, " q"] | None = None,
-    keep: Keep | None = None,
+    kept: Int[Array, "i q k"] | None = None,
 ) -> Float[Array, "i q s vocab"]:
     """Logits of every row of every question; the image is encoded once for all of its questions.
 
-    `keep` has a question axis after the batch axis. Where `is_first_open` is False, the first
-    cross-attention layer is skipped.
+    `kept` are the visual tokens that each question's later layers see (None: all). Where
+    `is_first_open` is False, the first cross-attention layer is skipped.
     """
     graph, state = nnx.split(model)
     first = model.language_model.first_cross
 
-    def one(tokens: Array, valid: Array, is_open: Array | None, keep: Keep | None) -> Array:
+    def one(tokens: Array, valid: Array, is_open: Array | None, kept: Array | None) -> Array:
         model = nnx.merge(graph, state)
         if is_open is not None:
             layer = model.language_model.layers[first]
             for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
                 value = getattr(layer, name)[...]
                 setattr(layer, name, nnx.Param(value * is_open.astype(value.dtype)[None]))
+        keep = None if kept is None else Keep(indices=kept, valid=jnp.ones_like(kept, bool))
         return model(Inputs(tokens=tokens, token_valid=valid, images=batch.images), keep)
 
-    axes = (1, 1, None if is_first_open is None else 0, None if keep is None else 1)
+    axes = (1, 1, None if is_first_open is None else 0, None if kept is None else 1)
     return jax.vmap(one, in_axes=axes, out_axes=1)(
-        batch.tokens, batch.token_valid, is_first_open, keep
+        batch.tokens, batch.token_valid, is_first_open, kept
     )
 
 
@@ -243,14 +244,13 @@ def evaluate(
 
     @jax.jit
     def answered(state: Any, batch: QuestionBatch, key: Array) -> Array:
-        keep = None
+        indices = None
         if kept is not None:
             questions = batch.tokens.shape[:2]
             tokens = batch.images.tile_index.shape[1] * model.config.vision.tokens_per_tile
             order = jnp.argsort(jax.random.uniform(key, (*questions, tokens)), axis=-1)
             indices = order[..., :kept]
-            keep = Keep(indices=indices, valid=jnp.ones_like(indices, bool))
-        logits = answer_logits(nnx.merge(graph, state), batch, keep=keep)
+        logits = answer_logits(nnx.merge(graph, state), batch, kept=indices)
         return is_answered(logits, batch.targets)
 
     results = []
@@ -279,8 +279,9 @@ def report(
     model: Mllama, text: Text, train_set: list[Example], test_set: list[Example]
 ) -> dict[str, Any]:
     """Accuracy on the test set: overall, by type, with random tokens kept, and without images."""
-    batches = evaluation_batches(test_set, text, model.config.vision, size=50)
-    asked = [example for group in by_image(test_set) for example in group]
+    groups = by_image(test_set)
+    asked = [example for group in groups for example in group]
+    batches = evaluation_batches(test_set, text, model.config.vision, size=min(50, len(groups)))
     right = np.array(evaluate(model, batches))
     kinds = np.array([kind(example.answer) for example in asked])
     kept = {k: round(float(np.mean(evaluate(model, batches, kept=k))), 4) for k in KEPT}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import convert
-from catp_jax.contract import Keep
 from catp_jax.models.mllama import Inputs
 from catp_jax.study.tasks import Example, easy_vqa
 from catp_jax.training.data import Composer, Text
@@ -92,10 +91,9 @@ def test_keeping_everything_changes_nothing_and_keeping_little_does(model, batch
     everything = answer_logits(model, batch)
     shape = (*batch.tokens.shape[:2], 260)
     indices = jnp.broadcast_to(jnp.arange(260, dtype=jnp.int32), shape)
-    full = Keep(indices=indices, valid=jnp.ones(shape, bool))
-    np.testing.assert_allclose(answer_logits(model, batch, keep=full), everything, atol=2e-5)
-    few = Keep(indices=indices[..., :4], valid=jnp.ones((*shape[:2], 4), bool))
-    assert not np.allclose(answer_logits(model, batch, keep=few), everything, atol=1e-3)
+    np.testing.assert_allclose(answer_logits(model, batch, kept=indices), everything, atol=2e-5)
+    few = answer_logits(model, batch, kept=indices[..., :4])
+    assert not np.allclose(few, everything, atol=1e-3)
 
 
 def test_a_closed_first_layer_is_skipped_for_that_question_alone(model, batch):
