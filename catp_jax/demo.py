@@ -1,6 +1,7 @@
 """The demo: the shipped mini Llama Vision answers questions about images, unpruned and pruned."""
 
 import importlib.resources
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
@@ -10,16 +11,13 @@ from catp_jax.study import report, tasks
 from catp_jax.study.pictures import Panel, draw_kept
 from catp_jax.study.sweep import UNPRUNED, Result, Setting, sweep
 
+BUDGETS = (4, 16, 64, 130)
 SETTINGS = [
     Setting(method, keep)
-    for method, budgets in {
-        "trimmed_llama": (4, 16, 64, 130),
-        "fastv": (4, 16, 64),
-        "k_norm": (16, 64),
-        "random": (4, 16, 64, 130),
-    }.items()
-    for keep in budgets
+    for method in ("trimmed_llama", "fastv", "k_norm", "random")
+    for keep in BUDGETS
 ]
+EACH = 4  # questions about one image
 PICTURED = "trimmed_llama"
 
 
@@ -40,12 +38,12 @@ def run(model_folder: Path | None, out: Path, questions: int, console: Console) 
     out.mkdir(parents=True, exist_ok=True)
 
     results = []
-    with console.status("answering unpruned") as status:
+    with console.status("reading images") as status:
         for result in sweep(
             model,
             examples,
             SETTINGS,
-            report=lambda s: status.update(f"answering with {s.method}, keep {s.keep}"),
+            report=status.update,
         ):
             results.append(result)
         status.update("drawing")
@@ -57,10 +55,24 @@ def run(model_folder: Path | None, out: Path, questions: int, console: Console) 
 
 
 def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example]:
-    """`number` examples at even distances, so that they are about many images."""
+    """`number` examples, up to `EACH` about one image, the images at even distances.
+
+    An image is encoded once for all its questions in a batch.
+    """
     if not 1 <= number <= len(examples):
         raise ValueError(f"the demo takes 1 to {len(examples)} questions, got {number}")
-    return [examples[index * len(examples) // number] for index in range(number)]
+    groups: dict[int, list[tasks.Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.image_id].append(example)
+    each = max(EACH, -(-number // len(groups)))
+    while sum(min(each, len(group)) for group in groups.values()) < number:
+        each += 1
+    images, picked = list(groups.values()), []
+    step = max(1, len(images) * each // (number + each))
+    for group in [*images[::step], *(g for n, g in enumerate(images) if n % step)]:
+        wanted = min(each, len(group))
+        picked += [group[index * len(group) // wanted] for index in range(wanted)]
+    return picked[:number]
 
 
 def draw_examples(

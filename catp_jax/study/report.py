@@ -13,15 +13,15 @@ from catp_jax.study.sweep import UNPRUNED, Result
 def table(results: Sequence[Result]) -> Table:
     """The results as a table for the terminal, in their order."""
     out = Table(title=f"{results[0].questions} questions")
-    out.add_column("method")
+    out.add_column("method", no_wrap=True)
     for column in (
-        "visual tokens kept",
-        "accuracy",
-        "agreement with unpruned",
-        "cross-KV bytes",
-        "latency per question",
+        "visual\ntokens\nkept",
+        "\n\naccuracy",
+        "agreement\nwith\nunpruned",
+        "\ncross-KV\nbytes",
+        "latency,\nms a\nquestion",
     ):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=True)
     for result in results:
         out.add_row(
             result.setting.method,
@@ -29,7 +29,7 @@ def table(results: Sequence[Result]) -> Table:
             f"{result.accuracy:.1%}",
             f"{result.agreement:.1%}",
             f"{result.cross_kv_bytes:,}",
-            f"{result.milliseconds:.2f} ± {result.spread:.2f} ms",
+            f"{result.milliseconds:.1f} ± {result.spread:.1f}",
         )
     return out
 

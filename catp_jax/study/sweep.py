@@ -1,9 +1,12 @@
 """Measures pruning methods at several budgets on one task, against the unpruned model."""
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -72,12 +75,12 @@ def sweep(
     *,
     batch: int = 64,
     max_new_tokens: int = 4,
-    report: Callable[[Setting], None] = lambda setting: None,
+    report: Callable[[str], None] = lambda doing: None,
 ) -> Iterator[Result]:
     """Yields the unpruned model's result, then one result per setting.
 
     The last batch is filled up with its own first questions, so that every batch has one shape.
-    `report` is told of a setting before it runs.
+    `report` is told what is being done.
     """
     if not examples:
         raise ValueError("a study wants at least one example")
@@ -89,13 +92,19 @@ def sweep(
         batches.append((some, packed))
     per_token = cross_bytes_per_token(model.config, model.dtype)
 
+    every = [Setting(UNPRUNED, None), *settings]
+    pruned = [
+        () if setting.method == UNPRUNED else (make(setting.method, setting.keep, model.sites),)
+        for setting in every
+    ]
+    report("compiling")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # all programs at once, before any is timed
+        once = partial(model.generate_packed, batches[0][1], max_new_tokens=max_new_tokens)
+        list(pool.map(once, pruned))
+
     reference: tuple[tuple[str, ...], np.ndarray] | None = None
-    for setting in (Setting(UNPRUNED, None), *settings):
-        report(setting)
-        pruners = ()
-        if setting.method != UNPRUNED:
-            pruners = (make(setting.method, setting.keep, model.sites),)
-        model.generate_packed(batches[0][1], pruners, max_new_tokens=max_new_tokens)  # compiles
+    for setting, pruners in zip(every, pruned, strict=True):
+        report(f"answering: {setting.method}, keep {setting.keep}")
         texts, logits, kept, counts, times, slots = [], [], [], [], [], 0
         for number, (some, packed) in enumerate(batches):
             # a method that draws does so anew for each batch, not once for the whole study
