@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Params = TypeVar("Params")
+Params = Any
+"""A tree of arrays, such as a model's `nnx.State`."""
 Figures = dict[str, Float[Array, ""]]
 
 

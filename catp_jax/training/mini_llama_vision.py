@@ -18,6 +18,7 @@ Architecture, tokenizer and files are those of the large models; only the number
 """
 
 import json
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -315,6 +316,21 @@ def write(model: Mllama, processor: Any, out: Path) -> None:
         convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
 
 
+def check_options(options: dict[str, Any], work: Path) -> None:
+    """Raises ValueError if `work` holds checkpoints of a run with other options."""
+    path = work / "options.json"
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(options, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text())
+    other = [f"{k} {before.get(k)}, not {v}" for k, v in options.items() if before.get(k) != v]
+    if other:
+        raise ValueError(
+            f"{work} holds a run with {', '.join(other)}; choose another --work or delete it"
+        )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint in Hugging Face format")],
     work: Annotated[Path, typer.Option(help="folder for checkpoints to resume from")] = Path(
@@ -332,6 +348,17 @@ def main(
 
     Run it again with the same options to resume after an interruption.
     """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder or delete it first")
+    options = {
+        "seed": seed,
+        "tower_steps": tower_steps,
+        "reader_steps": reader_steps,
+        "decoder_steps": decoder_steps,
+        "batch": batch,
+        "train_limit": train_limit,
+    }
+    check_options(options, work)
     log = work / "training_log.jsonl"
     train_set, test_set = list(easy_vqa("train", train_limit)), list(easy_vqa("test", test_limit))
     config = mini_config()
@@ -396,4 +423,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -69,6 +69,20 @@ def test_the_log_ends_with_the_whole_test_set():
     assert last["accuracy"] >= 0.97
 
 
+def test_its_readme_says_what_the_log_says():
+    last = json.loads((FOLDER / "training_log.jsonl").read_text().splitlines()[-1])
+    readme = (FOLDER / "README.md").read_text()
+    for name, key in {"all": "accuracy", "yes/no": "accuracy yes/no"}.items():
+        assert f"| {name} | {last[key]:.2%} |".replace("%", " %") in readme
+    for name in ("shape", "colour"):
+        assert f"| {name} | {last[f'accuracy {name}']:.2%} |".replace("%", " %") in readme
+    assert f"{last['accuracy blind']:.1%}".replace("%", " %") in readme
+    for kept, accuracy in last["accuracy with random tokens kept"].items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {kept} |"))
+        assert float(row.split("|")[2].strip(" %")) == pytest.approx(100 * accuracy, abs=0.051)
+    assert f"{last['minutes of training']:.0f} minutes" in readme
+
+
 def test_transformers_loads_it_and_gets_the_same_logits_and_answers(model, processor):
     import torch
     from transformers import AutoProcessor, MllamaForConditionalGeneration

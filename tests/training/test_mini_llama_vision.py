@@ -150,6 +150,11 @@ def test_the_command_trains_writes_and_resumes(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in log[:3])
     assert log[-1]["questions"] == 12
 
+    with pytest.raises(ValueError, match="exists already"):
+        main(out=tmp_path / "one", **options)
+    with pytest.raises(ValueError, match="seed 0, not 1"):
+        main(out=tmp_path / "three", **{**options, "seed": 1})
+
 
 def _state(model):
     from flax import nnx
