@@ -132,12 +132,12 @@ def test_a_budget_left_to_the_data_equals_the_same_budget_given(model):
 def test_a_steady_stream_compiles_nothing_new(model, pictures):
     four, one, _ = pictures
     pruners = [FastV(keep=30)]
-    options = {"max_new_tokens": 3, "temperature": 0.7}
+    options = {"max_new_tokens": 3, "temperature": 0.7, "top_p": 0.9}
     model.generate([four, one], [COLOR, SHAPE], pruners, **options)
     before = programs.generate._cache_size()
     model.generate([one, four], ["is there a circle?", COLOR], pruners, **options, seed=5)
     model.generate(
-        [four, four], ["hm", SHAPE], pruners, **options | {"temperature": 1.3}, top_p=0.5
+        [four, four.copy()], ["hm", SHAPE], pruners, **options | {"temperature": 1.3, "top_p": 0.5}
     )
     assert programs.generate._cache_size() == before
     model.generate([four, one], [COLOR, SHAPE], [FastV(keep=31)], **options)
@@ -173,9 +173,8 @@ def test_what_cannot_be_used_is_refused(model, images, prompts, said):
 def test_lists_are_wanted(model):
     with pytest.raises(ValueError, match="are lists"):
         model.generate([CIRCLE], COLOR)
-    for one in (CIRCLE, Image.open(CIRCLE)):
-        with pytest.raises(ValueError, match="are lists"):
-            model.generate(one, [COLOR])
+    with pytest.raises(ValueError, match="are lists"):
+        model.generate(str(CIRCLE), [COLOR])
 
 
 @pytest.mark.parametrize("keep", [0, -1, 261])
@@ -192,7 +191,7 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path):
             settings = json.loads((folder / name).read_text())
             settings.get("image_processor", settings)["size"] = {"height": 48, "width": 48}
             (folder / name).write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="tile height 48, not 32"):
+    with pytest.raises(ValueError, match="tile height: 48, not 32"):
         catp_jax.load(folder)
 
 
