@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types wheel clean
+.PHONY: help demo train test lint types wheel clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -11,6 +11,9 @@ help: ## this list
 
 demo: $(VENV)/demo.stamp ## answer questions with the shipped checkpoint, unpruned and pruned; pictures in demo/
 	$(BIN)/catp-jax demo --out demo
+
+train: $(VENV)/demo.stamp ## train the mini checkpoint anew, into runs/; about half an hour, resumes
+	$(BIN)/python -m catp_jax.training.mini_llama_vision --out runs/mini-llama-vision --work runs/work
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/python -m pytest
