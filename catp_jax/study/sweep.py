@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from catp_jax.contract import Site
@@ -98,9 +101,11 @@ def sweep(
         for setting in every
     ]
     report("compiling")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # all programs at once, before any is timed
-        once = partial(model.generate_packed, batches[0][1], max_new_tokens=max_new_tokens)
-        list(pool.map(once, pruned))
+    # every program, for every shape that a batch has, before any is timed
+    shapes = {str(jax.tree.map(jnp.shape, packed.inputs)): packed for _, packed in batches}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        once = partial(model.generate_packed, max_new_tokens=max_new_tokens)
+        list(pool.map(once, *zip(*product(shapes.values(), pruned), strict=True)))
 
     reference: tuple[tuple[str, ...], np.ndarray] | None = None
     for setting, pruners in zip(every, pruned, strict=True):

@@ -30,7 +30,8 @@ class Parrot:
         self.batches = []
 
     def prepare(self, images, prompts):
-        return SimpleNamespace(prompts=prompts, available=(100,) * len(prompts))
+        rows = jnp.zeros(len(prompts))
+        return SimpleNamespace(prompts=prompts, available=(100,) * len(prompts), inputs=rows)
 
     def generate_packed(self, packed, pruners, *, max_new_tokens):
         self.batches.append(len(packed.prompts))
@@ -80,3 +81,22 @@ def test_divergence_of_far_apart_logits_is_finite():
 def test_cross_attention_bytes_of_the_real_sizes():
     assert cross_bytes_per_token(MllamaConfig.llama_3_2_11b(), jnp.bfloat16) == 32 * 1024
     assert cross_bytes_per_token(MllamaConfig.llama_3_2_90b(), jnp.bfloat16) == 80 * 1024
+
+
+def test_every_shape_is_compiled_before_anything_is_timed():
+    calls = []
+
+    class Recorder(Parrot):
+        def prepare(self, images, prompts):
+            packed = super().prepare(images, prompts)
+            packed.inputs = jnp.zeros(1 if "question 0" in prompts else 2)
+            return packed
+
+        def generate_packed(self, packed, pruners, *, max_new_tokens):
+            calls.append((packed.inputs.shape, bool(pruners)))
+            return super().generate_packed(packed, pruners, max_new_tokens=max_new_tokens)
+
+    list(sweep(Recorder(), [example(n, "yes") for n in range(9)], [Setting("k_norm", 7)], batch=3))
+    every = {((1,), False), ((1,), True), ((2,), False), ((2,), True)}
+    assert len(calls) == 4 + 6
+    assert set(calls[:4]) == every
