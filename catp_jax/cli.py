@@ -103,10 +103,10 @@ def generate(
     else:
         requests, problems = _requests(prompt or [], image or []), []
         batch_size = len(requests)
-    if batch_size < 1:
-        raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
         for path in image or []:
             read_image(path)  # before a model is loaded, which may take minutes
+    if batch_size < 1:
+        raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
     sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from catp_jax import api  # here, so that --help does not wait for it
 

@@ -166,6 +166,16 @@ def test_a_damaged_image_is_refused_by_name(tmp_path):
     refused(catp_jax("generate", MINI, "--image", cut, *ASK), "cut.png", "damaged")
 
 
+def test_bad_words_and_images_are_found_before_a_model_is_loaded(tmp_path):
+    nowhere = tmp_path / "no-model"
+    refused(catp_jax("generate", nowhere, "--image", "gone.png", *ASK), "gone.png")
+    refused(catp_jax("generate", nowhere, *ASK, "--top-p", "0"), "top_p")
+    refused(catp_jax("generate", nowhere, *ASK, "--prune", "random", "--keep", "x"), "'x'")
+    refused(
+        catp_jax("generate", nowhere, "--batch", "rows.jsonl", "--batch-size", "0"), "not a file"
+    )
+
+
 def test_marks_and_images_that_differ_in_number_are_refused():
     done = catp_jax("generate", MINI, "--image", CIRCLE, "--prompt", "<|image|>a <|image|>b")
     refused(done, "2 <|image|> marks and 1 images")

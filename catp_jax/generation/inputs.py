@@ -132,7 +132,7 @@ def pack(
     packed_images = None
     if richest:
         seen = [image_spans(tokens, mark) for tokens in prompts]
-        packed_images = _images(images, tiles, seen, length, config, mode)
+        packed_images = _images(images, tiles, seen, length, config)
     return Packed(
         inputs=Inputs(
             tokens=jnp.asarray(text), token_valid=jnp.asarray(valid), images=packed_images
@@ -151,7 +151,6 @@ def _images(
     spans: Sequence[Sequence[tuple[int, int]]],
     length: int,
     config: MllamaConfig,
-    mode: MaskMode,
 ) -> Images:
     most_tiles = config.vision.max_num_tiles
     # an image that several prompts share is encoded once
