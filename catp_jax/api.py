@@ -5,7 +5,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 """
 
 import dataclasses
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor
-from transformers.models.mllama.processing_mllama import build_string_from_input
 
 import convert
 from catp_jax.contract import Keep, Site, check_sites
 from catp_jax.generation import generate as programs
-from catp_jax.generation.images import ImageLike, read_image
-from catp_jax.generation.inputs import (
-    KeptTokens,
-    Packed,
-    ProcessedImage,
-    check_marks,
-    locate,
-    pack,
-    round_up,
-)
+from catp_jax.generation.beam import EarlyStopping, beams, generate_beam
+from catp_jax.generation.blip2_inputs import stack_images
+from catp_jax.generation.images import ImageLike
+from catp_jax.generation.inputs import Packed, pad_prompts, round_up
 from catp_jax.generation.sampling import sampling
+from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
-from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.models.mllama import Mllama
+from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
-
-IMAGE_MARK = "<|image|>"
-
-Prompt = str | Sequence[dict[str, Any]]
-"""Plain text, or chat messages for the checkpoint's own chat template."""
-
-Done = dict[str | int, tuple[ImageLike, ProcessedImage]]
-"""Images read already, by path or identity, with their source."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One prompt, read: its tokens, and its images as the model sees them."""
-
-    tokens: list[int]
-    images: list[ProcessedImage]
+from catp_jax.readers.blip2 import Blip2Reader, RetrievalReader
+from catp_jax.readers.mllama import MllamaReader
+from catp_jax.readers.reading import Done, Kept, Prompt, Question, Reader, special_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +41,14 @@ class Answers:
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
     visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
-    `slots` is the room that each prompt's visual tokens take in a cross-attention cache.
+    `slots` is the room that each prompt's visual tokens take in the caches.
     `reports` has the final state of each pruner, `logits` those of the first new token.
     """
 
     text: list[str]
     tokens: list[list[int]]
     available: tuple[int, ...]
-    kept: list[KeptTokens] | None
+    kept: list[Kept] | None
     slots: int
     reports: tuple[Any, ...]
     logits: np.ndarray
@@ -78,34 +59,51 @@ class Model:
     """A checkpoint with its processor, ready to answer."""
 
     network: Frozen
-    config: MllamaConfig
-    processor: Any
+    reader: Reader
     end_tokens: tuple[int, ...]
     pad_token: int
 
     @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.reader.config
+
+    @property
     def sites(self) -> frozenset[Site]:
         """Where this model can be pruned."""
-        return Mllama.sites
+        return self.reader.sites
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The number type of the text decoder, and so of its caches."""
-        return self.network.thaw().language_model.embed_tokens.embedding.dtype
+        """The number type of the language model, and so of its caches."""
+        return self.network.thaw().dtype
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this model from others, for records: its kind, size, number type, and a
+        checksum over a little of every array.
+        """
+        checksum = hashlib.sha256()
+        for array in self.network.arrays:
+            some = jax.device_get(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
+            checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
+        return {
+            "model": type(self.network.thaw()).__name__,
+            "language_model": type(self.network.thaw().language_model).__name__,
+            "parameters": sum(array.size for array in self.network.arrays),
+            "dtype": str(self.dtype),
+            "checksum": checksum.hexdigest()[:16],
+        }
 
     def prepare(
         self,
         images: Sequence[ImageLike | Sequence[ImageLike] | None],
         prompts: Sequence[Prompt],
-        *,
-        mask_mode: MaskMode = "meta",
-    ) -> Packed:
+    ) -> Packed[Any]:
         """Reads images and prompts into arrays for `generate_packed`.
 
-        `images[b]` is the image of `prompts[b]`, a list of several, or None. A prompt without any
-        `<|image|>` mark gets its images in front.
+        `images[b]` is the image of `prompts[b]`, a list of several, or None.
 
-        Raises ValueError for an image that cannot be read or marks that don't fit the images.
+        Raises ValueError for an image that cannot be read or a prompt that doesn't fit its images.
         """
         if isinstance(prompts, str) or isinstance(images, str | Path | np.ndarray | Image.Image):
             raise ValueError("images and prompts are lists, with one entry for each question")
@@ -124,7 +122,7 @@ class Model:
             except ValueError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
-        return self.pack(questions, mask_mode=mask_mode)
+        return self.pack(questions)
 
     def read(
         self,
@@ -133,85 +131,85 @@ class Model:
         *,
         max_new_tokens: int = 0,
         done: Done | None = None,
-    ) -> Question:
+    ) -> Question[Any]:
         """One prompt as tokens, and its images as the model sees them.
 
         `done` remembers images by path or identity: one that comes again is processed and encoded
         once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
         """
-        done = {} if done is None else done
-        processed = [self._process(image, done) for image in _as_list(images)]
-        tokens = self._tokenize(prompt, len(processed))
-        check_marks(tokens, len(processed), self.config.image_token_index)
-        self._check_length(len(tokens), max_new_tokens)
-        return Question(tokens=tokens, images=processed)
+        question = self.reader.read(_as_list(images), prompt, {} if done is None else done)
+        self._check_length(self.reader.length(question), max_new_tokens)
+        return question
 
-    def visual_tokens(self, question: Question) -> int:
+    def visual_tokens(self, question: Question[Any]) -> int:
         """How many visual tokens a question has, before any pruning."""
-        per_tile = self.config.vision.tokens_per_tile
-        return sum(image.num_tiles for image in question.images) * per_tile
+        return self.reader.visual_tokens(question)
 
-    def pack(self, questions: Sequence[Question], *, mask_mode: MaskMode = "meta") -> Packed:
+    def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
         """A batch of questions as arrays."""
-        tokens = [question.tokens for question in questions]
-        return pack(tokens, [question.images for question in questions], self.config, mask_mode)
+        return self.reader.pack(questions)
 
     def generate(
         self,
         images: Sequence[ImageLike | Sequence[ImageLike] | None],
         prompts: Sequence[Prompt],
         pruners: Sequence[Any] = (),
+        **options: Any,
+    ) -> Answers:
+        """Answers each prompt about its images.
+
+        `pruners` apply in order. See `prepare` for images and prompts, and `generate_packed` for
+        the options.
+
+        Raises ValueError for input that cannot be used, with the reason.
+        """
+        return self.generate_packed(self.prepare(images, prompts), pruners, **options)
+
+    def generate_packed(
+        self,
+        packed: Packed[Any],
+        pruners: Sequence[Any] = (),
         *,
         max_new_tokens: int = 32,
+        min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
-        mask_mode: MaskMode = "meta",
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = "heuristic",
     ) -> Answers:
-        """Answers each prompt about its images.
+        """`generate` on prepared inputs.
 
         Temperature 0 is greedy; otherwise row i draws with `seed + i`, or its own entry of `seed`.
-        `pruners` apply in order. See `prepare` for images and prompts, `cross_decoder.MaskMode` for
-        `mask_mode`.
-
-        Raises ValueError for input that cannot be used, with the reason.
+        From 2 beams on there is beam search instead, see `beam.Beams`; `length_penalty` and
+        `early_stopping` are for that alone.
         """
-        packed = self.prepare(images, prompts, mask_mode=mask_mode)
-        return self.generate_packed(
-            packed,
-            pruners,
-            max_new_tokens=max_new_tokens,
+        pruners = tuple(pruners)
+        self._check(packed, pruners, max_new_tokens)
+        choice = sampling(
+            len(packed.available),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            min_new_tokens=min_new_tokens,
         )
-
-    def generate_packed(
-        self,
-        packed: Packed,
-        pruners: Sequence[Any] = (),
-        *,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-    ) -> Answers:
-        """`generate` on prepared inputs, in the mask mode they were packed for."""
-        mask_mode = packed.mask_mode
-        pruners = tuple(pruners)
-        self._check(packed, pruners, max_new_tokens)
-        choice = sampling(
-            len(packed.available), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        search = beams(
+            num_beams,
+            length_penalty=length_penalty,
+            min_new_tokens=min_new_tokens,
+            early_stopping=early_stopping,
         )
+        if num_beams > 1 and temperature > 0:
+            raise ValueError("beam search draws nothing: give num_beams or a temperature, not both")
         ends = jnp.asarray(self.end_tokens, jnp.int32)
         pad = jnp.asarray(self.pad_token, jnp.int32)
         if any(pruner.keep is None for pruner in pruners):
-            front, keep, selection = programs.look(
-                self.network, pruners, packed.inputs, mode=mask_mode
-            )
+            if num_beams > 1:
+                raise ValueError("a method that finds its own number goes with one beam only")
+            front, keep, selection = programs.look(self.network, pruners, packed.inputs)
             if keep is not None:
                 keep, selection = programs.cut(keep, selection, self._capacity(keep))
             out = programs.go_on(
@@ -222,7 +220,16 @@ class Model:
                 choice,
                 ends,
                 pad,
-                mode=mask_mode,
+                max_new_tokens=max_new_tokens,
+            )
+        elif num_beams > 1:
+            out = generate_beam(
+                self.network,
+                pruners,
+                packed.inputs,
+                search,
+                ends,
+                pad,
                 max_new_tokens=max_new_tokens,
             )
         else:
@@ -233,10 +240,19 @@ class Model:
                 choice,
                 ends,
                 pad,
-                mode=mask_mode,
                 max_new_tokens=max_new_tokens,
             )
         return self._answers(jax.device_get(out), packed)
+
+    def picture(self, source: ImageLike) -> np.ndarray:
+        """The image as the model sees it, [height, width, 3] from 0 to 1."""
+        return self.reader.picture(source)
+
+    def kept_map(self, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
+        """How much of each part of a prompt's image the kept visual tokens stand for, [rows,
+        columns] from 0 to 1: the kept patches, or where the kept queries look.
+        """
+        return self.reader.attention_map(self.network, packed, row, kept)
 
     @staticmethod
     def _capacity(keep: Keep) -> int:
@@ -244,20 +260,18 @@ class Model:
         wanted = int(keep.valid.sum(axis=1).max())
         return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
 
-    def _answers(self, out: programs.Generated, packed: Packed) -> Answers:
+    def _answers(self, out: programs.Generated, packed: Packed[Any]) -> Answers:
         tokens = [
             row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
         ]
-        kept = None
-        chosen = out.selection.kept
+        kept, chosen = None, out.selection.kept
         if chosen is not None:
+            rows = zip(np.asarray(chosen.indices), np.asarray(chosen.valid), strict=True)
             kept = [
-                locate(indices[valid], tiles, self.config)
-                for indices, valid, tiles in zip(
-                    np.asarray(chosen.indices), np.asarray(chosen.valid), packed.tiles, strict=True
-                )
+                self.reader.locate(packed, row, indices[valid])
+                for row, (indices, valid) in enumerate(rows)
             ]
-        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = self.reader.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return Answers(
             text=[text.strip() for text in texts],
             tokens=tokens,
@@ -268,51 +282,68 @@ class Model:
             logits=np.asarray(out.logits, np.float32),
         )
 
-    def _check(self, packed: Packed, pruners: tuple[Any, ...], max_new_tokens: int) -> None:
+    def _check(self, packed: Packed[Any], pruners: tuple[Any, ...], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         self._check_length(packed.longest, max_new_tokens)
         check_sites(pruners, self.sites, "this model")
-        vision = self.config.vision
-        images = max((max((i for i, _ in own), default=-1) + 1 for own in packed.tiles), default=0)
+        room = packed.most
         for pruner in pruners:
-            if pruner.keep is not None and images:
-                budget.count(pruner.keep, images * vision.max_num_tiles * vision.tokens_per_tile)
+            if pruner.keep is not None and room:
+                room = budget.count(pruner.keep, room)
 
     def _check_length(self, longest: int, new: int) -> None:
-        room = self.config.text.max_position_embeddings
-        if longest + new > room:
+        room = self.reader.positions
+        if room is not None and longest + new > room:
             raise ValueError(
                 f"a prompt of {longest} tokens and {new} new ones do not fit the model's {room} "
                 f"positions; shorten either"
             )
 
-    def process_image(self, source: ImageLike) -> ProcessedImage:
-        """The image as the model sees it: resized, cut into tiles, normalised."""
-        out = self.processor.image_processor([[read_image(source)]], return_tensors="np")
-        return ProcessedImage(
-            pixels=np.asarray(out["pixel_values"][0, 0], np.float32),
-            aspect_ratio_id=int(out["aspect_ratio_ids"][0, 0]),
-            num_tiles=int(out["num_tiles"][0][0]),
-        )
 
-    def _process(self, source: ImageLike, done: Done) -> ProcessedImage:
-        key = str(source) if isinstance(source, str | Path) else id(source)
-        if key not in done:
-            # the source is kept: once it is gone, another object may get its id
-            done[key] = (source, self.process_image(source))
-        return done[key][1]
+@dataclasses.dataclass(frozen=True)
+class Matcher:
+    """An image-text matching checkpoint with its processor: which text fits which image."""
 
-    def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
-        if isinstance(prompt, str):
-            if IMAGE_MARK not in prompt:
-                prompt = IMAGE_MARK * images + prompt
-            text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
-            return list(self.processor.tokenizer(text)["input_ids"])
-        if not self.processor.chat_template:
-            raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
-        text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    network: Frozen
+    reader: RetrievalReader
+
+    def itc(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
+        """Cosines [images, texts] from -1 to 1 of all images with all texts: for search."""
+        pixels, index = self._images(images)
+        tokens, valid = self._texts(texts)
+        return np.asarray(_itc(self.network, pixels, tokens, valid), np.float32)[index]
+
+    def itm(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
+        """The probability [pairs] that an image and its own text fit each other: for ranking."""
+        if len(images) != len(texts):
+            raise ValueError(
+                f"one text per image is wanted, got {len(texts)} texts for {len(images)} images"
+            )
+        pixels, index = self._images(images)
+        tokens, valid = self._texts(texts)
+        logits = _itm(self.network, pixels[index], tokens, valid)
+        return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1])
+
+    def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
+        if not images:
+            raise ValueError("at least one image is wanted")
+        return stack_images([self.reader.read_image(image) for image in images])
+
+    def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if not texts or isinstance(texts, str):
+            raise ValueError("a list of at least one text is wanted")
+        return pad_prompts([self.reader.read_text(text) for text in texts])
+
+
+@jax.jit
+def _itc(network: Frozen, pixels: Any, tokens: Any, valid: Any) -> jax.Array:
+    return network.thaw().itc(pixels, tokens, valid)
+
+
+@jax.jit
+def _itm(network: Frozen, pixels: Any, tokens: Any, valid: Any) -> jax.Array:
+    return network.thaw().itm(pixels, tokens, valid)
 
 
 def _as_list(own: Any) -> list[ImageLike]:
@@ -321,64 +352,49 @@ def _as_list(own: Any) -> list[ImageLike]:
     return list(own) if isinstance(own, list | tuple) else [own]
 
 
-def load(folder: str | Path, dtype: str | None = None, *, vision_mode: VisionMode = "hf") -> Model:
-    """Loads a Hugging Face folder of Llama 3.2 Vision, or one made of it by `catp-jax convert`.
+def load(
+    folder: str | Path,
+    dtype: str | None = None,
+    *,
+    vision_mode: VisionMode | None = None,
+    mask_mode: MaskMode | None = None,
+) -> Model:
+    """Loads a Hugging Face folder of Llama 3.2 Vision or BLIP-2, or one made of it by
+    `catp-jax convert`.
 
-    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `vision_mode` says
-    which states of the tower the decoder gets, see `tiled_vit.VisionMode`.
+    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. The modes are
+    Llama 3.2 Vision's: which states of the tower the decoder gets ("hf", see
+    `tiled_vit.VisionMode`), and what text does that sees no image ("meta", see
+    `cross_decoder.MaskMode`).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
-    network, config = convert.load(folder, dtype)
-    network.vision_model.mode = vision_mode
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} has weights but no processor that can be read (tokenizer.json, "
-            f"tokenizer_config.json, preprocessor_config.json): {error}"
-        ) from None
-    _check_processor(folder, processor, config)
-    ends, pad = _special_tokens(folder)
+    network, _ = convert.load(folder, dtype)
+    if isinstance(network, Mllama):
+        network.vision_model.mode = vision_mode or "hf"
+        reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")
+    elif vision_mode or mask_mode:
+        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is BLIP-2")
+    elif isinstance(network, Blip2):
+        reader = Blip2Reader.load(folder, network.config)
+    else:
+        raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
+    ends, pad = special_tokens(folder, reader.tokens)
     if pad is None:
-        pad = processor.tokenizer.pad_token_id
+        pad = reader.tokenizer.pad_token_id
     return Model(
         network=freeze(network),
-        config=config,
-        processor=processor,
+        reader=reader,
         end_tokens=ends,
         pad_token=ends[0] if pad is None else pad,
     )
 
 
-def _check_processor(folder: Path, processor: Any, config: MllamaConfig) -> None:
-    """Raises ValueError if the processor makes other tiles or tokens than the model takes."""
-    images, vision = processor.image_processor, config.vision
-    pairs = {
-        "tile height": (images.size["height"], vision.image_size),
-        "tile width": (images.size["width"], vision.image_size),
-        "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
-        "image token": (processor.image_token_id, config.image_token_index),
-    }
-    wrong = [
-        f"{name}: {has}, not {wanted}" for name, (has, wanted) in pairs.items() if has != wanted
-    ]
-    if wrong:
-        raise ValueError(f"{folder}: the processor does not fit config.json ({'; '.join(wrong)})")
-
-
-def _special_tokens(folder: Path) -> tuple[tuple[int, ...], int | None]:
-    """End and padding tokens: generation_config.json's word counts before config.json's."""
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    settings = {**settings, **settings.get("text_config", {})}
-    own = folder / "generation_config.json"
-    if own.is_file():
-        try:
-            settings |= json.loads(own.read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{own} cannot be read: {error}") from None
-    ends = settings.get("eos_token_id")
-    if ends is None:
-        raise ValueError(f"{folder} names no eos_token_id in its config or generation config")
-    return tuple(ends) if isinstance(ends, list) else (ends,), settings.get("pad_token_id")
+def load_matcher(folder: str | Path, dtype: str | None = None) -> Matcher:
+    """Loads a folder of `Blip2ForImageTextRetrieval`. Raises ValueError if it is none."""
+    folder = Path(folder)
+    network, _ = convert.load(folder, dtype)
+    if not isinstance(network, Blip2Retrieval):
+        raise ValueError(f"{folder} generates text; load it with load")
+    return Matcher(network=freeze(network), reader=RetrievalReader.load(folder, network.config))

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from catp_jax.contract import Site
+from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
 from catp_jax.generation.sampling import sampling
 from catp_jax.pruning import METHODS, budget, make
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
+    help="BLIP-2 and Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
 )
 
 ModelFolder = Annotated[
@@ -74,6 +75,14 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    min_new_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
+    beams: Annotated[
+        int, typer.Option(help="Search this many answers at a time for the likeliest; 1: greedy.")
+    ] = 1,
+    length_penalty: Annotated[
+        float,
+        typer.Option(help="Beam search: above 0 favours long answers, 0 does not look at length."),
+    ] = 1.0,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
@@ -82,13 +91,15 @@ def generate(
         bool, typer.Option("--chat", help="Put the prompt through the checkpoint's chat template.")
     ] = False,
     mask_mode: Annotated[
-        Literal["meta", "hf"],
-        typer.Option(help="What text that sees no image does: nothing, or as in transformers."),
-    ] = "meta",
+        Literal["meta", "hf"] | None,
+        typer.Option(
+            help="Llama Vision: text that sees no image does nothing (meta), or as in transformers."
+        ),
+    ] = None,
     vision_mode: Annotated[
-        Literal["hf", "meta"],
-        typer.Option(help="Which tower states are used: as in transformers, or as in Meta's code."),
-    ] = "hf",
+        Literal["hf", "meta"] | None,
+        typer.Option(help="Llama Vision: tower states as in transformers (hf), or Meta's code."),
+    ] = None,
     dtype: Dtype = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
@@ -108,9 +119,12 @@ def generate(
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
     sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
+    if beams > 1 and temperature > 0:
+        raise typer.BadParameter("beam search draws nothing: give --beams or --temperature")
     from catp_jax import api  # here, so that --help does not wait for it
 
-    loaded = api.load(model, dtype, vision_mode=vision_mode)
+    loaded = api.load(model, dtype, vision_mode=vision_mode, mask_mode=mask_mode)
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):
@@ -139,11 +153,14 @@ def generate(
         questions += questions[:1] * missing
         limits += limits[:1] * missing
         numbers = [request.number for request in some] + [some[0].number] * missing
-        packed = loaded.pack(questions, mask_mode=mask_mode)
+        packed = loaded.pack(questions)
         answers = loaded.generate_packed(
             packed,
             _pruners(methods, limits, packed.slots, loaded.sites),
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_beams=beams,
+            length_penalty=length_penalty,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -283,15 +300,6 @@ def _pruners(
 
 
 def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
-    kept = None
-    if answers.kept is not None:
-        own = answers.kept[index]
-        kept = [
-            {"image": i, "tile": t, "row": r, "column": c}
-            for i, t, r, c in zip(
-                *(a.tolist() for a in (own.image, own.tile, own.row, own.column)), strict=True
-            )
-        ]
     return {
         **({} if request.line is None else {"line": request.line}),
         "prompt": request.prompt,
@@ -299,7 +307,7 @@ def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
         "text": answers.text[index],
         "tokens": answers.tokens[index],
         "visual_tokens": answers.available[index],
-        "kept": kept,
+        "kept": None if answers.kept is None else answers.kept[index].as_rows(),
         "reports": [
             {name: value[index].item() for name, value in vars(report).items()}
             for report in answers.reports

@@ -8,7 +8,7 @@ Numbers that fix a shape are static and counted in entries (`keep`), learned arr
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax.numpy as jnp
@@ -29,21 +29,52 @@ class Site(enum.Enum):
 
 
 @pytree
+class Attention:
+    """One attention layer's logits, `queries · keys`: queries are scaled, in float32, and keys are
+    as the layer uses them.
+    """
+
+    queries: Float[Array, "b s h dk"]
+    keys: Float[Array, "b n kv dk"]
+
+
+@pytree
+class Evidence:
+    """How visual tokens came about, where a querying transformer makes them.
+
+    `cross`: from the visual tokens to the image tokens, by cross-attention layer. `among`: of the
+    visual tokens among themselves, by layer. `vision`: of the image tokens among themselves, in the
+    last block of the image encoder. It speaks of all visual tokens there were before any pruning:
+    entry `j` of a view is token `numbers[:, j]` here.
+    """
+
+    cross: tuple[Attention, ...]
+    among: tuple[Attention, ...]
+    vision: Attention
+
+
+@pytree
 class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
-    Queries are scaled, in float32, and keys are as cached, so that `queries · keys` is the
-    attention logit.
+    The axis to prune (`n`) holds visual tokens and, at site LAYER, text tokens after them, which
+    always stay. `numbers` counts a sample's visual tokens before any pruning, -1 for text; at most
+    the first `num_visual` entries are visual.
+
+    `attention` and `values` are those of the layer whose attention is the evidence: at LAYER the
+    one before, the number of which is `layer - 1`. At ENTRY there is none yet, but `evidence`.
     `sees` is False in every row that is text padding; a column is `valid` if it holds a token that
     some row sees.
     """
 
+    site: Site = static()
     layer: int = static()
+    num_visual: int = static()
     tokens: Float[Array, "b n d"]
-    queries: Float[Array, "b s h dk"]
-    keys: Float[Array, "b n kv dk"]
-    values: Float[Array, "b n kv dk"]
-    positions: Int[Array, "b n"]
+    attention: Attention | None
+    values: Float[Array, "b n kv dk"] | None
+    evidence: Evidence | None
+    numbers: Int[Array, "b n"]
     valid: Bool[Array, "b n"]
     sees: Bool[Array, "b s n"]
 
@@ -78,7 +109,12 @@ class Pruner(Protocol[State]):
     last state of every pruner is part of the output.
     """
 
-    site: ClassVar[Site]
+    sites: ClassVar[tuple[Site, ...]]
+    """The sites a method can work at."""
+
+    site: Any
+    """The one that this pruner works at. At LAYER, its field `layer` is the number of the decoder
+    layer that it works in front of."""
 
     keep: Any
     """Entries that stay, a static count. None: the data decide; the selection is then as long as
@@ -97,13 +133,19 @@ Pruners = tuple[Any, ...]
 
 def reduce_view(view: View, keep: Keep) -> View:
     """The view that the next pruner at the same site gets."""
+    attention = view.attention
+    if attention is not None:
+        attention = Attention(queries=attention.queries, keys=keep.apply(attention.keys))
+    dropped = view.valid.shape[1] - keep.indices.shape[1]
     return View(
+        site=view.site,
         layer=view.layer,
+        num_visual=view.num_visual - dropped,
         tokens=keep.apply(view.tokens),
-        queries=view.queries,
-        keys=keep.apply(view.keys),
-        values=keep.apply(view.values),
-        positions=keep.apply(view.positions),
+        attention=attention,
+        values=None if view.values is None else keep.apply(view.values),
+        evidence=view.evidence,
+        numbers=keep.apply(view.numbers),
         valid=keep.apply(view.valid) & keep.valid,
         sees=keep_columns(view.sees, keep),
     )
@@ -123,8 +165,19 @@ def chain(first: Keep, then: Keep) -> Keep:
     )
 
 
+Select = Callable[[View], Keep | None]
+"""What a model calls with every view that it shows; None: nothing is pruned there."""
+
+
+def is_at(pruner: Any, view: View) -> bool:
+    """Whether a pruner works on this view."""
+    return pruner.site is view.site and (
+        pruner.site is not Site.LAYER or pruner.layer == view.layer
+    )
+
+
 def run_pruners(pruners: Pruners, view: View) -> tuple[Keep | None, tuple[Any, ...]]:
-    """Runs all pruners of one site.
+    """Runs the given pruners on one view.
 
     Returns the selection in terms of `view`'s entries (None if nothing was pruned) and the state of
     every pruner.
@@ -143,7 +196,10 @@ def check_sites(pruners: Sequence[Any], sites: frozenset[Site], model: str) -> N
     """Raises ValueError if a pruner works at a site that the model does not have."""
     for pruner in pruners:
         if pruner.site not in sites:
+            name = type(pruner).__name__
+            could = [site.name for site in pruner.sites if site in sites]
+            way_out = f"; give {name} site=Site.{could[0]}" if could else ""
             raise ValueError(
-                f"{type(pruner).__name__} prunes {pruner.site.value} (site {pruner.site.name}), "
-                f"which {model} does not have; it has {', '.join(sorted(s.name for s in sites))}"
+                f"{name} prunes {pruner.site.value} (site {pruner.site.name}), which {model} does "
+                f"not have; it has {', '.join(sorted(s.name for s in sites))}{way_out}"
             )

@@ -1,10 +1,11 @@
 """Generation as compiled programs: prefill, one step, and the whole loop in one.
 
-    generate   = prefill + decode in one program; nothing returns to the host in between
+    generate   = prefill + decode in one program; nothing returns to the host in between (`beam` has
+               the same with beam search)
     prefill    → logits of the next token, a cache, what was kept       for streaming and serving
     step       token + cache → logits + cache; the old cache's memory is reused (donated)
-    look, go_on   prefill cut in two at the first cross-attention layer: `look` scores, the host
-               reads how many tokens were asked for, `go_on` runs at the capacity chosen
+    look, go_on   prefill cut in two where the model is first pruned: `look` scores, the host reads
+               how many tokens were asked for, `go_on` runs at the capacity chosen
 
 Everything static is an argument here: prompt length, number of images and tiles come with the
 inputs' shapes (see `inputs` for the few that occur), budgets with the pruners.
@@ -17,25 +18,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Pruners, View, run_pruners
+from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners
 from catp_jax.generation.sampling import Sampling
 from catp_jax.struct import pytree, replace
 
 
 @runtime_checkable
 class Prefillable(Protocol):
-    """What a model offers: a prefill cut where it is pruned, and a step."""
+    """What a model offers: a prefill cut where it is first pruned, and a step.
 
-    def front(self, inputs: Any, mode: Any) -> Any: ...
-    def back(self, front: Any, keep: Keep | None, mode: Any, new_slots: int) -> Any: ...
-    def step(self, tokens: Int[Array, " b"], cache: Any, mode: Any) -> Any: ...
+    `front` returns something with a `view`, None if there is nothing to prune. `back` shows the
+    views that come after it to `select`, and prunes as it says.
+    """
+
+    def front(self, inputs: Any) -> Any: ...
+    def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any: ...
+    def step(self, tokens: Int[Array, " b"], cache: Any) -> Any: ...
 
 
 @pytree
 class Selection:
     """What pruning left: `kept` counts a sample's visual tokens before pruning (None: all stay).
 
-    `states` has the last state of every pruner, in their order.
+    `states` has the last state of every pruner, in their order; None for one that had nothing to
+    look at.
     """
 
     kept: Keep | None
@@ -64,24 +70,53 @@ class Generated:
     selection: Selection
 
 
-def _select(view: View | None, pruners: Pruners) -> tuple[Keep | None, Selection]:
-    """The selection in terms of the view, and in terms of the sample's visual tokens."""
-    if view is None or not pruners:
-        return None, Selection(kept=None, states=())
-    keep, states = run_pruners(pruners, view)
-    if keep is None:
-        return None, Selection(kept=None, states=states)
-    kept = Keep(indices=keep.apply(view.positions), valid=keep.valid)
-    return keep, Selection(kept=kept, states=states)
+class Selector:
+    """Answers a model's views with the pruners that work there, and notes what they left."""
+
+    def __init__(self, pruners: Pruners):
+        self.pruners = pruners
+        self.kept: Keep | None = None
+        self.states: list[Any] = [None] * len(pruners)
+        self.idle = set(range(len(pruners)))
+
+    def __call__(self, view: View) -> Keep | None:
+        mine = [number for number, pruner in enumerate(self.pruners) if is_at(pruner, view)]
+        if not mine:
+            return None
+        self.idle -= {*mine}
+        keep, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
+        for number, state in zip(mine, states, strict=True):
+            self.states[number] = state
+        if keep is not None:
+            # the visual tokens that are left, in terms of those before any pruning
+            room = view.num_visual - (view.valid.shape[1] - keep.indices.shape[1])
+            numbers = keep.apply(view.numbers)[:, :room]
+            self.kept = Keep(indices=numbers, valid=keep.valid[:, :room] & (numbers >= 0))
+        return keep
+
+    def check(self) -> None:
+        """Raises ValueError if a pruner was never asked, since it works where no view was shown."""
+        for number in sorted(self.idle):
+            pruner = self.pruners[number]
+            where = f"layer {pruner.layer}" if pruner.site is Site.LAYER else pruner.site.value
+            raise ValueError(
+                f"{type(pruner).__name__} works at {where}, which this model does not have; layers "
+                "are counted from 0, and the first that can be pruned in front of is 1"
+            )
+
+    @property
+    def selection(self) -> Selection:
+        """What was noted."""
+        return Selection(kept=self.kept, states=tuple(self.states))
 
 
-def _prefill(
-    model: Prefillable, pruners: Pruners, inputs: Any, mode: str, new_slots: int
-) -> Prefilled:
-    front = model.front(inputs, mode)
-    keep, selection = _select(front.view, pruners)
-    logits, cache = model.back(front, keep, mode, new_slots)
-    return Prefilled(logits=logits, cache=cache, selection=selection)
+def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
+    front, select = model.front(inputs), Selector(pruners)
+    keep = None if front.view is None else select(front.view)
+    logits, cache = model.back(front, keep, select, new_slots)
+    if front.view is not None:
+        select.check()
+    return Prefilled(logits=logits, cache=cache, selection=select.selection)
 
 
 def _decode(
@@ -90,7 +125,6 @@ def _decode(
     sampling: Sampling,
     ends: Int[Array, " e"],
     pad: Int[Array, ""],
-    mode: str,
     max_new_tokens: int,
 ) -> Generated:
     """The decode loop; it stops as soon as every sample has ended."""
@@ -104,12 +138,12 @@ def _decode(
 
     def add(carry: Any) -> Any:
         number, tokens, last, done, cache = carry
-        logits, cache = model.step(last, cache, mode)
-        token = jnp.where(done, pad, sampling.pick(logits, number))
+        logits, cache = model.step(last, cache)
+        token = jnp.where(done, pad, sampling.pick(logits, number, ends))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], number, axis=1)
         return number + 1, tokens, token, done | is_end(token), cache
 
-    first = sampling.pick(start.logits, jnp.asarray(0, jnp.int32))
+    first = sampling.pick(start.logits, jnp.asarray(0, jnp.int32), ends)
     tokens = jnp.full((first.shape[0], max_new_tokens), pad, jnp.int32).at[:, 0].set(first)
     carry = (jnp.asarray(1, jnp.int32), tokens, first, is_end(first), start.cache)
     _, tokens, _, _, _ = jax.lax.while_loop(going, add, carry)
@@ -124,7 +158,7 @@ def _decode(
     )
 
 
-@partial(jax.jit, static_argnames=("mode", "max_new_tokens"))
+@partial(jax.jit, static_argnames=("max_new_tokens",))
 def generate(
     model: Prefillable,
     pruners: Pruners,
@@ -133,42 +167,37 @@ def generate(
     ends: Int[Array, " e"],
     pad: Int[Array, ""],
     *,
-    mode: str,
     max_new_tokens: int,
 ) -> Generated:
     """Prefill and decode in one program."""
-    start = _prefill(model, pruners, inputs, mode, max_new_tokens)
-    return _decode(model, start, sampling, ends, pad, mode, max_new_tokens)
+    start = prefill_with(model, pruners, inputs, max_new_tokens)
+    return _decode(model, start, sampling, ends, pad, max_new_tokens)
 
 
-@partial(jax.jit, static_argnames=("mode", "new_slots"))
-def prefill(
-    model: Prefillable, pruners: Pruners, inputs: Any, *, mode: str, new_slots: int
-) -> Prefilled:
+@partial(jax.jit, static_argnames=("new_slots",))
+def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int) -> Prefilled:
     """The prompt alone; the cache has room for `new_slots` tokens."""
-    return _prefill(model, pruners, inputs, mode, new_slots)
+    return prefill_with(model, pruners, inputs, new_slots)
 
 
-@partial(jax.jit, static_argnames=("mode",), donate_argnames=("cache",))
+@partial(jax.jit, donate_argnames=("cache",))
 def step(
-    model: Prefillable, tokens: Int[Array, " b"], cache: Any, *, mode: str
+    model: Prefillable, tokens: Int[Array, " b"], cache: Any
 ) -> tuple[Float[Array, "b vocab"], Any]:
     """One more token for every sample. `cache` is consumed: use the returned one."""
-    return model.step(tokens, cache, mode)
+    return model.step(tokens, cache)
 
 
-@partial(jax.jit, static_argnames=("mode",))
-def look(
-    model: Prefillable, pruners: Pruners, inputs: Any, *, mode: str
-) -> tuple[Any, Keep | None, Selection]:
+@jax.jit
+def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep | None, Selection]:
     """The prefill up to the selection, which may be as large as the axis itself.
 
     Kept entries stand before empty ones, so the host can cut the selection (`cut`) to any capacity
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
-    front = model.front(inputs, mode)
-    keep, selection = _select(front.view, pruners)
-    return replace(front, view=None), keep, selection
+    front, select = model.front(inputs), Selector(pruners)
+    keep = None if front.view is None else select(front.view)
+    return replace(front, view=None), keep, select.selection
 
 
 def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selection]:
@@ -180,7 +209,7 @@ def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selectio
     return first(keep), replace(selection, kept=first(selection.kept))
 
 
-@partial(jax.jit, static_argnames=("mode", "max_new_tokens"))
+@partial(jax.jit, static_argnames=("max_new_tokens",))
 def go_on(
     model: Prefillable,
     front: Any,
@@ -190,10 +219,9 @@ def go_on(
     ends: Int[Array, " e"],
     pad: Int[Array, ""],
     *,
-    mode: str,
     max_new_tokens: int,
 ) -> Generated:
     """What `generate` does after `look`."""
-    logits, cache = model.back(front, keep, mode, max_new_tokens)
+    logits, cache = model.back(front, keep, lambda view: None, max_new_tokens)
     start = Prefilled(logits=logits, cache=cache, selection=selection)
-    return _decode(model, start, sampling, ends, pad, mode, max_new_tokens)
+    return _decode(model, start, sampling, ends, pad, max_new_tokens)

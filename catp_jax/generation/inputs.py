@@ -1,61 +1,37 @@
-"""From token lists and processed images to arrays of few shapes.
+"""From token lists and images to arrays of few shapes: what all models share.
 
 Prompts are padded on the right to a length out of `TEXT_LENGTHS`, the images of the batch to a
 number out of `IMAGE_COUNTS`, every prompt's tiles to one out of `TILE_COUNTS`: a steady stream of
 work compiles nothing new.
-
-A text row sees the images of its span: from their `<|image|>` mark up to the next one; marks that
-follow each other directly share a span.
-
-    text   <bos>  hello  <|image|>  what  <|image|> <|image|>  and  now
-    sees     -      -        0       0        1       1 2      1 2  1 2
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
-
-from catp_jax.models.cross_decoder import MaskMode
-from catp_jax.models.mllama import Images, Inputs, MllamaConfig
 
 TEXT_LENGTHS = tuple(sorted({16 * 2**k for k in range(14)} | {24 * 2**k for k in range(13)}))
 IMAGE_COUNTS = (1, 2, 3, 4, *sorted({2**k for k in range(3, 13)} | {6 * 2**k for k in range(10)}))
 TILE_COUNTS = (1, 2, *IMAGE_COUNTS[3:])
 
-
-@dataclasses.dataclass(frozen=True)
-class ProcessedImage:
-    """One image as the processor leaves it: tiles [max_num_tiles, 3, size, size], padding last."""
-
-    pixels: np.ndarray
-    aspect_ratio_id: int
-    num_tiles: int
-
-    @classmethod
-    def padding(cls, config: MllamaConfig) -> "ProcessedImage":
-        """The image that transformers pads a batch with."""
-        vision = config.vision
-        shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
-        return cls(np.zeros(shape, np.float32), 0, 0)
+Arrays = TypeVar("Arrays", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(Generic[Arrays]):
     """`inputs` for the model, and what the host knows of them.
 
-    `tiles[b]` lists a prompt's tiles as (image, tile), in the order in which its visual tokens are
-    counted. `available[b]` is the number of its visual tokens, tiles of padding apart; `slots` is
-    the room that each prompt gets for them.
+    `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `slots` is the
+    room that each prompt gets for them, and `most` the largest budget that makes sense.
+    `longest` is the longest prompt, in tokens of the language model.
     """
 
-    inputs: Inputs
-    tiles: tuple[tuple[tuple[int, int], ...], ...]
+    inputs: Arrays
     available: tuple[int, ...]
+    most: int
     slots: int
     longest: int
-    mask_mode: MaskMode
 
 
 def round_up(number: int, sizes: Sequence[int]) -> int:
@@ -66,150 +42,12 @@ def round_up(number: int, sizes: Sequence[int]) -> int:
     return -(-number // sizes[-1]) * sizes[-1]
 
 
-def image_spans(tokens: Sequence[int], image_token: int) -> list[tuple[int, int]]:
-    """For each image mark the rows [start, end) that see its image."""
-    starts = [row for row, token in enumerate(tokens) if token == image_token]
-    ends = [*starts, len(tokens)][1:]
-    for index in range(len(starts) - 2, -1, -1):
-        if ends[index] == starts[index] + 1:
-            ends[index] = ends[index + 1]
-    return list(zip(starts, ends, strict=True))
-
-
-def check_marks(tokens: Sequence[int], images: int, image_token: int) -> None:
-    """Raises ValueError if a prompt is empty or has not one mark for each image."""
-    if not tokens:
-        raise ValueError("the prompt is empty")
-    marks = sum(token == image_token for token in tokens)
-    if marks != images:
-        raise ValueError(
-            f"the prompt has {marks} <|image|> marks and {images} images; give one mark for each"
-        )
-
-
-def pack(
-    prompts: Sequence[Sequence[int]],
-    images: Sequence[Sequence[ProcessedImage]],
-    config: MllamaConfig,
-    mode: MaskMode = "meta",
-) -> Packed:
-    """Arrays for the model; `images[b]` belong to the marks of `prompts[b]` in order.
-
-    An image object that stands in several prompts is encoded once.
-
-    In mode "hf" every prompt gets all tiles of as many images as the batch's richest one, padding
-    included, since there some rows attend to padding.
-
-    Raises ValueError if a prompt is empty or its marks and images differ in number.
-    """
-    mark, most_tiles = config.image_token_index, config.vision.max_num_tiles
-    per_tile = config.vision.tokens_per_tile
-    for number, (tokens, own) in enumerate(zip(prompts, images, strict=True)):
-        try:
-            check_marks(tokens, len(own), mark)
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
-    batch, longest = len(prompts), max(len(tokens) for tokens in prompts)
-    length = round_up(longest, TEXT_LENGTHS)
-    text = np.zeros((batch, length), np.int32)
-    valid = np.zeros((batch, length), bool)
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [b, length] and which of them are no padding, padded on the right to one length."""
+    length = round_up(max(len(tokens) for tokens in prompts), TEXT_LENGTHS)
+    text = np.zeros((len(prompts), length), np.int32)
+    valid = np.zeros((len(prompts), length), bool)
     for row, tokens in enumerate(prompts):
         text[row, : len(tokens)] = tokens
         valid[row, : len(tokens)] = True
-
-    richest = max(len(own) for own in images)
-    if mode == "hf":
-        blank = ProcessedImage.padding(config)
-        images = [[*own, *[blank] * (richest - len(own))] for own in images]
-    tiles = tuple(
-        tuple(
-            (number, tile)
-            for number, image in enumerate(own)
-            for tile in range(most_tiles if mode == "hf" else image.num_tiles)
-        )
-        for own in images
-    )
-    packed_images = None
-    if richest:
-        seen = [image_spans(tokens, mark) for tokens in prompts]
-        packed_images = _images(images, tiles, seen, length, config)
-    return Packed(
-        inputs=Inputs(
-            tokens=jnp.asarray(text), token_valid=jnp.asarray(valid), images=packed_images
-        ),
-        tiles=tiles,
-        available=tuple(sum(image.num_tiles for image in own) * per_tile for own in images),
-        slots=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
-        longest=longest,
-        mask_mode=mode,
-    )
-
-
-def _images(
-    images: Sequence[Sequence[ProcessedImage]],
-    tiles: Sequence[Sequence[tuple[int, int]]],
-    spans: Sequence[Sequence[tuple[int, int]]],
-    length: int,
-    config: MllamaConfig,
-) -> Images:
-    most_tiles = config.vision.max_num_tiles
-    # an image that several prompts share is encoded once
-    distinct = {id(image): image for own in images for image in own}
-    place_of = {key: place for place, key in enumerate(distinct)}
-    flat = list(distinct.values())
-    flat += [ProcessedImage.padding(config)] * (round_up(len(flat), IMAGE_COUNTS) - len(flat))
-
-    batch, room = len(images), round_up(max(len(own) for own in tiles), TILE_COUNTS)
-    index = np.zeros((batch, room), np.int32)
-    valid = np.zeros((batch, room), bool)
-    seen = np.zeros((batch, length, room), bool)
-    for row, own in enumerate(tiles):
-        for place, (number, tile) in enumerate(own):
-            index[row, place] = place_of[id(images[row][number])] * most_tiles + tile
-            valid[row, place] = True
-            if number < len(spans[row]) and tile < images[row][number].num_tiles:
-                start, end = spans[row][number]
-                seen[row, start:end, place] = True
-
-    # an image of padding has one tile that counts as real, as in transformers
-    real = np.asarray([max(image.num_tiles, 1) for image in flat])
-    return Images(
-        pixels=jnp.asarray(np.stack([image.pixels for image in flat])),
-        aspect_ratio_ids=jnp.asarray(np.asarray([i.aspect_ratio_id for i in flat], np.int32)),
-        aspect_ratio_mask=jnp.asarray(np.arange(most_tiles)[None] < real[:, None]),
-        tile_index=jnp.asarray(index),
-        tile_valid=jnp.asarray(valid),
-        tile_seen=jnp.asarray(seen),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptTokens:
-    """The visual tokens of one prompt that pruning kept, in their original order.
-
-    Each field has one entry a token. `row` and `column` count patches within the tile; both are -1
-    for a tile's class token, which stands for no place.
-    """
-
-    number: np.ndarray
-    image: np.ndarray
-    tile: np.ndarray
-    row: np.ndarray
-    column: np.ndarray
-
-
-def locate(
-    numbers: np.ndarray, tiles: Sequence[tuple[int, int]], config: MllamaConfig
-) -> KeptTokens:
-    """Where the visual tokens `numbers` of a prompt with these `tiles` come from."""
-    per_tile, grid = config.vision.tokens_per_tile, config.vision.grid
-    places = np.asarray(tiles, np.int64).reshape(-1, 2)[numbers // per_tile]
-    patch = numbers % per_tile - 1
-    is_class = patch < 0
-    return KeptTokens(
-        number=numbers,
-        image=places[:, 0],
-        tile=places[:, 1],
-        row=np.where(is_class, -1, patch // grid),
-        column=np.where(is_class, -1, patch % grid),
-    )
+    return text, valid

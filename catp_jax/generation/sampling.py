@@ -18,7 +18,8 @@ from catp_jax.struct import pytree, static
 @pytree
 class Sampling:
     """How to choose. Each row of the batch has a seed of its own, so its tokens don't depend on its
-    neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play.
+    neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play. No answer ends before it has
+    `min_new_tokens`, the end token apart.
     """
 
     is_greedy: bool = static()
@@ -27,9 +28,14 @@ class Sampling:
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     seeds: UInt32[Array, " b"]
+    min_new_tokens: Int[Array, ""]
 
-    def pick(self, logits: Float[Array, "b vocab"], step: Int[Array, ""]) -> Int[Array, " b"]:
-        """One token for each row; `step` numbers the new tokens of a generation."""
+    def pick(
+        self, logits: Float[Array, "b vocab"], step: Int[Array, ""], ends: Int[Array, " e"]
+    ) -> Int[Array, " b"]:
+        """One token for each row; `step` numbers the new tokens of a generation, from 0."""
+        is_end = jnp.zeros(logits.shape[-1], bool).at[ends].set(True)
+        logits = jnp.where((is_end & (step < self.min_new_tokens))[None], -jnp.inf, logits)
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits.astype(jnp.float32)
@@ -57,6 +63,7 @@ def sampling(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | Sequence[int] | np.ndarray = 0,
+    min_new_tokens: int = 0,
 ) -> Sampling:
     """Sampling for a batch; temperature 0 is greedy.
 
@@ -70,6 +77,8 @@ def sampling(
         raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
+    if min_new_tokens < 0:
+        raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
     given = np.asarray(seed, object)
     seeds = (given + np.arange(batch) if given.ndim == 0 else given).tolist()
     if len(seeds) != batch:
@@ -84,4 +93,5 @@ def sampling(
         top_k=jnp.asarray(min(int(top_k), 2**31 - 1), jnp.int32),
         top_p=jnp.asarray(top_p, jnp.float32),
         seeds=jnp.asarray(np.asarray(seeds, np.uint32)),
+        min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
     )

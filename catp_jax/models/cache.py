@@ -4,12 +4,14 @@ Slots never shift: a token is written to a slot and stays there, its RoPE positi
 method may drop, gather or overwrite slots without touching the others.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep
-from catp_jax.struct import pytree
+from catp_jax.struct import pytree, replace, static
 
 
 @pytree
@@ -34,6 +36,14 @@ class LayerCache:
             keys=jax.lax.dynamic_update_slice_in_dim(self.keys, new.keys, slot, axis=1),
             values=jax.lax.dynamic_update_slice_in_dim(self.values, new.values, slot, axis=1),
         )
+
+    def reorder(self, parents: Int[Array, " b"], first: int) -> "LayerCache":
+        """Row i gets what row `parents[i]` has in the slots from `first` on."""
+
+        def moved(array: Array) -> Array:
+            return array.at[:, first:].set(array[parents, first:])
+
+        return LayerCache(keys=moved(self.keys), values=moved(self.values))
 
 
 @pytree
@@ -65,18 +75,41 @@ class Slots:
 
 
 @pytree
-class Cache:
-    """The whole decoder's cache.
+class Past:
+    """A cache that new rows join, from `slot` on."""
 
-    `layers` has one entry per decoder layer, None for a cross-attention layer if no sample of the
-    batch has an image. `text` describes the slots of self-attention, `visual` those of
-    cross-attention (there a position is the number of the visual token before any pruning).
-    `seen` marks the visual slots that generated tokens attend to.
+    cache: LayerCache
+    slot: Int[Array, ""]
+
+
+def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
+    """Each row sees the valid columns at its own and earlier positions."""
+    earlier = columns.positions[:, None, :] <= rows.positions[:, :, None]
+    return earlier & columns.valid[:, None, :]
+
+
+@pytree
+class Segment:
+    """Layers that hold the same tokens. The last `new_slots` slots are for new tokens, which take
+    them in order, from `next_slot` on; rows of one beam search differ in nothing else.
     """
 
-    layers: tuple[LayerCache | None, ...]
-    text: Slots
-    visual: Slots | None
-    seen: Bool[Array, "b n"] | None
-    next_position: Int[Array, " b"]
+    new_slots: int = static()
+    layers: tuple[LayerCache, ...]
+    slots: Slots
     next_slot: Int[Array, ""]
+
+    @classmethod
+    def after_prompt(cls, layers: Sequence[LayerCache], slots: Slots, new_slots: int) -> "Segment":
+        """A prompt's caches, with room for `new_slots` tokens."""
+        return cls(
+            new_slots=new_slots,
+            layers=tuple(layer.grow(new_slots) for layer in layers),
+            slots=slots.grow(new_slots),
+            next_slot=jnp.asarray(slots.valid.shape[1], jnp.int32),
+        )
+
+    def reorder(self, parents: Int[Array, " b"]) -> "Segment":
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        first = self.slots.valid.shape[1] - self.new_slots
+        return replace(self, layers=tuple(layer.reorder(parents, first) for layer in self.layers))

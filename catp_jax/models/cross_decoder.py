@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, View, keep_columns
-from catp_jax.models.cache import Cache, LayerCache, Slots
+from catp_jax.contract import Attention, Keep, Site, View, keep_columns
+from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
 from catp_jax.models.layers import (
     ACTIVATIONS,
     Llama3Scaling,
@@ -37,9 +37,10 @@ from catp_jax.models.layers import (
     merge_heads,
     rope_angles,
     rotate,
+    scaled,
     split_heads,
 )
-from catp_jax.struct import pytree
+from catp_jax.struct import pytree, replace, static
 
 MaskMode = Literal["meta", "hf"]
 
@@ -119,6 +120,27 @@ class Visual:
 
 
 @pytree
+class CrossCache:
+    """What the decoder keeps between two tokens.
+
+    `own`: the self-attention layers. `cross`: the cross-attention layers, empty if no sample of the
+    batch has an image; `visual` describes their slots (there a position is the number of the visual
+    token before any pruning), and `seen` marks those that generated tokens attend to.
+    """
+
+    mode: MaskMode = static()
+    own: Segment
+    cross: tuple[LayerCache, ...]
+    visual: Slots | None
+    seen: Bool[Array, "b n"] | None
+    next_position: Int[Array, " b"]
+
+    def reorder(self, parents: Int[Array, " b"]) -> "CrossCache":
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        return replace(self, own=self.own.reorder(parents))
+
+
+@pytree
 class CrossMask:
     """`mask`: what a row attends to. `attends`, `feeds`: whether it takes the branch at all."""
 
@@ -147,14 +169,6 @@ class TextMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
-
-
-@pytree
-class Past:
-    """A cache that new rows join, from `slot` on."""
-
-    cache: LayerCache
-    slot: Int[Array, ""]
 
 
 class AttentionProjections(nnx.Module):
@@ -269,6 +283,7 @@ class Front:
     look at. The last three are None if the batch has no image.
     """
 
+    mode: MaskMode = static()
     hidden: Float[Array, "b s d"]
     text: Slots
     before: tuple[LayerCache, ...]
@@ -316,112 +331,99 @@ class CrossDecoder(nnx.Module):
             before.append(cache)
         if visual is None:
             return Front(
-                hidden=x, text=text, before=tuple(before), cross=None, visual=None, view=None
+                mode=mode,
+                hidden=x,
+                text=text,
+                before=tuple(before),
+                cross=None,
+                visual=None,
+                view=None,
             )
         layer = self.layers[self.first_cross]
         cache = layer.cross_attn.project(visual.features)
         queries = layer.cross_attn.queries(layer.input_layernorm(x))
         view = View(
+            site=Site.CROSS,
             layer=self.first_cross,
+            num_visual=visual.features.shape[1],
             tokens=visual.features,
-            queries=queries.astype(jnp.float32) * self.config.head_dim**-0.5,
-            keys=cache.keys,
+            attention=Attention(queries=scaled(queries), keys=cache.keys),
             values=cache.values,
-            positions=visual.slots.positions,
+            evidence=None,
+            numbers=visual.slots.positions,
             valid=visual.slots.valid & visual.sees.any(axis=1),
             sees=visual.sees & visual.slots.valid[:, None, :],
         )
         x = layer(x, cache, cross_mask(visual.sees, visual.slots.valid, mode))
         return Front(
-            hidden=x, text=text, before=tuple(before), cross=cache, visual=visual, view=view
+            mode=mode,
+            hidden=x,
+            text=text,
+            before=tuple(before),
+            cross=cache,
+            visual=visual,
+            view=view,
         )
 
     def back(
-        self, front: Front, keep: Keep | None, mode: MaskMode, new_slots: int
-    ) -> tuple[Float[Array, "b s d"], Cache]:
+        self, front: Front, keep: Keep | None, new_slots: int
+    ) -> tuple[Float[Array, "b s d"], CrossCache]:
         """Runs the rest of the prompt over the kept features.
 
         Returns the last hidden states and a cache with room for `new_slots` tokens.
         """
-        x, text, visual, cross = front.hidden, front.text, front.visual, front.cross
-        if visual is not None and cross is not None and keep is not None:
-            visual, cross = visual.keep(keep), cross.keep(keep)
-        caches: list[LayerCache | None] = [*front.before, cross]
+        x, text, visual, first = front.hidden, front.text, front.visual, front.cross
+        if visual is not None and first is not None and keep is not None:
+            visual, first = visual.keep(keep), first.keep(keep)
+        own, cross = list(front.before), [] if first is None else [first]
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, mode)
+        masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
         for layer in self.layers[self.first_cross + 1 :]:
             if isinstance(layer, SelfLayer):
                 x, cache = layer(x, rope, mask)
-                caches.append(cache)
-            elif visual is None or masked is None:
-                caches.append(None)
-            else:
-                cross = layer.cross_attn.project(visual.features)
-                x = layer(x, cross, masked)
-                caches.append(cross)
-        return self.norm(x), self._cache(caches, text, visual, new_slots)
-
-    def _cache(
-        self,
-        layers: list[LayerCache | None],
-        text: Slots,
-        visual: Visual | None,
-        new_slots: int,
-    ) -> Cache:
-        cross = self.config.cross_attention_layers
+                own.append(cache)
+            elif visual is not None and masked is not None:
+                cross.append(layer.cross_attn.project(visual.features))
+                x = layer(x, cross[-1], masked)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
         seen = None
         if visual is not None:
             last = jnp.maximum(length - 1, 0)[:, None, None]
             seen = jnp.take_along_axis(visual.sees, last, axis=1)[:, 0]
-        return Cache(
-            layers=tuple(
-                layer if layer is None or index in cross else layer.grow(new_slots)
-                for index, layer in enumerate(layers)
-            ),
-            text=text.grow(new_slots),
+        return self.norm(x), CrossCache(
+            mode=front.mode,
+            own=Segment.after_prompt(own, text, new_slots),
+            cross=tuple(cross),
             visual=None if visual is None else visual.slots,
             seen=seen,
             next_position=length,
-            next_slot=jnp.asarray(text.valid.shape[1], jnp.int32),
         )
 
     def step(
-        self, tokens: Int[Array, " b"], cache: Cache, mode: MaskMode
-    ) -> tuple[Float[Array, "b d"], Cache]:
+        self, tokens: Int[Array, " b"], cache: CrossCache
+    ) -> tuple[Float[Array, "b d"], CrossCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         x = self.embed_tokens(tokens[:, None])
-        slot, position = cache.next_slot, cache.next_position[:, None]
+        slot, position = cache.own.next_slot, cache.next_position[:, None]
         here = Slots(positions=position, valid=jnp.ones_like(position, bool))
-        text = cache.text.write(here, slot)
+        text = cache.own.slots.write(here, slot)
         rope, mask = self._rope(position), causal_mask(here, text)
         masked = None
         if cache.visual is not None and cache.seen is not None:
-            masked = cross_mask(cache.seen[:, None], cache.visual.valid, mode)
-        layers: list[LayerCache | None] = []
-        for layer, past in zip(self.layers, cache.layers, strict=True):
-            if isinstance(layer, CrossLayer):
-                if past is not None and masked is not None:
-                    x = layer(x, past, masked)
-            elif past is not None:
-                x, past = layer(x, rope, mask, Past(cache=past, slot=slot))
-            layers.append(past)
-        return self.norm(x)[:, 0], Cache(
-            layers=tuple(layers),
-            text=text,
-            visual=cache.visual,
-            seen=cache.seen,
-            next_position=cache.next_position + 1,
-            next_slot=slot + 1,
+            masked = cross_mask(cache.seen[:, None], cache.visual.valid, cache.mode)
+        own, cross, written = iter(cache.own.layers), iter(cache.cross), []
+        for layer in self.layers:
+            if isinstance(layer, SelfLayer):
+                x, past = layer(x, rope, mask, Past(cache=next(own), slot=slot))
+                written.append(past)
+            elif masked is not None:
+                x = layer(x, next(cross), masked)
+        segment = replace(cache.own, layers=tuple(written), slots=text, next_slot=slot + 1)
+        return self.norm(x)[:, 0], replace(
+            cache, own=segment, next_position=cache.next_position + 1
         )
 
     def _rope(
         self, positions: Int[Array, "b s"]
     ) -> tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]]:
         return rope_angles(positions, self.config.rope, self.config.head_dim)
-
-
-def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
-    """Each row sees the valid columns at its own and earlier positions."""
-    earlier = columns.positions[:, None, :] <= rows.positions[:, :, None]
-    return earlier & columns.valid[:, None, :]

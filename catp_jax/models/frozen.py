@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Keep, Select
 from catp_jax.struct import pytree, static
 
 
@@ -40,17 +40,17 @@ class Frozen:
         """The model itself."""
         return jax.tree.unflatten(self.structure.treedef, self.arrays)
 
-    def front(self, inputs: Any, mode: Any) -> Any:
+    def front(self, inputs: Any) -> Any:
         """See the model's own."""
-        return self.thaw().front(inputs, mode)
+        return self.thaw().front(inputs)
 
-    def back(self, front: Any, keep: Keep | None, mode: Any, new_slots: int) -> Any:
+    def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any:
         """See the model's own."""
-        return self.thaw().back(front, keep, mode, new_slots)
+        return self.thaw().back(front, keep, select, new_slots)
 
-    def step(self, tokens: Array, cache: Any, mode: Any) -> Any:
+    def step(self, tokens: Array, cache: Any) -> Any:
         """See the model's own."""
-        return self.thaw().step(tokens, cache, mode)
+        return self.thaw().step(tokens, cache)
 
 
 def freeze(model: nnx.Module) -> Frozen:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Site
-from catp_jax.models.cache import Cache, Slots
+from catp_jax.contract import Keep, Select, Site
+from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import (
+    CrossCache,
     CrossDecoder,
     CrossDecoderConfig,
     Front,
@@ -25,7 +26,7 @@ from catp_jax.models.cross_decoder import (
 )
 from catp_jax.models.layers import linear
 from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig
-from catp_jax.struct import pytree
+from catp_jax.struct import pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,12 @@ class Images:
 
 @pytree
 class Inputs:
-    """Prompts padded on the right to one length, and their images (None: no prompt has one)."""
+    """Prompts padded on the right to one length, and their images (None: no prompt has one).
 
+    `mode` says what text does that sees no image.
+    """
+
+    mode: MaskMode = static(default="meta")
     tokens: Int[Array, "b s"]
     token_valid: Bool[Array, "b s"]
     images: Images | None
@@ -86,6 +91,11 @@ class Mllama(nnx.Module):
         )
         self.language_model = CrossDecoder(config.text, rngs=rngs)
         self.lm_head = linear(width, config.text.vocab_size, ("embed", "vocab"), rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The number type of the language model, and so of its caches."""
+        return self.language_model.embed_tokens.embedding.dtype
 
     def encode(self, images: Images) -> Visual:
         """Visual tokens of every prompt.
@@ -108,34 +118,34 @@ class Mllama(nnx.Module):
             sees=jnp.repeat(images.tile_seen, per_tile, axis=2),
         )
 
-    def front(self, inputs: Inputs, mode: MaskMode) -> Front:
+    def front(self, inputs: Inputs) -> Front:
         """The prefill up to and including the first cross-attention layer, before any pruning."""
         visual = None if inputs.images is None else self.encode(inputs.images)
         numbers = jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)
         text = Slots(
             positions=jnp.broadcast_to(numbers, inputs.tokens.shape), valid=inputs.token_valid
         )
-        return self.language_model.front(inputs.tokens, text, visual, mode)
+        return self.language_model.front(inputs.tokens, text, visual, inputs.mode)
 
     def back(
-        self, front: Front, keep: Keep | None, mode: MaskMode, new_slots: int
-    ) -> tuple[Float[Array, "b vocab"], Cache]:
-        """The rest of the prefill on the kept features: logits of each prompt's next token."""
-        hidden, cache = self.language_model.back(front, keep, mode, new_slots)
+        self, front: Front, keep: Keep | None, select: Select, new_slots: int
+    ) -> tuple[Float[Array, "b vocab"], CrossCache]:
+        """The rest of the prefill on the kept features: logits of each prompt's next token.
+
+        Nothing is pruned after the first cross-attention layer, so `select` is not asked again.
+        """
+        hidden, cache = self.language_model.back(front, keep, new_slots)
         last = jnp.maximum(cache.next_position - 1, 0)[:, None, None]
         return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def step(
-        self, tokens: Int[Array, " b"], cache: Cache, mode: MaskMode
-    ) -> tuple[Float[Array, "b vocab"], Cache]:
+        self, tokens: Int[Array, " b"], cache: CrossCache
+    ) -> tuple[Float[Array, "b vocab"], CrossCache]:
         """Logits of the token after `tokens`, which take a cache slot."""
-        hidden, cache = self.language_model.step(tokens, cache, mode)
+        hidden, cache = self.language_model.step(tokens, cache)
         return self.lm_head(hidden), cache
 
-    def __call__(
-        self, inputs: Inputs, keep: Keep | None = None, mode: MaskMode = "meta"
-    ) -> Float[Array, "b s vocab"]:
+    def __call__(self, inputs: Inputs, keep: Keep | None = None) -> Float[Array, "b s vocab"]:
         """Logits of every row, nothing cached: for training and for comparison."""
-        front = self.front(inputs, mode)
-        hidden, _ = self.language_model.back(front, keep, mode, new_slots=0)
+        hidden, _ = self.language_model.back(self.front(inputs), keep, new_slots=0)
         return self.lm_head(hidden)

@@ -2,27 +2,45 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Site
+from catp_jax.pruning.catp import CATP
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
+from catp_jax.pruning.l2 import L2Norm
+from catp_jax.pruning.position import Position
 from catp_jax.pruning.random import Random
+from catp_jax.pruning.self_attention import SelfAttention
 from catp_jax.pruning.trimmed_llama import TrimmedLlama
 
 METHODS: dict[str, Callable[..., Any]] = {
+    "catp": CATP,
+    "l2": L2Norm,
+    "self_attention": SelfAttention,
+    "position": Position,
     "trimmed_llama": TrimmedLlama,
     "fastv": FastV,
     "k_norm": KNorm,
     "random": Random,
 }
 
+NOT_OPTIONS = ("site", "keep", "limit")
+
+
+def site_of(name: str, sites: frozenset[Site]) -> Site | None:
+    """Where a method works in a model with these sites; None if it does not fit."""
+    wanted: tuple[Site, ...] = METHODS[name].sites  # type: ignore[attr-defined]
+    return next((site for site in wanted if site in sites), None)
+
 
 def methods_for(sites: frozenset[Site]) -> list[str]:
     """Names of the methods that fit a model with these sites."""
-    return [name for name, method in METHODS.items() if method.site in sites]  # type: ignore[attr-defined]
+    return [name for name in METHODS if site_of(name, sites) is not None]
 
 
 def make(
@@ -31,10 +49,12 @@ def make(
     sites: frozenset[Site],
     limit: Int[Array, " b"] | None = None,
 ) -> Any:
-    """A method from its name and options: `"trimmed_llama"`, `"trimmed_llama:k_ratio=0.25"`.
+    """A method from its name and options: `"catp:layers=first"`, `"trimmed_llama:k_ratio=0.25"`.
 
-    Options follow the name, each after a colon. `keep` is a count of entries, None for a method
-    whose budget follows from the data; `limit` leaves fewer to some samples.
+    Options follow the name, each after a colon; a switch goes by its name alone
+    (`"catp:image_weights"`), slashes separate a vector's numbers (`"catp:weights=1/0/0.5"`).
+    `keep` is a count of entries, None for a method whose budget follows from the data; `limit`
+    leaves fewer to some samples.
 
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
@@ -42,30 +62,66 @@ def make(
     fitting = ", ".join(methods_for(sites)) or "no method"
     if name not in METHODS:
         raise ValueError(f"unknown pruning method {name!r}; this model takes {fitting}")
-    if name not in methods_for(sites):
+    site = site_of(name, sites)
+    if site is None:
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
     method = METHODS[name]
-    every = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
-    fields = {key: field for key, field in every.items() if key not in ("keep", "limit")}
-    values: dict[str, Any] = {}
+    types = _types(method)
+    values: dict[str, Any] = {"site": site, "keep": keep}
     for option in options:
         key, separator, text = option.partition("=")
-        if key not in fields or not separator:
-            takes = ", ".join(f"{field}=…" for field in fields) or "no options"
+        if key not in types or key in NOT_OPTIONS or (not separator and types[key] != (bool,)):
+            takes = ", ".join(_usage(types)) or "no options"
             raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
-        values[key] = _number(text, fields[key].type, f"{name}:{key}")
-    if keep is None and type(None) not in get_args(every["keep"].type):
-        raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 64")
+        values[key] = _value(text if separator else "true", types[key], f"{name}:{key}")
+    if keep is None and type(None) not in types["keep"]:
+        raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")
     if limit is not None:
         values["limit"] = limit
-    return method(keep=keep, **values)
+    return method(**values)
 
 
-def _number(text: str, kind: Any, what: str) -> int | float:
+def _types(method: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """What each field of a method may be: types, and words for a choice among some."""
+    found = {}
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        kinds: list[Any] = []
+        union = get_origin(field.type) in (Union, UnionType)
+        for kind in get_args(field.type) if union else (field.type,):
+            kinds += get_args(kind) if get_origin(kind) is Literal else [kind]
+        found[field.name] = tuple(kinds)
+    return found
+
+
+def _usage(types: dict[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        key if kinds == (bool,) else f"{key}=…"
+        for key, kinds in types.items()
+        if key not in NOT_OPTIONS
+    ]
+
+
+def _value(text: str, kinds: tuple[Any, ...], what: str) -> Any:
     """`text` as the field's type has it: 1 is no count where a ratio is wanted, nor the reverse."""
-    is_ratio = float in get_args(kind)
+    words = [kind for kind in kinds if isinstance(kind, str)]
+    if text in words:
+        return text
     try:
-        return float(text) if is_ratio else int(text)
-    except ValueError:
-        wanted = "number" if is_ratio else "whole number"
-        raise ValueError(f"{what} takes a {wanted}, got {text!r}") from None
+        if bool in kinds:
+            return {"true": True, "false": False}[text]
+        if float in kinds:
+            return float(text)
+        if int in kinds:
+            return int(text)
+        return jnp.asarray([float(part) for part in text.split("/")], jnp.float32)
+    except (ValueError, KeyError):
+        wanted = [*words]
+        if bool in kinds:
+            wanted.append("true or false")
+        elif float in kinds:
+            wanted.append("a number")
+        elif int in kinds:
+            wanted.append("a whole number")
+        else:
+            wanted.append("numbers separated by slashes")
+        raise ValueError(f"{what} takes {', or '.join(wanted)}, got {text!r}") from None

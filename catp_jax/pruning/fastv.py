@@ -2,9 +2,12 @@
 
 Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764. The released
 code is followed: the score is the last row of the attention, averaged over the heads (the paper's
-text speaks of the attention received from all tokens). FastV was made for decoders that hold image
-tokens in their sequence; in a cross-attention model the score is taken at the first
-cross-attention layer and that layer's and all later keys and values are gathered.
+text speaks of the attention received from all tokens).
+
+- In a decoder that holds visual tokens in its sequence (site LAYER), the score is the attention of
+  the layer before `layer`, and from `layer` on the sequence is shorter. The paper's K is `layer`.
+- In a cross-attention model (site CROSS), it is that of the first cross-attention layer, whose and
+  all later keys and values are gathered.
 """
 
 from typing import ClassVar
@@ -12,22 +15,28 @@ from typing import ClassVar
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_best, last_row_attention
+from catp_jax.pruning.scores import keep_visual, last_row_attention
 from catp_jax.struct import pytree, static
 
 
 @pytree
 class FastV(Pruner[tuple[()]]):
-    """Keeps the `keep` visual tokens with most attention from the last row that sees an image."""
+    """Keeps the `keep` visual tokens with most attention from the last row that sees any."""
 
-    site: ClassVar[Site] = Site.CROSS
+    sites: ClassVar[tuple[Site, ...]] = (Site.LAYER, Site.CROSS)
 
+    site: Site = static(default=Site.CROSS)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
+    layer: int = static(default=2)
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise ValueError(f"FastV wants the number of a layer from 1 on, got {self.layer}")
 
     def start(self, view: View) -> tuple[()]:
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
         score = last_row_attention(view).mean(axis=1)
-        return Reduction(tokens=keep_best(self.keep, view.valid, score, limit=self.limit)), state
+        return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_best
+from catp_jax.pruning.scores import evidence_of, keep_visual
 from catp_jax.struct import pytree, static
 
 
@@ -21,8 +21,9 @@ from catp_jax.struct import pytree, static
 class KNorm(Pruner[tuple[()]]):
     """Keeps the `keep` visual tokens with the smallest mean key norm."""
 
-    site: ClassVar[Site] = Site.CROSS
+    sites: ClassVar[tuple[Site, ...]] = (Site.CROSS,)
 
+    site: Site = static(default=Site.CROSS)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
 
@@ -30,5 +31,5 @@ class KNorm(Pruner[tuple[()]]):
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        norms = jnp.linalg.norm(view.keys.astype(jnp.float32), axis=-1).mean(axis=-1)
-        return Reduction(tokens=keep_best(self.keep, view.valid, -norms, limit=self.limit)), state
+        norms = jnp.linalg.norm(evidence_of(view).keys.astype(jnp.float32), axis=-1).mean(axis=-1)
+        return Reduction(tokens=keep_visual(view, self.keep, -norms, self.limit)), state

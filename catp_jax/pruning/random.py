@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Int, UInt32
 
 from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_best
+from catp_jax.pruning.scores import keep_visual
 from catp_jax.struct import pytree, static
 
 
@@ -14,12 +14,13 @@ from catp_jax.struct import pytree, static
 class Random(Pruner[tuple[()]]):
     """Keeps `keep` visual tokens at random.
 
-    The draw depends on `seed` and on a token's place alone, so a sample keeps the same tokens
+    The draw depends on `seed` and on a token's number alone, so a sample keeps the same tokens
     whatever else is in its batch, and a smaller budget keeps a part of what a larger one keeps.
     """
 
-    site: ClassVar[Site] = Site.CROSS
+    sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY, Site.CROSS)
 
+    site: Site = static(default=Site.CROSS)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
     seed: int | Int[Array, ""] | UInt32[Array, ""] = 0
@@ -33,6 +34,8 @@ class Random(Pruner[tuple[()]]):
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
         key = jax.random.key(self.seed)
-        draw = jax.vmap(jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(key, place))))
-        drawn = draw(view.positions)
-        return Reduction(tokens=keep_best(self.keep, view.valid, drawn, limit=self.limit)), state
+        draw = jax.vmap(
+            jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))
+        )
+        drawn = draw(view.numbers)
+        return Reduction(tokens=keep_visual(view, self.keep, drawn, self.limit)), state

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, View
+from catp_jax.contract import Attention, Keep, View
 
 ROWS_AT_ONCE = 128  # bounds the memory of a pass over long prompts; results don't depend on it
 
@@ -31,35 +31,47 @@ def attention(
     return jnp.where(sees[:, None], weights, 0)
 
 
-def attention_received(view: View) -> Float[Array, "b h n"]:
+def evidence_of(view: View) -> Attention:
+    """The attention that a view shows. Raises ValueError if it shows none."""
+    if view.attention is None:
+        raise ValueError(f"there is no attention over visual tokens at site {view.site.name}")
+    return view.attention
+
+
+def attention_received(
+    queries: Float[Array, "b s h dk"],
+    keys: Float[Array, "b n kv dk"],
+    sees: Bool[Array, "b s n"],
+) -> Float[Array, "b h n"]:
     """Attention that each column receives, summed over the rows, by head."""
-    rows = view.queries.shape[1]
+    rows = queries.shape[1]
     if rows <= ROWS_AT_ONCE:
-        return attention(view.queries, view.keys, view.sees).sum(axis=2)
+        return attention(queries, keys, sees).sum(axis=2)
 
     passes = math.ceil(rows / ROWS_AT_ONCE)
     padding = passes * ROWS_AT_ONCE - rows
-    queries = jnp.pad(view.queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    sees = jnp.pad(view.sees, ((0, 0), (0, padding), (0, 0)))
+    queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    sees = jnp.pad(sees, ((0, 0), (0, padding), (0, 0)))
 
     def add(index: Int[Array, ""], total: Float[Array, "b h n"]) -> Float[Array, "b h n"]:
         start = index * ROWS_AT_ONCE
         some = jax.lax.dynamic_slice_in_dim(queries, start, ROWS_AT_ONCE, axis=1)
         mask = jax.lax.dynamic_slice_in_dim(sees, start, ROWS_AT_ONCE, axis=1)
-        return total + attention(some, view.keys, mask).sum(axis=2)
+        return total + attention(some, keys, mask).sum(axis=2)
 
-    batch, columns, _, _ = view.keys.shape
-    nothing = jnp.zeros((batch, view.queries.shape[2], columns), jnp.float32)
+    batch, columns, _, _ = keys.shape
+    nothing = jnp.zeros((batch, queries.shape[2], columns), jnp.float32)
     return jax.lax.fori_loop(0, passes, add, nothing)
 
 
 def last_row_attention(view: View) -> Float[Array, "b h n"]:
     """Attention weights of the last row that sees an image, by head."""
-    numbers = jnp.arange(view.sees.shape[1], dtype=jnp.int32)
-    last = jnp.where(view.sees.any(axis=-1), numbers[None], 0).max(axis=1)
-    queries = jnp.take_along_axis(view.queries, last[:, None, None, None], axis=1)
+    shown = evidence_of(view)
+    rows = jnp.arange(view.sees.shape[1], dtype=jnp.int32)
+    last = jnp.where(view.sees.any(axis=-1), rows[None], 0).max(axis=1)
+    queries = jnp.take_along_axis(shown.queries, last[:, None, None, None], axis=1)
     sees = jnp.take_along_axis(view.sees, last[:, None, None], axis=1)
-    return attention(queries, view.keys, sees)[:, :, 0]
+    return attention(queries, shown.keys, sees)[:, :, 0]
 
 
 def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
@@ -90,3 +102,25 @@ def keep_best(
         is_member &= jnp.arange(chosen.shape[1])[None] < limit[:, None]
     empty, indices = jax.lax.sort((~is_member, chosen), num_keys=2, dimension=1)
     return Keep(indices=indices, valid=~empty)
+
+
+def keep_visual(
+    view: View, keep: int, scores: Float[Array, "b n"], limit: Int[Array, " b"] | None = None
+) -> Keep:
+    """The `keep` visual tokens of a view with the highest scores, and all its text, in their order.
+
+    `limit` leaves fewer visual tokens to a sample.
+    """
+    is_visual = view.valid & (view.numbers >= 0)
+    if view.num_visual == view.valid.shape[1]:
+        return keep_best(keep, is_visual, scores, limit=limit)
+    keep = min(keep, view.num_visual)
+    best = keep_best(
+        keep, is_visual[:, : view.num_visual], scores[:, : view.num_visual], limit=limit
+    )
+    text = jnp.arange(view.num_visual, view.valid.shape[1], dtype=jnp.int32)
+    text = jnp.broadcast_to(text, (best.indices.shape[0], text.shape[0]))
+    return Keep(
+        indices=jnp.concatenate([best.indices, text], axis=1),
+        valid=jnp.concatenate([best.valid, view.valid[:, view.num_visual :]], axis=1),
+    )

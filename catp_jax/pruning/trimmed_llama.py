@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import attention_received, keep_best, rank
+from catp_jax.pruning.scores import attention_received, evidence_of, keep_best, rank
 from catp_jax.struct import pytree, static
 
 
@@ -53,8 +53,9 @@ class TrimmedLlama(Pruner[TrimmedReport]):
     `k_ratio` may go with a capacity as well. It is an array leaf: other ratios reuse the program.
     """
 
-    site: ClassVar[Site] = Site.CROSS
+    sites: ClassVar[tuple[Site, ...]] = (Site.CROSS,)
 
+    site: Site = static(default=Site.CROSS)
     keep: int | None = static()
     limit: Int[Array, " b"] | None = None
     per_head: int | None = static(default=None)
@@ -77,7 +78,8 @@ class TrimmedLlama(Pruner[TrimmedReport]):
         return TrimmedReport(union=nothing, overflow=nothing, mass=nothing.astype(jnp.float32))
 
     def __call__(self, view: View, state: TrimmedReport) -> tuple[Reduction, TrimmedReport]:
-        received = attention_received(view)
+        shown = evidence_of(view)
+        received = attention_received(shown.queries, shown.keys, view.sees)
         total = received.sum(axis=1)
         best_rank = rank(jnp.where(view.valid[:, None], received, -1)).min(axis=1)
         union = view.valid & (best_rank < self._per_head(view)[:, None])

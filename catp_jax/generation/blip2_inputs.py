@@ -1,0 +1,61 @@
+"""BLIP-2: from token lists and images to arrays of few shapes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
+from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptQueries:
+    """The queries of one prompt that pruning kept, in their original order."""
+
+    number: np.ndarray
+
+    def as_rows(self) -> list[dict[str, int]]:
+        """One record a query, for JSON."""
+        return [{"query": number} for number in self.number.tolist()]
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], images: Sequence[np.ndarray], config: Blip2Config
+) -> Packed[Blip2Inputs]:
+    """Arrays for the model; `images[b]` [3, height, width] belongs to `prompts[b]`.
+
+    An array that stands with several prompts is encoded once. Raises ValueError for an empty
+    prompt.
+    """
+    for number, tokens in enumerate(prompts):
+        if not tokens:
+            raise ValueError(f"prompt {number} is empty")
+    text, valid = pad_prompts(prompts)
+    pixels, index = stack_images(images)
+    queries = config.num_query_tokens
+    return Packed(
+        inputs=Blip2Inputs(
+            pixels=jnp.asarray(pixels),
+            image_index=jnp.asarray(index),
+            tokens=jnp.asarray(text),
+            token_valid=jnp.asarray(valid),
+        ),
+        available=(queries,) * len(prompts),
+        most=queries,
+        slots=queries,
+        longest=queries + max(len(tokens) for tokens in prompts),
+    )
+
+
+def stack_images(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct arrays of `images` as one, filled up to a number out of `IMAGE_COUNTS`, and
+    where in it each of them is.
+    """
+    distinct = {id(image): image for image in images}
+    place_of = {key: place for place, key in enumerate(distinct)}
+    pixels = np.stack([*distinct.values()])
+    padding = round_up(len(pixels), IMAGE_COUNTS) - len(pixels)
+    pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    return pixels, np.asarray([place_of[id(image)] for image in images], np.int32)

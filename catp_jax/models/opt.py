@@ -1,0 +1,241 @@
+"""OPT, the decoder-only language model of BLIP-2 opt-2.7b and opt-6.7b.
+
+    embeddings + positions → layer 0 ─ LAYER ─ layer 1 ─ LAYER ─ … → norm → head
+                                        └ views: the layer before shows its queries and keys
+
+Learned positions count the tokens that are no padding, pre-norm layers, ReLU. OPT-350m, which is
+built otherwise, is not in any BLIP-2 and not supported.
+
+Source: Zhang et al., "OPT", arXiv 2205.01068; Hugging Face transformers (`models/opt`).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Attention, Select, Site, View
+from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    attend,
+    embedding,
+    linear,
+    merge_heads,
+    scaled,
+    split_heads,
+)
+from catp_jax.struct import pytree, replace
+
+OFFSET = 2  # the first rows of the table of positions are unused
+NORM_EPS = 1e-5  # torch's default, which no config.json names
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+    """`text_config` of a BLIP-2 checkpoint with OPT."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    ffn_dim: int
+    max_position_embeddings: int
+    activation_function: str
+    tie_word_embeddings: bool
+
+    @classmethod
+    def opt_2_7b(cls) -> "OptConfig":
+        """OPT 2.7B as in BLIP-2."""
+        return cls(
+            vocab_size=50304,
+            hidden_size=2560,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            ffn_dim=10240,
+            max_position_embeddings=2048,
+            activation_function="relu",
+            tie_word_embeddings=True,
+        )
+
+    @classmethod
+    def opt_6_7b(cls) -> "OptConfig":
+        """OPT 6.7B as in BLIP-2."""
+        return dataclasses.replace(cls.opt_2_7b(), hidden_size=4096, ffn_dim=16384)
+
+
+@pytree
+class OptCache:
+    """Segments in the order of the layers; after pruning between two layers a new one begins."""
+
+    segments: tuple[Segment, ...]
+    next_position: Int[Array, " b"]
+
+    def reorder(self, parents: Int[Array, " b"]) -> "OptCache":
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        return replace(self, segments=tuple(segment.reorder(parents) for segment in self.segments))
+
+
+class OptAttention(nnx.Module):
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        width, self.heads = config.hidden_size, config.num_attention_heads
+        self.q_proj = linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.k_proj = linear(width, width, ("embed", "kv_heads"), bias=True, rngs=rngs)
+        self.v_proj = linear(width, width, ("embed", "kv_heads"), bias=True, rngs=rngs)
+        self.out_proj = linear(width, width, ("heads", "embed"), bias=True, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"], past: Past | None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
+        queries, keys, values = (
+            split_heads(project(x), self.heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cache = LayerCache(keys=keys, values=values)
+        if past is not None:
+            cache = past.cache.write(cache, past.slot)
+        attended = attend(queries, cache.keys, cache.values, mask)
+        return self.out_proj(merge_heads(attended)), queries, cache
+
+
+class OptLayer(nnx.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.ffn_dim
+        self.self_attn = OptAttention(config, rngs=rngs)
+        self.self_attn_layer_norm = LayerNorm(width, NORM_EPS)
+        self.fc1 = linear(width, inner, ("embed", "mlp"), bias=True, rngs=rngs)
+        self.fc2 = linear(inner, width, ("mlp", "embed"), bias=True, rngs=rngs)
+        self.final_layer_norm = LayerNorm(width, NORM_EPS)
+        self.activation = config.activation_function
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"], past: Past | None = None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
+        """The layer's output, its queries, and its cache."""
+        attended, queries, cache = self.self_attn(self.self_attn_layer_norm(x), mask, past)
+        x = x + attended
+        fed = ACTIVATIONS[self.activation](self.fc1(self.final_layer_norm(x)))
+        return x + self.fc2(fed), queries, cache
+
+
+class OptDecoder(nnx.Module):
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        width, places = config.hidden_size, config.max_position_embeddings + OFFSET
+        self.embed_tokens = embedding(config.vocab_size, width, rngs=rngs)
+        self.embed_positions = embedding(places, width, axes=("positions", "embed"), rngs=rngs)
+        self.final_layer_norm = LayerNorm(width, NORM_EPS)
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([OptLayer(config, rngs=rngs) for _ in layers])
+
+
+class OptModel(nnx.Module):
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        self.decoder = OptDecoder(config, rngs=rngs)
+
+
+class Opt(nnx.Module):
+    """`OPTForCausalLM`: `language_model` of a BLIP-2 checkpoint."""
+
+    sites = frozenset({Site.LAYER})
+
+    def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.model = OptModel(config, rngs=rngs)
+        if not config.tie_word_embeddings:
+            axes = ("embed", "vocab")
+            self.lm_head = linear(config.hidden_size, config.vocab_size, axes, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Word embeddings, without positions."""
+        return self.model.decoder.embed_tokens(tokens)
+
+    def logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s vocab"]:
+        """Scores of the next token from the last layer's output."""
+        x = self.model.decoder.final_layer_norm(x)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        return jnp.einsum("bsd,vd->bsv", x, self.model.decoder.embed_tokens.embedding[...])
+
+    def prefill(
+        self,
+        x: Float[Array, "b n d"],
+        slots: Slots,
+        numbers: Int[Array, "b n"],
+        num_visual: int,
+        select: Select,
+        new_slots: int,
+    ) -> tuple[Float[Array, "b vocab"], OptCache]:
+        """Logits of each prompt's next token, and a cache with room for `new_slots` tokens.
+
+        `x` has embedded visual tokens, then text; `numbers` says which visual token an entry is,
+        -1 for text. `select` may prune between the layers.
+        """
+        next_position = slots.valid.sum(axis=1, dtype=jnp.int32)
+        x = x + self._positions(slots.positions)
+        mask = causal_mask(slots, slots)
+        segments: list[Segment] = []
+        caches: list[LayerCache] = []
+        before: Attention | None = None
+        for number, layer in enumerate(self.model.decoder.layers):
+            if before is not None:
+                view = View(
+                    site=Site.LAYER,
+                    layer=number,
+                    num_visual=num_visual,
+                    tokens=x,
+                    attention=before,
+                    values=caches[-1].values,
+                    evidence=None,
+                    numbers=numbers,
+                    valid=slots.valid,
+                    sees=mask & slots.valid[:, :, None],
+                )
+                if (keep := select(view)) is not None:
+                    segments.append(Segment.after_prompt(caches, slots, new_slots))
+                    caches = []
+                    num_visual -= x.shape[1] - keep.indices.shape[1]
+                    x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
+                    mask = causal_mask(slots, slots)
+            x, queries, cache = layer(x, mask)
+            before = Attention(queries=scaled(queries), keys=cache.keys)
+            caches.append(cache)
+        segments.append(Segment.after_prompt(caches, slots, new_slots))
+        last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        cache = OptCache(segments=tuple(segments), next_position=next_position)
+        return self.logits(x)[:, 0], cache
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: OptCache
+    ) -> tuple[Float[Array, "b vocab"], OptCache]:
+        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        position = cache.next_position[:, None]
+        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
+        x = self.embed(tokens[:, None]) + self._positions(position)
+        segments: list[Segment] = []
+        layers = iter(self.model.decoder.layers)
+        for segment in cache.segments:
+            slots = segment.slots.write(here, segment.next_slot)
+            mask, caches = causal_mask(here, slots), []
+            for past, layer in zip(segment.layers, layers, strict=False):
+                x, _, written = layer(x, mask, Past(cache=past, slot=segment.next_slot))
+                caches.append(written)
+            segments.append(
+                replace(segment, layers=tuple(caches), slots=slots, next_slot=segment.next_slot + 1)
+            )
+        cache = OptCache(segments=tuple(segments), next_position=cache.next_position + 1)
+        return self.logits(x)[:, 0], cache
+
+    def __call__(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n vocab"]:
+        """Logits of every row, nothing cached: for training and for comparison."""
+        x, mask = x + self._positions(slots.positions), causal_mask(slots, slots)
+        for layer in self.model.decoder.layers:
+            x, _, _ = layer(x, mask)
+        return self.logits(x)
+
+    def _positions(self, positions: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        return self.model.decoder.embed_positions(positions + OFFSET)

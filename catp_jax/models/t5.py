@@ -1,0 +1,336 @@
+"""T5 v1.1, the encoder-decoder language model of BLIP-2 flan-t5-xl and flan-t5-xxl.
+
+    embeddings → encoder ──────────────┐
+    start token, new tokens → decoder ─┴ (self-, cross-attention, gated feed-forward) → head
+
+No positions but a learned bias on the logits, which depends on the distance of two tokens and which
+all layers of a stack share; RMS norms; logits are not divided by √d.
+
+Source: Raffel et al., "T5", arXiv 1910.10683; Hugging Face transformers (`models/t5`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Select, Site
+from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.layers import (
+    ACTIVATIONS,
+    RmsNorm,
+    attend,
+    embedding,
+    linear,
+    merge_heads,
+    split_heads,
+)
+from catp_jax.struct import pytree, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """`text_config` of a BLIP-2 checkpoint with T5 v1.1.
+
+    `tie_word_embeddings`: the head is the embedding's transpose. `scale_decoder_outputs`: the
+    head's input is divided by √d_model, as the first T5 did with its tied head.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    layer_norm_epsilon: float
+    dense_act_fn: str
+    tie_word_embeddings: bool
+    scale_decoder_outputs: bool
+    decoder_start_token_id: int
+
+    @classmethod
+    def flan_t5_xl(cls) -> "T5Config":
+        """Flan-T5 XL."""
+        return cls(
+            vocab_size=32128,
+            d_model=2048,
+            d_kv=64,
+            d_ff=5120,
+            num_layers=24,
+            num_decoder_layers=24,
+            num_heads=32,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=128,
+            layer_norm_epsilon=1e-6,
+            dense_act_fn="gelu_new",
+            tie_word_embeddings=False,
+            scale_decoder_outputs=False,
+            decoder_start_token_id=0,
+        )
+
+    @classmethod
+    def flan_t5_xxl(cls) -> "T5Config":
+        """Flan-T5 XXL."""
+        return dataclasses.replace(cls.flan_t5_xl(), d_model=4096, d_ff=10240, num_heads=64)
+
+
+@pytree
+class T5Cache:
+    """The decoder's own tokens, and the encoder's output as cross-attention sees it."""
+
+    own: Segment
+    cross: tuple[LayerCache, ...]
+    cross_valid: Bool[Array, "b n"]
+
+    def reorder(self, parents: Int[Array, " b"]) -> "T5Cache":
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        return replace(self, own=self.own.reorder(parents))
+
+
+def buckets(config: T5Config, is_bidirectional: bool) -> np.ndarray:
+    """The bucket of each distance 0 … max_distance to an earlier token, int32; all larger distances
+    share the last. Later tokens have as many buckets of their own, if they are seen.
+    """
+    number = config.relative_attention_num_buckets // (2 if is_bidirectional else 1)
+    exact, farthest = number // 2, config.relative_attention_max_distance
+    distance = np.arange(farthest + 1, dtype=np.float32)
+    share = np.log(np.maximum(distance, 1) / np.float32(exact)) / np.log(
+        np.float32(farthest / exact)
+    )
+    large = exact + (share * np.float32(number - exact)).astype(np.int32)
+    return np.where(distance < exact, distance, np.minimum(large, number - 1)).astype(np.int32)
+
+
+class T5Attention(nnx.Module):
+    """Attention without scaling; the first of a stack owns the bias that all its layers add."""
+
+    def __init__(
+        self, config: T5Config, has_relative_attention_bias: bool = False, *, rngs: nnx.Rngs
+    ):
+        width, inner = config.d_model, config.num_heads * config.d_kv
+        self.heads, self.config = config.num_heads, config
+        self.q = linear(width, inner, ("embed", "heads"), rngs=rngs)
+        self.k = linear(width, inner, ("embed", "kv_heads"), rngs=rngs)
+        self.v = linear(width, inner, ("embed", "kv_heads"), rngs=rngs)
+        self.o = linear(inner, width, ("heads", "embed"), rngs=rngs)
+        if has_relative_attention_bias:
+            rows = config.relative_attention_num_buckets
+            axes = ("buckets", "heads")
+            self.relative_attention_bias = embedding(rows, self.heads, axes=axes, rngs=rngs)
+
+    def bias(
+        self, rows: Int[Array, "b s"], columns: Int[Array, "b n"], is_bidirectional: bool
+    ) -> Float[Array, "b h s n"]:
+        """What is added to the logits, from the positions of rows and columns."""
+        table = jnp.asarray(buckets(self.config, is_bidirectional))
+        ahead = columns[:, None, :] - rows[:, :, None]
+        distance = jnp.abs(ahead) if is_bidirectional else jnp.maximum(-ahead, 0)
+        bucket = table[jnp.minimum(distance, table.shape[0] - 1)]
+        if is_bidirectional:
+            half = self.config.relative_attention_num_buckets // 2
+            bucket = bucket + half * (ahead > 0).astype(jnp.int32)
+        return jnp.moveaxis(self.relative_attention_bias(bucket), -1, 1)
+
+    def project(self, x: Float[Array, "b n d"]) -> LayerCache:
+        """Keys and values of what is attended to."""
+        return LayerCache(
+            keys=split_heads(self.k(x), self.heads), values=split_heads(self.v(x), self.heads)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        cache: LayerCache,
+        mask: Bool[Array, "b s n"],
+        bias: Float[Array, "b h s n"] | None,
+    ) -> Float[Array, "b s d"]:
+        queries = split_heads(self.q(x), self.heads)
+        attended = attend(queries, cache.keys, cache.values, mask, bias, scale=1.0)
+        return self.o(merge_heads(attended))
+
+
+class T5SelfAttention(nnx.Module):
+    """Self-attention over its own rows, or over a cache that it writes them to."""
+
+    def __init__(self, config: T5Config, has_relative_attention_bias: bool, *, rngs: nnx.Rngs):
+        self.SelfAttention = T5Attention(config, has_relative_attention_bias, rngs=rngs)
+        self.layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s n"],
+        bias: Float[Array, "b h s n"],
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "b s d"], LayerCache]:
+        normed = self.layer_norm(x)
+        cache = self.SelfAttention.project(normed)
+        if past is not None:
+            cache = past.cache.write(cache, past.slot)
+        return x + self.SelfAttention(normed, cache, mask, bias), cache
+
+
+class T5CrossAttention(nnx.Module):
+    """Attention to the encoder's output."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.EncDecAttention = T5Attention(config, rngs=rngs)
+        self.layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(
+        self, x: Float[Array, "b s d"], cache: LayerCache, mask: Bool[Array, "b s n"]
+    ) -> Float[Array, "b s d"]:
+        return x + self.EncDecAttention(self.layer_norm(x), cache, mask, None)
+
+
+class T5GatedMlp(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        width, inner = config.d_model, config.d_ff
+        self.wi_0 = linear(width, inner, ("embed", "mlp"), rngs=rngs)
+        self.wi_1 = linear(width, inner, ("embed", "mlp"), rngs=rngs)
+        self.wo = linear(inner, width, ("mlp", "embed"), rngs=rngs)
+        self.activation = config.dense_act_fn
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.wo(ACTIVATIONS[self.activation](self.wi_0(x)) * self.wi_1(x))
+
+
+class T5FeedForward(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.DenseReluDense = T5GatedMlp(config, rngs=rngs)
+        self.layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class T5Block(nnx.Module):
+    """A layer, its parts in a list as in the checkpoint."""
+
+    def __init__(self, config: T5Config, number: int, is_decoder: bool, *, rngs: nnx.Rngs):
+        parts: list[nnx.Module] = [T5SelfAttention(config, number == 0, rngs=rngs)]
+        if is_decoder:
+            parts.append(T5CrossAttention(config, rngs=rngs))
+        self.layer: nnx.List[Any] = nnx.List([*parts, T5FeedForward(config, rngs=rngs)])
+
+
+class T5Stack(nnx.Module):
+    def __init__(self, config: T5Config, depth: int, is_decoder: bool, *, rngs: nnx.Rngs):
+        self.block = nnx.List(
+            [T5Block(config, number, is_decoder, rngs=rngs) for number in range(depth)]
+        )
+        self.final_layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
+        self.is_bidirectional = not is_decoder
+
+    def bias(self, rows: Int[Array, "b s"], columns: Int[Array, "b n"]) -> Float[Array, "b h s n"]:
+        """The bias on the logits of self-attention, the same in all layers."""
+        first = self.block[0].layer[0].SelfAttention
+        return first.bias(rows, columns, self.is_bidirectional)
+
+
+class T5(nnx.Module):
+    """`T5ForConditionalGeneration`: `language_model` of a BLIP-2 checkpoint."""
+
+    sites = frozenset[Site]()
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = embedding(config.vocab_size, config.d_model, rngs=rngs)
+        self.encoder = T5Stack(config, config.num_layers, False, rngs=rngs)
+        self.decoder = T5Stack(config, config.num_decoder_layers, True, rngs=rngs)
+        if not config.tie_word_embeddings:
+            axes = ("embed", "vocab")
+            self.lm_head = linear(config.d_model, config.vocab_size, axes, rngs=rngs)
+
+    def embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Word embeddings."""
+        return self.shared(tokens)
+
+    def logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s vocab"]:
+        """Scores of the next token from the last decoder layer's output."""
+        x = self.decoder.final_layer_norm(x)
+        if self.config.scale_decoder_outputs:
+            x = x * self.config.d_model**-0.5
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        return jnp.einsum("bsd,vd->bsv", x, self.shared.embedding[...])
+
+    def encode(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n d"]:
+        """The encoder's output; padding is seen by nobody."""
+        mask = jnp.broadcast_to(slots.valid[:, None], (*x.shape[:2], x.shape[1]))
+        bias = self.encoder.bias(slots.positions, slots.positions)
+        for block in self.encoder.block:
+            attention, feed_forward = block.layer
+            x, _ = attention(x, mask, bias)
+            x = feed_forward(x)
+        return self.encoder.final_layer_norm(x)
+
+    def prefill(
+        self,
+        x: Float[Array, "b n d"],
+        slots: Slots,
+        numbers: Int[Array, "b n"],
+        num_visual: int,
+        select: Select,
+        new_slots: int,
+    ) -> tuple[Float[Array, "b vocab"], T5Cache]:
+        """Encodes the prompt and runs the start token: logits of the first new token, and a cache
+        with room for `new_slots` tokens more. Nothing is pruned between the layers.
+        """
+        encoded = self.encode(x, slots)
+        cross = tuple(
+            block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block
+        )
+        batch, heads, head = x.shape[0], self.config.num_heads, self.config.d_kv
+        nothing = jnp.zeros((batch, 0, heads, head), x.dtype)
+        empty = Slots(positions=jnp.zeros((batch, 0), jnp.int32), valid=jnp.zeros((batch, 0), bool))
+        layer = LayerCache(keys=nothing, values=nothing)
+        own = Segment.after_prompt([layer] * len(cross), empty, new_slots + 1)
+        cache = T5Cache(own=own, cross=cross, cross_valid=slots.valid)
+        return self.step(jnp.full((batch,), self.config.decoder_start_token_id), cache)
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: T5Cache
+    ) -> tuple[Float[Array, "b vocab"], T5Cache]:
+        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        slot = cache.own.next_slot
+        x = self.embed(tokens[:, None].astype(jnp.int32))
+        position = jnp.broadcast_to(slot, (x.shape[0], 1))
+        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
+        slots = cache.own.slots.write(here, slot)
+        mask, seen = causal_mask(here, slots), cache.cross_valid[:, None]
+        bias = self.decoder.bias(position, slots.positions)
+        caches = []
+        for block, past, cross in zip(
+            self.decoder.block, cache.own.layers, cache.cross, strict=True
+        ):
+            attention, cross_attention, feed_forward = block.layer
+            x, written = attention(x, mask, bias, Past(cache=past, slot=slot))
+            x = feed_forward(cross_attention(x, cross, seen))
+            caches.append(written)
+        own = replace(cache.own, layers=tuple(caches), slots=slots, next_slot=slot + 1)
+        return self.logits(x)[:, 0], replace(cache, own=own)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t vocab"]:
+        """Logits after each decoder token (the start token first), nothing cached."""
+        encoded = self.encode(x, slots)
+        x = self.embed(decoder_tokens)
+        places = jnp.arange(x.shape[1], dtype=jnp.int32)
+        places = jnp.broadcast_to(places, decoder_tokens.shape)
+        rows = Slots(positions=places, valid=jnp.ones_like(places, bool))
+        mask, bias = causal_mask(rows, rows), self.decoder.bias(places, places)
+        seen = jnp.broadcast_to(slots.valid[:, None], (*x.shape[:2], encoded.shape[1]))
+        for block in self.decoder.block:
+            attention, cross_attention, feed_forward = block.layer
+            x, _ = attention(x, mask, bias)
+            cross = cross_attention.EncDecAttention.project(encoded)
+            x = feed_forward(cross_attention(x, cross, seen))
+        return self.logits(x)

@@ -1,0 +1,147 @@
+"""Llama 3.2 Vision's reader: tiles, image marks in the prompt, chat templates."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers.models.mllama.processing_mllama import build_string_from_input
+
+from catp_jax.contract import Site
+from catp_jax.generation.images import ImageLike, read_image
+from catp_jax.generation.mllama_inputs import (
+    KeptTokens,
+    MllamaPacked,
+    ProcessedImage,
+    check_marks,
+    locate,
+    pack,
+)
+from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.readers.reading import (
+    Done,
+    Prompt,
+    Question,
+    check_processor,
+    load_processor,
+    remember,
+    stretched,
+)
+
+IMAGE_MARK = "<|image|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class MllamaReader:
+    """`mask_mode` says what text does that sees no image, see `cross_decoder.MaskMode`."""
+
+    config: MllamaConfig
+    processor: Any
+    mask_mode: MaskMode
+
+    tokens: ClassVar[dict[str, int]] = {}
+
+    @classmethod
+    def load(cls, folder: Path, config: MllamaConfig, mask_mode: MaskMode) -> "MllamaReader":
+        """Raises ValueError if the folder's processor makes other tiles or tokens than the model
+        takes.
+        """
+        processor = load_processor(folder)
+        images, vision = processor.image_processor, config.vision
+        pairs = {
+            "tile height": (images.size["height"], vision.image_size),
+            "tile width": (images.size["width"], vision.image_size),
+            "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
+            "image token": (processor.image_token_id, config.image_token_index),
+        }
+        check_processor(folder, pairs)
+        return cls(config, processor, mask_mode)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a prompt and its answer may have in all."""
+        return self.config.text.max_position_embeddings
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Where the model can be pruned."""
+        return Mllama.sites
+
+    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[ProcessedImage]:
+        """One prompt and its images. A prompt without any `<|image|>` mark gets them in front."""
+        processed = [remember(done, image, self.process_image) for image in images]
+        tokens = self._tokenize(prompt, len(processed))
+        check_marks(tokens, len(processed), self.config.image_token_index)
+        return Question(tokens=tokens, images=processed)
+
+    def length(self, question: Question[ProcessedImage]) -> int:
+        """How many tokens of the language model a question is; images are read from the side."""
+        return len(question.tokens)
+
+    def visual_tokens(self, question: Question[ProcessedImage]) -> int:
+        """How many visual tokens a question has, before any pruning."""
+        per_tile = self.config.vision.tokens_per_tile
+        return sum(image.num_tiles for image in question.images) * per_tile
+
+    def pack(self, questions: Sequence[Question[ProcessedImage]]) -> MllamaPacked:
+        """A batch of questions as arrays."""
+        tokens = [question.tokens for question in questions]
+        images = [question.images for question in questions]
+        return pack(tokens, images, self.config, self.mask_mode)
+
+    def locate(self, packed: MllamaPacked, row: int, numbers: np.ndarray) -> KeptTokens:
+        """Where the visual tokens `numbers` of a prompt come from."""
+        return locate(numbers, packed.tiles[row], self.config)
+
+    def process_image(self, source: ImageLike) -> ProcessedImage:
+        """The image as the model sees it: resized, cut into tiles, normalised."""
+        out = self.processor.image_processor([[read_image(source)]], return_tensors="np")
+        return ProcessedImage(
+            pixels=np.asarray(out["pixel_values"][0, 0], np.float32),
+            aspect_ratio_id=int(out["aspect_ratio_ids"][0, 0]),
+            num_tiles=int(out["num_tiles"][0][0]),
+        )
+
+    def picture(self, source: ImageLike) -> np.ndarray:
+        """The image's tiles put together again, [height, width, 3] from 0 to 1."""
+        image, vision = self.process_image(source), self.config.vision
+        rows, columns = vision.supported_aspect_ratios[image.aspect_ratio_id - 1]
+        size = vision.image_size
+        tiles = image.pixels[: rows * columns].reshape(rows, columns, -1, size, size)
+        return stretched(tiles.transpose(0, 3, 1, 4, 2).reshape(rows * size, columns * size, -1))
+
+    def attention_map(
+        self, network: Any, packed: MllamaPacked, row: int, kept: KeptTokens
+    ) -> np.ndarray:
+        """1 for every kept patch of a prompt's first image, on the grid of its whole canvas."""
+        images = packed.inputs.images
+        vision = self.config.vision
+        if images is None:
+            return np.ones((vision.grid, vision.grid))
+        image = int(images.tile_index[row, 0]) // vision.max_num_tiles
+        ratio = int(images.aspect_ratio_ids[image])
+        rows, columns = vision.supported_aspect_ratios[ratio - 1]
+        out = np.zeros((rows * vision.grid, columns * vision.grid))
+        own = (kept.image == 0) & (kept.row >= 0)
+        tile_row, tile_column = np.divmod(kept.tile[own], columns)
+        down = tile_row * vision.grid + kept.row[own]
+        out[down, tile_column * vision.grid + kept.column[own]] = 1
+        return out
+
+    def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
+        if isinstance(prompt, str):
+            if IMAGE_MARK not in prompt:
+                prompt = IMAGE_MARK * images + prompt
+            text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
+            return list(self.processor.tokenizer(text)["input_ids"])
+        if not self.processor.chat_template:
+            raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
+        text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
