@@ -10,16 +10,18 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
-from catp_jax.models.mllama import Mllama, MllamaConfig
-from convert.configs import config_json, read_config
 from convert.converted import MANIFEST, load_converted, to_hf, to_orbax
+from convert.families import Config, Model, config_json, read_config
 from convert.folders import refuse_unfinished
-from convert.reader import Place, load_hf
+from convert.reader import Place, abstract, load_hf
 from convert.report import Report, table
 from convert.writer import write_hf
 
 __all__ = [
+    "Config",
+    "Model",
     "Report",
+    "abstract",
     "config_json",
     "load",
     "load_converted",
@@ -34,7 +36,7 @@ __all__ = [
 
 def load(
     folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
-) -> tuple[Mllama, MllamaConfig]:
+) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
     `dtype` changes the weights' number type; `place` gives the abstract model's leaves the

@@ -11,33 +11,33 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
-from catp_jax.models.mllama import Mllama
-from convert.configs import read_config
+from convert.families import FAMILIES, Config, Model, family_of, read_config
 from convert.folders import copy_side_files, new_folder, refuse_unfinished
-from convert.mllama import LAYOUTS, rules
 from convert.reader import (
     Place,
     Progress,
-    abstract_model,
+    abstract,
     by_position,
+    cast,
     open_source,
     parse_dtype,
     with_dtypes,
 )
 from convert.report import Report, Row
-from convert.rules import copy, sources
+from convert.rules import copy
 from convert.shards import INDEX, SINGLE
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
 FORMAT = 1
+FLOAT32 = np.dtype(np.float32)
 PART = 256 * 1024 * 1024  # bytes of tensors that are held at a time, or one larger tensor
 
 
@@ -53,6 +53,7 @@ class File:
 class Manifest:
     """What catp_jax.json holds; `dtypes` are those of the original tensors."""
 
+    model_type: str
     layout: str
     files: dict[str, File]
     dtypes: dict[str, str]
@@ -60,7 +61,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder."""
-        content = {"format": FORMAT, "model_type": "mllama", **dataclasses.asdict(self)}
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
         (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -71,20 +72,20 @@ class Manifest:
             raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
             content = json.loads(path.read_bytes())
-            written = content["format"], content["model_type"]
-            if written != (FORMAT, "mllama"):
+            written, kind = content["format"], content["model_type"]
+            if written != FORMAT or kind not in FAMILIES:
                 raise ValueError(
-                    f"it is of format {written[0]} and model type {written[1]}, this version "
-                    f"reads format {FORMAT} and mllama"
+                    f"it is of format {written} and model type {kind}, this version reads format "
+                    f"{FORMAT} and {', '.join(FAMILIES)}"
                 )
             files = {
                 name: File(dict(file["metadata"]), tuple(file["tensors"]))
                 for name, file in content["files"].items()
             }
             layout = content["layout"]
-            if layout not in LAYOUTS:
+            if layout not in FAMILIES[kind].layouts:
                 raise ValueError(f"unknown layout {layout!r}")
-            return cls(layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
+            return cls(kind, layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); convert again") from error
 
@@ -105,8 +106,10 @@ def to_orbax(
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
     source = open_source(Path(hf_folder))
-    matched = {match.source for match in source.matches}
+    matching, family = source.matching, family_of(source.config)
+    matched = {match.source for match in (*matching.matches, *matching.twins)}
     manifest = Manifest(
+        model_type=family.model_type,
         layout=source.layout,
         files={
             shard.path.name: File(
@@ -115,17 +118,17 @@ def to_orbax(
             for shard in source.shards
         },
         dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
-        ignored=tuple(source.ignored),
+        ignored=tuple(matching.ignored),
     )
-    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
+    total = sum(source.tensors[match.source].nbytes for match in matching.matches)
     done, held, part = 0, 0, {}
     with new_folder(Path(out)) as folder:
         for match, tensor in by_position(source):
             if part and held + tensor.nbytes > PART:
                 _save_part(folder, part)
                 held, part = 0, {}
-            stored = tensor.dtype if wanted is None else wanted
-            part[match.target] = copy(match.transform.forward(tensor.map()), stored)
+            part[match.target] = copy(match.transform.forward(tensor.map()), dtypes[match.target])
             held += tensor.nbytes
             done += tensor.nbytes
             if progress is not None:
@@ -136,13 +139,13 @@ def to_orbax(
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
         manifest.write(folder)
-    return source.report(wanted)
+    return source.report(dtypes)
 
 
 def name_dtype(path: Path, dtype: np.dtype) -> None:
     """Makes a config.json name the number type of weights that were cast."""
     content = json.loads(path.read_bytes())
-    for part in (content, content.get("text_config"), content.get("vision_config")):
+    for part in (content, *content.values()):
         for key in ("dtype", "torch_dtype"):
             if isinstance(part, dict) and part.get(key) is not None:
                 part[key] = dtype.name
@@ -151,23 +154,35 @@ def name_dtype(path: Path, dtype: np.dtype) -> None:
 
 def load_converted(
     folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
-) -> Mllama:
+) -> Model:
     """The model in a converted folder, its weights as `dtype` (None: as they are stored).
 
-    `place` chooses shardings, as in `load_hf`. Raises ValueError if the folder is damaged.
+    Number types and `place` are as in `load_hf`. Raises ValueError if the folder is damaged.
     """
     wanted, folder = parse_dtype(dtype), Path(folder)
     refuse_unfinished(folder)
     Manifest.read(folder)
-    abstract = abstract_model(read_config(folder))
     stored = checkpoint.contents(folder / WEIGHTS)
-    dtypes = {name: found for name, (_, found) in stored.items()}
-    missing = checkpoint.names(abstract).keys() - dtypes.keys()
-    dtypes |= dict.fromkeys(missing, np.dtype(np.float32))  # `restore` lists them
-    abstract = with_dtypes(abstract, dtypes, wanted)
+    config = _config(folder, stored)
+    model, family = abstract(config), family_of(config)
+    dtypes = {
+        # `restore` lists what is missing
+        name: cast(family, name, wanted or (stored[name][1] if name in stored else FLOAT32))
+        for name in checkpoint.names(model)
+    }
+    model = with_dtypes(model, dtypes)
     if place is not None:
-        abstract = place(abstract)
-    return checkpoint.restore(folder / WEIGHTS, abstract)
+        model = place(model)
+    return checkpoint.restore(folder / WEIGHTS, model)
+
+
+def _config(folder: Path, stored: Container[str]) -> Config:
+    """The configuration of the parameters that are stored in a converted folder."""
+    config = read_config(folder)
+    family = family_of(config)
+    own = family.with_own_head(config)
+    heads = checkpoint.names(abstract(own)).keys() - checkpoint.names(abstract(config)).keys()
+    return own if heads and all(name in stored for name in heads) else config
 
 
 def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
@@ -178,16 +193,13 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
     """
     folder = Path(converted)
     refuse_unfinished(folder)
-    manifest, config = Manifest.read(folder), read_config(folder)
+    manifest = Manifest.read(folder)
     stored = checkpoint.contents(folder / WEIGHTS)
-    layout = LAYOUTS[manifest.layout]
-    matches = {
-        name: dataclasses.replace(one, source=name)
-        for one in sources(stored, rules(config))
-        for name in [layout.from_hub(one.source)]
-    }
+    config = _config(folder, stored)
+    family = family_of(config)
     listed = {name for file in manifest.files.values() for name in file.tensors}
-    if listed != matches.keys() or len(matches) != len(stored):
+    matches = family.places(listed, stored, config, family.layouts[manifest.layout])
+    if listed != matches.keys() or {one.target for one in matches.values()} != stored.keys():
         raise ValueError(
             f"{folder}: {MANIFEST} lists {len(listed)} tensors, {WEIGHTS} holds {len(stored)}, "
             f"and they are not the same; convert again"
@@ -211,7 +223,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
                 folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
             )
             for one, spec in zip(ones, group, strict=True):
-                yield one.transform.inverse(arrays.pop(one.target))
+                yield one.transform.inverse(arrays[one.target])
                 done += nbytes(spec)
                 if progress is not None:
                     progress(done, total)

@@ -4,11 +4,14 @@ The table is written for the names on the Hugging Face hub, which is also what t
 the other layouts are first renamed to it, prefix by prefix.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from catp_jax.models.mllama import MllamaConfig
-from convert.rules import TRANSPOSE, Ignore, Match, Rule, Shape, match, patches
+from flax import nnx
+
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from convert.family import Family, Layout
+from convert.mllama_config import read, write
+from convert.rules import TRANSPOSE, Ignore, Rule, patches
 
 
 def rules(config: MllamaConfig) -> list[Rule]:
@@ -116,28 +119,6 @@ HINTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A way of naming the tensors; `prefixes` are pairs of its own prefix and the hub's."""
-
-    name: str
-    prefixes: tuple[tuple[str, str], ...]
-
-    def to_hub(self, name: str) -> str:
-        """The hub's name of one of this layout's tensors."""
-        for own, hub in self.prefixes:
-            if name.startswith(own):
-                return hub + name.removeprefix(own)
-        return name
-
-    def from_hub(self, name: str) -> str:
-        """The inverse of `to_hub`."""
-        for own, hub in self.prefixes:
-            if name.startswith(hub):
-                return own + name.removeprefix(hub)
-        return name
-
-
 HUB = Layout(
     "hub",
     tuple(
@@ -196,27 +177,20 @@ def detect_layout(names: Iterable[str], where: str) -> Layout:
     return LAYOUTS[next(iter(examples), "hub")]
 
 
-def match_mllama(
-    tensors: Mapping[str, Shape], parameters: Mapping[str, Shape], config: MllamaConfig, where: str
-) -> tuple[Layout, list[Match], dict[str, str]]:
-    """Pairs the tensors of a checkpoint, named in any layout, with the parameters of `Mllama`.
+def build(config: MllamaConfig, rngs: nnx.Rngs) -> Mllama:
+    """A new model."""
+    return Mllama(config, rngs=rngs)
 
-    Returns the layout, the matches with the tensors' own names, and the ignored names with reasons.
-    """
-    layout = detect_layout(tensors, where)
-    own = {layout.to_hub(name): name for name in tensors}
-    if len(own) != len(tensors):
-        raise ValueError(f"{where} has tensors whose names mean the same; keep one of each")
-    matches, ignored = match(
-        {hub: tensors[name] for hub, name in own.items()},
-        parameters,
-        rules(config),
-        IGNORES,
-        where,
-        HINTS,
-    )
-    return (
-        layout,
-        [dataclasses.replace(one, source=own[one.source]) for one in matches],
-        {own[hub]: reason for hub, reason in ignored.items()},
-    )
+
+MLLAMA = Family(
+    model_type="mllama",
+    configs=(MllamaConfig,),
+    read=read,
+    write=write,
+    build=build,
+    rules=rules,
+    ignores=IGNORES,
+    hints=HINTS,
+    layouts=LAYOUTS,
+    detect=detect_layout,
+)

@@ -6,7 +6,7 @@ largest tensor, beyond the model itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
-from catp_jax.models.mllama import Mllama, MllamaConfig
-from convert.configs import read_config
-from convert.mllama import match_mllama
+from convert.families import Config, Model, family_of, read_config
+from convert.family import Family
 from convert.report import Report, make_report
-from convert.rules import Match, copy
-from convert.shards import DTYPES, Shard, Tensor, find_shards
+from convert.rules import Match, Matching, copy
+from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
+
+READ = tuple(DTYPES.values())
 
 Progress = Callable[[int, int], None]
 """Called after each tensor with the bytes done and the bytes in all."""
 
-Place = Callable[[Mllama], Mllama]
+Place = Callable[[Any], Any]
 """Gives the leaves of an abstract model (jax.ShapeDtypeStruct) the shardings they are read onto."""
 
 
@@ -37,19 +38,21 @@ class Source:
     """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet."""
 
     folder: Path
-    config: MllamaConfig
-    abstract: Mllama
+    config: Config
+    abstract: Any
     shards: list[Shard]
     tensors: dict[str, Tensor]
     layout: str
-    matches: list[Match]
-    ignored: dict[str, str]
+    matching: Matching
 
-    def report(self, dtype: np.dtype | None) -> Report:
-        """What becomes of every tensor if stored as `dtype` (None: as it is)."""
-        return make_report(
-            self.folder, self.layout, self.matches, self.ignored, self.tensors, dtype
-        )
+    def stored(self, match: Match, dtype: np.dtype | None) -> np.dtype:
+        """The number type of a parameter where `dtype` is asked for (None: as it is)."""
+        found = self.tensors[match.source].dtype
+        return found if dtype is None else cast(family_of(self.config), match.target, dtype)
+
+    def report(self, dtypes: dict[str, np.dtype]) -> Report:
+        """What becomes of every tensor, with the parameters of these number types."""
+        return make_report(self.folder, self.layout, self.matching, self.tensors, dtypes)
 
 
 def load_hf(
@@ -57,26 +60,31 @@ def load_hf(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     place: Place | None = None,
-) -> tuple[Mllama, Report]:
+) -> tuple[Model, Report]:
     """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them).
 
+    Parts that compute in float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`.
     `place` chooses shardings; each process then reads only the bytes of its own shards. Raises
     ValueError if config.json or the weights are damaged, unsupported or do not fit together.
     """
     wanted = parse_dtype(dtype)
     source = open_source(Path(folder))
-    dtypes = {match.target: source.tensors[match.source].dtype for match in source.matches}
-    abstract = with_dtypes(source.abstract, dtypes, wanted)
+    family = family_of(source.config)
+    dtypes = {
+        match.target: cast(family, match.target, source.stored(match, wanted))
+        for match in source.matching.matches
+    }
+    model = with_dtypes(source.abstract, dtypes)
     if place is not None:
-        abstract = place(abstract)
-    structs = checkpoint.names(abstract)
+        model = place(model)
+    structs = checkpoint.names(model)
     arrays, done, total = {}, 0, sum(tensor.nbytes for tensor in source.tensors.values())
     for match, tensor in by_position(source):
         arrays[match.target] = _read(match, tensor, structs[match.target])
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
-    return checkpoint.fill(abstract, arrays), source.report(wanted)
+    return checkpoint.fill(model, arrays), source.report(dtypes)
 
 
 def open_source(folder: Path) -> Source:
@@ -86,12 +94,52 @@ def open_source(folder: Path) -> Source:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= {tensor.name: tensor for tensor in shard.tensors}
-    abstract = abstract_model(config)
-    shapes = {name: tuple(leaf.shape) for name, leaf in checkpoint.names(abstract).items()}
-    layout, matches, ignored = match_mllama(
+    family = family_of(config)
+    if has_own_head(family, tensors):
+        config = family.with_own_head(config)
+    model = abstract(config)
+    shapes = {name: tuple(leaf.shape) for name, leaf in checkpoint.names(model).items()}
+    layout, matching = family.match(
         {name: tensor.shape for name, tensor in tensors.items()}, shapes, config, str(folder)
     )
-    return Source(folder, config, abstract, shards, tensors, layout.name, matches, ignored)
+    _refuse_other_types(folder, [tensors[one.source] for one in matching.matches])
+    _refuse_other_values(folder, tensors, matching)
+    return Source(folder, config, model, shards, tensors, layout.name, matching)
+
+
+def has_own_head(family: Family, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head is a tensor by itself and not the embedding once more."""
+    if family.head is None or family.head not in tensors:
+        return False
+    others = [tensors[name] for name in family.relatives(family.head) if name in tensors]
+    head = tensors[family.head]
+    return bool(others) and not any(have_same_values(head, other) for other in others)
+
+
+def _refuse_other_types(folder: Path, tensors: list[Tensor]) -> None:
+    wrong = [f"{one.name} ({one.dtype.name})" for one in tensors if one.dtype not in READ]
+    if wrong:
+        more = f", … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(
+            f"{folder} has weights of other types than {', '.join(dtype.name for dtype in READ)}: "
+            f"{', '.join(wrong[:20])}{more}"
+        )
+
+
+def _refuse_other_values(folder: Path, tensors: Mapping[str, Tensor], matching: Matching) -> None:
+    """Raises ValueError for tensors that should be another one's twin and differ from it."""
+    first = {one.target: one.source for one in matching.matches}
+    different = [
+        f"{twin.source} differs from {first[twin.target]}"
+        for twin in matching.twins
+        if not have_same_values(tensors[twin.source], tensors[first[twin.target]])
+    ]
+    if different:
+        raise ValueError(
+            f"{folder}: config.json says that these are the same, but {'; '.join(different)}; set "
+            "tie_word_embeddings to false in text_config, if that is about the head, or take "
+            "another copy of the checkpoint"
+        )
 
 
 class _OneKey(nnx.Rngs):
@@ -104,23 +152,28 @@ class _OneKey(nnx.Rngs):
         return jax.random.key(0)
 
 
-def abstract_model(config: MllamaConfig) -> Mllama:
-    """The model without its numbers: every leaf a jax.ShapeDtypeStruct."""
-    return nnx.eval_shape(lambda: Mllama(config, rngs=_OneKey()))
+def abstract(config: Config) -> Any:
+    """The model of a configuration without its numbers: every leaf a jax.ShapeDtypeStruct."""
+    return nnx.eval_shape(lambda: family_of(config).build(config, _OneKey()))
 
 
-def with_dtypes(abstract: Mllama, dtypes: dict[str, np.dtype], dtype: np.dtype | None) -> Mllama:
-    """The abstract model with `dtype` everywhere, or with each parameter's own if it is None."""
+def cast(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
+    """`dtype`, or float32 for a parameter that is used in float32 only."""
+    return np.dtype(np.float32) if parameter.startswith(family.float32) else dtype
+
+
+def with_dtypes(model: Any, dtypes: Mapping[str, np.dtype]) -> Any:
+    """An abstract model with these number types."""
     structs = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name] if dtype is None else dtype)
-        for name, leaf in checkpoint.names(abstract).items()
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name])
+        for name, leaf in checkpoint.names(model).items()
     }
-    return checkpoint.fill(abstract, structs)
+    return checkpoint.fill(model, structs)
 
 
 def by_position(source: Source) -> Iterator[tuple[Match, Tensor]]:
     """The matches in the order of their bytes on disk."""
-    matches = {match.source: match for match in source.matches}
+    matches = {match.source: match for match in source.matching.matches}
     for shard in source.shards:
         for tensor in shard.tensors:
             if tensor.name in matches:
@@ -131,12 +184,12 @@ def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     """A number type by name or object. Raises ValueError if weights cannot be of that type."""
     if dtype is None:
         return None
-    names = ", ".join(known.name for known in DTYPES.values())
+    names = ", ".join(known.name for known in READ)
     try:
         parsed = np.dtype(jnp.dtype(dtype))
     except TypeError as error:
         raise ValueError(f"dtype is {dtype!r}; wanted: {names}") from error
-    if parsed not in DTYPES.values():
+    if parsed not in READ:
         raise ValueError(f"dtype is {parsed.name}; wanted: {names}")
     return parsed
 

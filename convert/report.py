@@ -1,13 +1,13 @@
 """What a conversion did with every tensor, as data and as a table to print."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from convert.rules import Match
+from convert.rules import Matching
 from convert.shards import Tensor
 
 
@@ -63,14 +63,16 @@ class Report:
 def make_report(
     checkpoint: Path,
     layout: str,
-    matches: Iterable[Match],
-    ignored: dict[str, str],
-    tensors: dict[str, Tensor],
-    dtype: np.dtype | None,
+    matching: Matching,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, np.dtype],
 ) -> Report:
-    """The report on a matched checkpoint, in the order of the model's parameters."""
+    """The report on a matched checkpoint, in the order of the model's parameters, twins last.
+
+    `dtypes` are the number types of the parameters.
+    """
     rows = []
-    for match in matches:
+    for match in (*matching.matches, *matching.twins):
         tensor = tensors[match.source]
         rows.append(
             Row(
@@ -80,11 +82,13 @@ def make_report(
                 file=tensor.file.name,
                 shape=tensor.shape,
                 dtype=tensor.dtype.name,
-                stored_dtype=(tensor.dtype if dtype is None else dtype).name,
+                stored_dtype=dtypes[match.target].name,
                 nbytes=tensor.nbytes,
             )
         )
-    left = [Ignored(name, reason, tensors[name].nbytes) for name, reason in ignored.items()]
+    left = [
+        Ignored(name, reason, tensors[name].nbytes) for name, reason in matching.ignored.items()
+    ]
     return Report(checkpoint, layout, tuple(rows), tuple(left))
 
 

@@ -4,13 +4,13 @@
 
 `*` is a number, the same in both names; `{q,k}` stands for one rule per word. Every tensor has to
 find exactly one rule or `Ignore`, and every parameter of the model exactly one tensor of the shape
-it wants. Whatever does not fit is collected, and one error lists it all.
+it wants, besides its `Twin`s. Whatever does not fit is collected, and one error lists it all.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -81,6 +81,18 @@ class Ignore:
 
 
 @dataclasses.dataclass(frozen=True)
+class Twin:
+    """A second name, `source`, for the tensor named `of`, in models that share it.
+
+    Checkpoints hold it under one name or both. If `source` has a parameter of its own, it is no
+    twin there.
+    """
+
+    source: str
+    of: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """One tensor (`source`) and the parameter (`target`) it fills."""
 
@@ -109,6 +121,18 @@ def expand(rules: Sequence[Rule]) -> list[Rule]:
     return done
 
 
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Where the tensors of a checkpoint go: one to each parameter, `twins` once more to some.
+
+    `ignored` are the names of those left out, with the reason.
+    """
+
+    matches: list[Match]
+    twins: list[Match]
+    ignored: dict[str, str]
+
+
 def match(
     tensors: Mapping[str, Shape],
     parameters: Mapping[str, Shape],
@@ -116,23 +140,21 @@ def match(
     ignores: Sequence[Ignore],
     where: str,
     hints: Mapping[str, str] | None = None,
-) -> tuple[list[Match], dict[str, str]]:
-    """Pairs every tensor with its parameter: the matches, and the ignored names with the reason.
+    twins: Sequence[Twin] = (),
+) -> Matching:
+    """Pairs every tensor with its parameter.
 
     `where` names the checkpoint in the error; `hints` says, for the name of a tensor, what it may
     mean that it is missing. Raises ValueError with all that does not fit.
     """
     rules = expand(rules)
     matches: dict[str, list[Match]] = {name: [] for name in parameters}
+    again: dict[str, list[Match]] = {name: [] for name in parameters}
     ignored: dict[str, str] = {}
     unknown, doubled = [], []
     for name in tensors:
         reasons = [ignore.reason for ignore in ignores if _numbers(ignore.source, name) is not None]
-        found = [
-            Match(name, _fill(rule.target, numbers), rule.transform)
-            for rule in rules
-            if (numbers := _numbers(rule.source, name)) is not None
-        ]
+        found = _by_rules(name, rules)
         if len(found) + len(reasons) > 1:
             ways = [f"to {one.target}" for one in found] + [f"ignored: {r}" for r in reasons]
             doubled.append(f"{name} ({'; '.join(ways)})")
@@ -140,21 +162,25 @@ def match(
             ignored[name] = reasons[0]
         elif found and found[0].target in parameters:
             matches[found[0].target].append(found[0])
+        elif (twin := _by_twins(name, parameters, rules, twins)) is not None:
+            again[twin.target].append(twin)
         else:
             unknown.append(name)
 
     missing, misshaped = [], []
     names = {one.target: one.source for one in sources(parameters, rules)}
     for target, shape in parameters.items():
-        match matches[target]:
-            case []:
-                missing.append(names.get(target, target))
-            case [one]:
+        if not matches[target] and again[target]:
+            matches[target].append(again[target].pop(0))
+        if not matches[target]:
+            missing.append(names.get(target, target))
+        elif len(several := matches[target]) > 1:
+            doubled.append(f"{target} (from {' and '.join(one.source for one in several)})")
+        else:
+            for one in (*matches[target], *again[target]):
                 wanted = one.transform.source_shape(shape)
                 if tensors[one.source] != wanted:
                     misshaped.append(f"{one.source} (has {tensors[one.source]}, wanted {wanted})")
-            case several:
-                doubled.append(f"{target} (from {' and '.join(one.source for one in several)})")
 
     problems = {
         "missing": missing,
@@ -171,7 +197,24 @@ def match(
             f"{where}: the tensors do not fit the model that config.json describes; check that "
             "both are of the same checkpoint\n" + "\n".join(lines)
         )
-    return [one for (one,) in matches.values()], ignored
+    return Matching(
+        [one for (one,) in matches.values()],
+        [one for several in again.values() for one in several],
+        ignored,
+    )
+
+
+def places(
+    names: Iterable[str], parameters: Container[str], rules: Sequence[Rule], twins: Sequence[Twin]
+) -> dict[str, Match]:
+    """Where tensors of these names go, by the names alone; those that go nowhere are left out."""
+    rules, found = expand(rules), {}
+    for name in names:
+        own = [one for one in _by_rules(name, rules) if one.target in parameters]
+        one = own[0] if own else _by_twins(name, parameters, rules, twins)
+        if one is not None:
+            found[name] = one
+    return found
 
 
 def sources(parameters: Iterable[str], rules: Sequence[Rule]) -> list[Match]:
@@ -183,6 +226,27 @@ def sources(parameters: Iterable[str], rules: Sequence[Rule]) -> list[Match]:
         for rule in rules
         if (numbers := _numbers(rule.target, target)) is not None
     ]
+
+
+def _by_rules(name: str, rules: Sequence[Rule]) -> list[Match]:
+    """Where the (expanded) rules put a tensor of this name."""
+    return [
+        Match(name, _fill(rule.target, numbers), rule.transform)
+        for rule in rules
+        if (numbers := _numbers(rule.source, name)) is not None
+    ]
+
+
+def _by_twins(
+    name: str, parameters: Container[str], rules: Sequence[Rule], twins: Sequence[Twin]
+) -> Match | None:
+    """Where a tensor goes whose name is a second one for another."""
+    for twin in twins:
+        if twin.source == name:
+            for one in _by_rules(twin.of, rules):
+                if one.target in parameters:
+                    return dataclasses.replace(one, source=name)
+    return None
 
 
 def _numbers(pattern: str, name: str) -> tuple[str, ...] | None:

@@ -23,11 +23,23 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The number types that are read, by their name in safetensors."""
+"""The number types of weights that are read, by their name in safetensors."""
+
+COUNTS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+"""Those of buffers in old checkpoints, which no parameter is filled from."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+BLOCK = 2**24  # bytes that are compared at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TO_SAFETENSORS = """make safetensors of them where torch and transformers are installed:
+
+    import json, transformers
+    name = json.load(open("FOLDER/config.json"))["architectures"][0]
+    model = getattr(transformers, name).from_pretrained("FOLDER", dtype="auto")
+    model.save_pretrained("NEW_FOLDER")
+
+then copy the tokenizer's and processor's files to NEW_FOLDER"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +160,28 @@ def read_header(path: Path) -> Shard:
     return Shard(path, metadata, tuple(tensors))
 
 
+def have_same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal byte by byte; reads no further than to the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (tensor.map().reshape(-1).view(np.uint8) for tensor in (one, other))
+    return all(
+        np.array_equal(first[start : start + BLOCK], second[start : start + BLOCK])
+        for start in range(0, first.size, BLOCK)
+    )
+
+
 def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has a shape or offset that is no count")
-    if entry["dtype"] not in DTYPES:
+    known = DTYPES | COUNTS
+    if entry["dtype"] not in known:
         raise ValueError(
             f"{name} is of type {entry['dtype']}; {', '.join(DTYPES)} are read: "
             "take the checkpoint in bf16, f16 or f32, not a quantised one"
         )
-    tensor = Tensor(name, path, DTYPES[entry["dtype"]], shape, data + start)
+    tensor = Tensor(name, path, known[entry["dtype"]], shape, data + start)
     if tensor.nbytes != stop - start:
         raise ValueError(f"{name} {list(shape)} needs {tensor.nbytes} bytes, has {stop - start}")
     return tensor
@@ -182,8 +206,6 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} has weights only as PyTorch pickles ({', '.join(pickles[:3])}), which are "
-            "not read; make safetensors of them where torch is installed: "
-            "transformers.MllamaForConditionalGeneration.from_pretrained(FOLDER)"
-            ".save_pretrained(NEW_FOLDER)"
+            f"not read; {TO_SAFETENSORS}"
         )
     return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"

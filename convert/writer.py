@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from catp_jax import checkpoint
-from catp_jax.models.mllama import Mllama
-from convert.configs import parse_config
+from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
-from convert.mllama import rules
 from convert.rules import copy, sources
 from convert.shards import DTYPES, INDEX, SINGLE
 
@@ -26,7 +24,7 @@ Spec = tuple[str, np.dtype, tuple[int, ...]]
 
 
 def write_hf(
-    model: Mllama,
+    model: Model,
     config_json: dict[str, Any],
     out: str | Path,
     max_shard_bytes: int = 5_000_000_000,
@@ -38,13 +36,17 @@ def write_hf(
     ValueError if `config_json` does not describe the model, or if `out` exists or cannot be
     written.
     """
-    if parse_config(config_json) != model.config:
+    family = family_of(model.config)
+    config = parse_config(config_json)
+    if model.config == family.with_own_head(model.config):
+        config = family_of(config).with_own_head(config)
+    if config != model.config:
         raise ValueError(
             "the config.json to be written describes another model than the one to be written; "
             "convert.config_json(model.config) makes one that fits"
         )
     arrays = checkpoint.names(model)
-    matches = {one.source: one for one in sources(arrays, rules(model.config))}
+    matches = {one.source: one for one in sources(arrays, family.rules(model.config))}
     specs = [
         (name, np.dtype(array.dtype), one.transform.source_shape(array.shape))
         for name, one in sorted(matches.items())

@@ -1,0 +1,56 @@
+"""The kinds of model there are, and what is done alike for all of them."""
+
+from pathlib import Path
+from typing import Any
+
+from catp_jax.models.blip2 import Blip2, Blip2Config
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
+from convert.blip2 import BLIP2
+from convert.configs import read_json
+from convert.family import Family
+from convert.mllama import MLLAMA
+
+Config = MllamaConfig | Blip2Config | RetrievalConfig
+Model = Mllama | Blip2 | Blip2Retrieval
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (MLLAMA, BLIP2)}
+"""By the `model_type` of config.json."""
+
+PARTS = {
+    "mllama_text_model": "the text half alone, which has no images to look at",
+    "mllama_vision_model": "the vision half alone, which writes no text",
+    "blip_2_vision_model": "the vision model alone, which writes no text",
+    "blip_2_qformer": "the Q-Former alone, which writes no text",
+}
+
+
+def family_of(config: Config) -> Family:
+    """The kind of model that a configuration describes."""
+    return next(family for family in FAMILIES.values() if isinstance(config, family.configs))
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration in a Hugging Face folder's config.json.
+
+    Raises ValueError listing everything in it that is not supported.
+    """
+    return parse_config(read_json(folder), str(folder / "config.json"))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config.json") -> Config:
+    """The configuration in the content of a config.json, which `where` names in errors."""
+    kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in PARTS:
+        raise ValueError(f"{where} is of {PARTS[kind]} ({kind}); the whole model is wanted")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{where}: model_type is {kind!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind].read(raw, where)
+
+
+def config_json(config: Config, **extra: Any) -> dict[str, Any]:
+    """The config.json of a model of ours; `extra` adds to its text part (`eos_token_id` …).
+
+    Tokens that are not given are None, where transformers would put those of some language model.
+    """
+    return family_of(config).write(config, extra)

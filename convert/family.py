@@ -1,0 +1,101 @@
+"""What conversion has to know of a kind of model; `families` lists those there are."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from convert.rules import Ignore, Match, Matching, Rule, Shape, Twin, match, places
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way of naming the tensors; `prefixes` are pairs of its own prefix and the hub's."""
+
+    name: str
+    prefixes: tuple[tuple[str, str], ...]
+
+    def to_hub(self, name: str) -> str:
+        """The hub's name of one of this layout's tensors."""
+        for own, hub in self.prefixes:
+            if name.startswith(own):
+                return hub + name.removeprefix(own)
+        return name
+
+    def from_hub(self, name: str) -> str:
+        """The inverse of `to_hub`."""
+        for own, hub in self.prefixes:
+            if name.startswith(hub):
+                return own + name.removeprefix(hub)
+        return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`. Tensors are named here as on the hub.
+
+    `read` and `write` go from a config.json to one of `configs` and back. `detect` tells the layout
+    from the tensors' names. `head` is a tensor that may be the `twins`' twin or have values of its
+    own; then `with_own_head` corrects what config.json said. Parameters whose name begins with one
+    of `float32` stay float32 when others are cast.
+    """
+
+    model_type: str
+    configs: tuple[type, ...]
+    read: Callable[[dict[str, Any], str], Any]
+    write: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    build: Callable[[Any, nnx.Rngs], nnx.Module]
+    rules: Callable[[Any], Sequence[Rule]]
+    ignores: Sequence[Ignore]
+    hints: Mapping[str, str]
+    layouts: Mapping[str, Layout]
+    detect: Callable[[Iterable[str], str], Layout]
+    twins: Sequence[Twin] = ()
+    head: str | None = None
+    with_own_head: Callable[[Any], Any] = lambda config: config
+    float32: tuple[str, ...] = ()
+
+    def match(
+        self,
+        tensors: Mapping[str, Shape],
+        parameters: Mapping[str, Shape],
+        config: Any,
+        where: str,
+    ) -> tuple[Layout, Matching]:
+        """Pairs the tensors of a checkpoint, named in any layout, with a model's parameters.
+
+        The matching has the tensors' own names. Raises ValueError with all that does not fit.
+        """
+        layout = self.detect(tensors, where)
+        own = {layout.to_hub(name): name for name in tensors}
+        if len(own) != len(tensors):
+            raise ValueError(f"{where} has tensors whose names mean the same; keep one of each")
+        found = match(
+            {hub: tensors[name] for hub, name in own.items()},
+            parameters,
+            self.rules(config),
+            self.ignores,
+            where,
+            self.hints,
+            self.twins,
+        )
+
+        def named(matches: list[Match]) -> list[Match]:
+            return [dataclasses.replace(one, source=own[one.source]) for one in matches]
+
+        ignored = {own[hub]: reason for hub, reason in found.ignored.items()}
+        return layout, Matching(named(found.matches), named(found.twins), ignored)
+
+    def places(
+        self, names: Iterable[str], parameters: Iterable[str], config: Any, layout: Layout
+    ) -> dict[str, Match]:
+        """Where tensors of these names go, by the names alone; not those that go nowhere."""
+        own = {layout.to_hub(name): name for name in names}
+        found = places(own, set(parameters), self.rules(config), self.twins)
+        return {own[hub]: dataclasses.replace(one, source=own[hub]) for hub, one in found.items()}
+
+    def relatives(self, head: str) -> set[str]:
+        """The names of tensors that have the same values as the head if it is tied."""
+        of = {twin.of for twin in self.twins if twin.source == head}
+        return of | {twin.source for twin in self.twins if twin.of in of} - {head}
