@@ -1,14 +1,109 @@
-"""What a model's caches and programs cost, from shapes and compiled programs: exact anywhere."""
+"""What pruning saves: bytes of cache and FLOPs of the compiled prefill, exact anywhere; times."""
 
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from catp_jax.models.mllama import MllamaConfig
+from catp_jax.generation import generate as programs
+from catp_jax.study.results import median_and_spread
+
+ROUNDS = 5  # prefills timed of each setting
+STEPS = 8  # at most, after each
 
 
-def cross_bytes_per_token(config: MllamaConfig, dtype: Any) -> int:
-    """Bytes of cross-attention keys and values that one visual token takes over all layers."""
-    text = config.text
-    layers = len(text.cross_attention_layers)
-    return 2 * layers * text.num_key_value_heads * text.head_dim * jnp.dtype(dtype).itemsize
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Bytes and FLOPs of one question, times of its whole batch in ms; None: not measured."""
+
+    cache_bytes: int
+    prefill_flops: float | None = None
+    prefill_ms: float | None = None
+    prefill_spread: float | None = None
+    token_ms: float | None = None
+    token_spread: float | None = None
+
+
+def cache_bytes(network: Any, pruners: Any, inputs: Any, batch: int, new_slots: int) -> int:
+    """One question's share of everything that decoding keeps, with room for `new_slots` tokens."""
+    program = partial(programs.prefill, new_slots=new_slots)
+    cache = jax.eval_shape(program, network, pruners, inputs).cache
+    leaves = jax.tree.leaves(cache)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // batch
+
+
+def measure(
+    network: Any, pruned: Sequence[Any], inputs: Any, batch: int, new_slots: int
+) -> list[Cost]:
+    """The costs of each tuple of pruners on the same inputs.
+
+    Everything is compiled first; then the settings take turns, so that what else the machine does
+    meets all alike.
+    """
+    sizes = [cache_bytes(network, pruners, inputs, batch, new_slots) for pruners in pruned]
+    compiled = in_parallel(
+        partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned
+    )
+    steps = min(STEPS, new_slots)
+    prefills: list[list[float]] = [[] for _ in pruned]
+    tokens: list[list[float]] = [[] for _ in pruned]
+    for turn in range(-1, ROUNDS):  # the first is not counted
+        for number, pruners in enumerate(pruned):
+            started = time.perf_counter()
+            start = jax.block_until_ready(compiled[number](network, pruners, inputs))
+            prefill = time.perf_counter() - started
+            answered = _step_times(network, start, steps)
+            if turn >= 0:
+                prefills[number].append(1000 * prefill)
+                tokens[number] += answered
+    out = []
+    for number, size in enumerate(sizes):
+        flops = _flops(compiled[number])
+        prefill_ms, prefill_spread = median_and_spread(prefills[number])
+        token_ms, token_spread = median_and_spread(tokens[number])
+        out.append(
+            Cost(
+                cache_bytes=size,
+                prefill_flops=None if flops is None else flops / batch,
+                prefill_ms=prefill_ms,
+                prefill_spread=prefill_spread,
+                token_ms=token_ms,
+                token_spread=token_spread,
+            )
+        )
+    return out
+
+
+def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`call` of each item, in a few threads: XLA compiles outside of Python's lock."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(call, items))
+
+
+def _compile(pruners: Any, *, network: Any, inputs: Any, new_slots: int) -> Any:
+    return programs.prefill.lower(network, pruners, inputs, new_slots=new_slots).compile()
+
+
+def _step_times(network: Any, start: Any, steps: int) -> list[float]:
+    """Milliseconds of each greedy step; uses up the cache."""
+    logits, cache, times = start.logits, start.cache, []
+    for _ in range(steps):
+        token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        started = time.perf_counter()
+        logits, cache = jax.block_until_ready(programs.step(network, token, cache))
+        times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def _flops(compiled: Any) -> float | None:
+    """The compiler's own count; None where a backend gives none."""
+    analysis = compiled.cost_analysis()
+    flops = analysis.get("flops") if isinstance(analysis, dict) else None
+    return float(flops) if flops and flops > 0 else None

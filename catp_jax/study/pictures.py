@@ -1,65 +1,100 @@
-"""Pictures of what was kept: the image as the model sees it, dropped patches dimmed."""
+"""Pictures of what was kept, for any model: patches that were dropped dimmed, or a heat map."""
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from catp_jax.generation.inputs import KeptTokens, ProcessedImage
-from catp_jax.models.tiled_vit import TiledVitConfig
+DIMMED = 0.12  # brightness of what was dropped
+MARGIN = 0.45  # inches around each panel, for its caption
+SIDE = 2.1  # inches of a panel
+LETTERS = 36  # of a caption's line
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One picture: an image, what was kept of it (None: everything), and a caption."""
+    """One picture: an image [height, width, 3] in 0 … 1, what was kept of it, and a caption.
 
-    image: ProcessedImage
-    kept: KeptTokens | None
+    `kept` [rows, columns] lies over the whole image: booleans (or nothing but 0 and 1) are patches
+    that were kept or dropped, other numbers how much the kept tokens look there. None: everything
+    was kept.
+    """
+
+    image: np.ndarray
+    kept: np.ndarray | None
     caption: str
 
 
-def canvas(image: ProcessedImage, config: TiledVitConfig) -> np.ndarray:
-    """The tiles put together again, [height, width, 3], stretched to 0 … 1."""
-    rows, columns = config.supported_aspect_ratios[image.aspect_ratio_id - 1]
-    size = config.image_size
-    tiles = image.pixels[: rows * columns].reshape(rows, columns, -1, size, size)
-    whole = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * size, columns * size, -1)
-    return (whole - whole.min()) / max(float(np.ptp(whole)), 1e-6)
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, sizes in inches, that no screen is needed for.
 
-
-def kept_mask(
-    kept: KeptTokens, aspect_ratio_id: int, config: TiledVitConfig, number: int = 0
-) -> np.ndarray:
-    """True for every kept patch of a prompt's image `number`, on the grid of its whole canvas."""
-    rows, columns = config.supported_aspect_ratios[aspect_ratio_id - 1]
-    mask = np.zeros((rows * config.grid, columns * config.grid), bool)
-    own = (kept.image == number) & (kept.row >= 0)
-    tile_row, tile_column = np.divmod(kept.tile[own], columns)
-    mask[tile_row * config.grid + kept.row[own], tile_column * config.grid + kept.column[own]] = (
-        True
-    )
-    return mask
-
-
-def draw_kept(panels: Sequence[Sequence[Panel]], config: TiledVitConfig, path: Path) -> None:
-    """A grid of panels, one row of the figure per inner list."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows, columns = len(panels), max(len(row) for row in panels)
-    figure = Figure(figsize=(2.1 * columns, 2.35 * rows), layout="constrained")
+    Raises ModuleNotFoundError, saying what to install, if matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "matplotlib, which draws, is not installed: pip install 'catp-jax[demo]' or matplotlib"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def is_mask(kept: np.ndarray) -> bool:
+    """Whether a map says of each patch that it was kept or dropped, and no more."""
+    return bool(np.isin(kept, (0, 1)).all())
+
+
+def dim(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image with what lies under False dimmed."""
+    height, width = image.shape[:2]
+    rows = np.arange(height) * mask.shape[0] // height
+    columns = np.arange(width) * mask.shape[1] // width
+    return np.where(mask[rows][:, columns][..., None] > 0, image, DIMMED * image)
+
+
+def draw_kept(panels: Sequence[Sequence[Panel]], path: Path) -> None:
+    """A grid of panels, one row of the figure per inner list."""
+    rows, columns = len(panels), max(len(row) for row in panels)
+    figure = new_figure(SIDE * columns, (SIDE + MARGIN) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for line, row in zip(grid, panels, strict=True):
         for axes, panel in zip(line, row, strict=False):
-            picture = canvas(panel.image, config)
-            if panel.kept is not None:
-                mask = kept_mask(panel.kept, panel.image.aspect_ratio_id, config)
-                mask = mask.repeat(config.patch_size, 0).repeat(config.patch_size, 1)
-                picture = np.where(mask[..., None], picture, 0.12 * picture)
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_title(panel.caption, fontsize=8)
+            _draw(axes, panel)
     figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    height, width = panel.image.shape[:2]
+    place = {"extent": (0, width, height, 0)}
+    kept = panel.kept
+    if kept is None or not is_mask(kept):
+        axes.imshow(panel.image, interpolation="nearest", **place)
+    else:
+        axes.imshow(dim(panel.image, kept), interpolation="nearest", **place)
+    if kept is not None and not is_mask(kept):
+        grey = panel.image.mean(axis=2)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest", **place)
+        axes.imshow(
+            kept,
+            cmap="inferno",
+            alpha=0.6,
+            vmin=0,
+            interpolation="bilinear",
+            aspect="auto",
+            **place,
+        )
+        axes.set_aspect("equal")
+    lines = [
+        part
+        for line in panel.caption.split("\n")
+        for part in textwrap.wrap(line, LETTERS, max_lines=2, placeholder=" …")
+    ]
+    axes.set_title("\n".join(lines), fontsize=8)

@@ -1,153 +1,426 @@
-"""Measures pruning methods at several budgets on one task, against the unpruned model."""
+"""Measures pruning methods at several budgets on one task, against the unpruned model.
 
+Batches are the outer loop: each is read once, answered unpruned and then under every setting, so
+that neither the images nor the logits of a large task have to stay in memory. With a journal on
+disk a sweep can be stopped at any time and goes on from its last line; more methods and budgets can
+be added to it later.
+"""
+
+import base64
 import dataclasses
-import os
-import statistics
+import enum
+import importlib.metadata
+import io
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from catp_jax.contract import Site
-from catp_jax.generation.inputs import KeptTokens
-from catp_jax.models.mllama import MllamaConfig
-from catp_jax.pruning import make
+from catp_jax.pruning import budget, make
 from catp_jax.struct import replace
-from catp_jax.study.cost import cross_bytes_per_token
-from catp_jax.study.tasks import Example, score
+from catp_jax.study.cost import Cost, cache_bytes, in_parallel, measure
+from catp_jax.study.journal import Journal, Row
+from catp_jax.study.results import (
+    UNPRUNED,
+    Result,
+    Setting,
+    interval,
+    kl_divergence,
+    median_and_spread,
+)
+from catp_jax.study.tasks import QUESTION, Example, Score, digest, exact_match, fill
 
-UNPRUNED = "unpruned"
+FORMAT = 1  # of the journal's rows
+PICTURE_SIDE = 448  # pixels, at most, of a picture that goes into the journal
 
 
 @runtime_checkable
 class Answerer(Protocol):
-    """What a study needs of a loaded model (`catp_jax.api.Model`)."""
+    """What a study needs of a loaded model (`catp_jax.api`).
+
+    `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs` and `available`, the
+    visual tokens of each prompt; `generate_packed` gives `text`, `logits` of the first new token,
+    and `kept`, None or one entry a prompt, whose `number` counts visual tokens before pruning.
+    `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
+    it a prompt's kept tokens look, [rows, columns] in 0 … 1.
+    """
 
     @property
     def dtype(self) -> Any: ...
     @property
     def sites(self) -> frozenset[Site]: ...
     @property
-    def config(self) -> MllamaConfig: ...
+    def network(self) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
     def prepare(self, images: Any, prompts: Any) -> Any: ...
-    def generate_packed(self, packed: Any, pruners: Any, *, max_new_tokens: int) -> Any: ...
+    def generate_packed(
+        self,
+        packed: Any,
+        pruners: Any,
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+        length_penalty: float,
+        min_new_tokens: int,
+    ) -> Any: ...
+    def picture(self, source: Any) -> np.ndarray: ...
+    def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A method and how many visual tokens it keeps; `Setting("unpruned", None)` prunes nothing."""
+class Conditions:
+    """How every question is asked: what must not change within one file.
 
-    method: str
-    keep: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a setting did.
-
-    `visual_tokens`: mean number kept. `accuracy` and `agreement` (same answer as unpruned): shares
-    of the questions. `kl`: mean KL divergence of the first answer token's distribution from the
-    unpruned one, in nats. `cross_kv_bytes`: cross-attention cache of one question.
-    `milliseconds`: median time of a question in a batch, prefill and answer; `spread` is half the
-    range of it over the batches. `answers` and `kept` (None: everything) are one per question.
+    `seed` draws the bootstrap and, with the batch's number, what random methods keep.
     """
 
-    setting: Setting
-    questions: int
-    visual_tokens: float
-    accuracy: float
-    agreement: float
-    kl: float
-    cross_kv_bytes: int
-    milliseconds: float
-    spread: float
-    answers: tuple[str, ...]
-    kept: tuple[KeptTokens | None, ...]
+    task: str = "questions"
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str = QUESTION
+    batch: int = 64
+    max_new_tokens: int = 4
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int = 0
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The options of `generate_packed`."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "length_penalty": self.length_penalty,
+            "min_new_tokens": self.min_new_tokens,
+        }
+
+    def header(self, examples: Sequence[Example]) -> Row:
+        """What a journal says of itself, as far as it is known without a model."""
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "data": {
+                **self.source,
+                "questions": len(examples),
+                "images": len({example.image_id for example in examples}),
+                "digest": digest(examples),
+            },
+            "prompt": self.prompt,
+            "batch": self.batch,
+            "generation": self.generation,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """The packages that the figures may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("catp-jax", "jax", "flax", "numpy", "transformers", "pillow"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def sweep(
     model: Answerer,
     examples: Sequence[Example],
     settings: Sequence[Setting],
+    conditions: Conditions | None = None,
     *,
-    batch: int = 64,
-    max_new_tokens: int = 4,
+    score: Score = exact_match,
+    journal: Journal | None = None,
+    name: str = "model",
+    pictured: Sequence[int] = (),
+    is_timed: bool = True,
     report: Callable[[str], None] = lambda doing: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Result]:
-    """Yields the unpruned model's result, then one result per setting.
+    """Yields the unpruned model's result, then one per setting, once all are answered.
 
     The last batch is filled up with its own first questions, so that every batch has one shape.
-    `report` is told what is being done.
+    `journal` keeps every step (default: in memory); `name` is the model's in it. `pictured` are
+    numbers of examples that pictures are wanted of. Without `is_timed` FLOPs, prefill and token
+    times are left out, and their programs not compiled. `report` is told what is being done,
+    `progress` how many answers there are and will be.
+
+    Raises ValueError if a budget is larger than what there is to keep, or the journal is of other
+    conditions.
     """
     if not examples:
         raise ValueError("a study wants at least one example")
-    batches = []
-    for start in range(0, len(examples), batch):
-        some = list(examples[start : start + batch])
-        filled = (some * batch)[:batch] if start else some  # a lone batch keeps its size
-        packed = model.prepare([e.image for e in filled], [e.question for e in filled])
-        batches.append((some, packed))
-    per_token = cross_bytes_per_token(model.config, model.dtype)
+    conditions = conditions or Conditions()
+    journal = journal or Journal()
+    every = list(dict.fromkeys([Setting(UNPRUNED, None), *settings]))
+    header = {
+        "name": name,
+        **conditions.header(examples),
+        "model": model.describe(),
+        "device": jax.devices()[0].device_kind,
+    }
+    run = _Sweep(model, examples, conditions, every, journal, report)
+    run.begin(header, is_timed)
+    yield from run.results(run.answer(score, frozenset(pictured), progress))
 
-    every = [Setting(UNPRUNED, None), *settings]
-    pruned = [
-        () if setting.method == UNPRUNED else (make(setting.method, setting.keep, model.sites),)
-        for setting in every
-    ]
-    report("compiling")
-    # every program, for every shape that a batch has, before any is timed
-    shapes = {str(jax.tree.map(jnp.shape, packed.inputs)): packed for _, packed in batches}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        once = partial(model.generate_packed, max_new_tokens=max_new_tokens)
-        list(pool.map(once, *zip(*product(shapes.values(), pruned), strict=True)))
 
-    reference: tuple[tuple[str, ...], np.ndarray] | None = None
-    for setting, pruners in zip(every, pruned, strict=True):
-        report(f"answering: {setting.method}, keep {setting.keep}")
-        texts, logits, kept, counts, times, slots = [], [], [], [], [], 0
-        for number, (some, packed) in enumerate(batches):
-            # a method that draws does so anew for each batch, not once for the whole study
-            drawn = [replace(p, seed=p.seed + number) if hasattr(p, "seed") else p for p in pruners]
-            started = time.perf_counter()
-            out = model.generate_packed(packed, drawn, max_new_tokens=max_new_tokens)
-            times.append(1000 * (time.perf_counter() - started) / len(packed.available))
-            texts += out.text[: len(some)]
-            logits.append(out.logits[: len(some)])
-            own = out.kept or [None] * len(some)
-            kept += own[: len(some)]
-            counts += [
-                available if mine is None else len(mine.number)
-                for mine, available in zip(kept[-len(some) :], out.available, strict=False)
+class _Sweep:
+    """One sweep's arguments, which all its steps share."""
+
+    def __init__(
+        self,
+        model: Answerer,
+        examples: Sequence[Example],
+        conditions: Conditions,
+        every: list[Setting],
+        journal: Journal,
+        report: Callable[[str], None],
+    ) -> None:
+        self.model, self.examples, self.conditions = model, examples, conditions
+        self.every, self.journal, self.report = every, journal, report
+        starts = range(0, len(examples), conditions.batch)
+        self.batches = [examples[start : start + conditions.batch] for start in starts]
+
+    def begin(self, header: Row, is_timed: bool) -> None:
+        """The header, once it is known to fit, and what each setting costs on the first batch."""
+        self.journal.check({key: header[key] for key in header if key != "name"})
+        known = [Setting(**row["setting"]) for row in self.journal.find("cost")]
+        new = [setting for setting in self.every if setting not in known]
+        self.report("reading images")
+        packed = self.prepare(0) if new else None
+        pruned = [self.pruners(setting, packed, 0) for setting in new]
+        if packed is None:
+            return
+        questions, slots = len(packed.available), self.conditions.max_new_tokens
+        if is_timed:
+            self.report("compiling, timing")
+            costs = measure(self.model.network, pruned, packed.inputs, questions, slots)
+        else:
+            size = partial(cache_bytes, self.model.network)
+            costs = [Cost(size(some, packed.inputs, questions, slots)) for some in pruned]
+        self.journal.begin(header)  # now that every setting has run once
+        for setting, cost in zip(new, costs, strict=True):
+            self.journal.append(
+                {
+                    "row": "cost",
+                    "setting": dataclasses.asdict(setting),
+                    "pruner": self.as_data(setting, packed),
+                    **dataclasses.asdict(cost),
+                }
+            )
+
+    def answer(
+        self, score: Score, pictured: frozenset[int], progress: Callable[[int, int], None]
+    ) -> dict[tuple[Setting, int], Row]:
+        """Has every batch answered under every setting; the rows, by setting and batch."""
+        rows = {
+            (Setting(**row["setting"]), row["batch"]): row for row in self.journal.find("answers")
+        }
+        done = sum(len(row["text"]) for (setting, _), row in rows.items() if setting in self.every)
+        total = len(self.every) * len(self.examples)
+        progress(done, total)
+        compiled: set[tuple[Setting, str]] = set()
+        for number, some in enumerate(self.batches):
+            missing = [setting for setting in self.every if (setting, number) not in rows]
+            if not missing:
+                continue
+            packed = self.prepare(number)
+            asked = list(dict.fromkeys([self.every[0], *missing]))  # KL wants the unpruned logits
+            pruned = {setting: self.pruners(setting, packed, number) for setting in asked}
+            self.compile(packed, pruned, compiled)
+            self.pictures(number, pictured)  # before the answers, which say that a batch is done
+            reference = np.empty(0)
+            for setting in asked:
+                self.report(f"answering: {setting}")
+                started = time.perf_counter()
+                out = self.model.generate_packed(
+                    packed, pruned[setting], **self.conditions.generation
+                )
+                passed = 1000 * (time.perf_counter() - started) / len(packed.available)
+                logits = out.logits[: len(some)]
+                if setting == self.every[0]:
+                    reference = logits
+                if (setting, number) in rows:
+                    continue
+                kept = None if out.kept is None else out.kept[: len(some)]
+                first = number * self.conditions.batch
+                rows[setting, number] = self.journal.append(
+                    {
+                        "row": "answers",
+                        "setting": dataclasses.asdict(setting),
+                        "batch": number,
+                        "ms": passed,
+                        "ids": [example.id for example in some],
+                        "text": list(out.text[: len(some)]),
+                        "score": [
+                            score(text, example)
+                            for text, example in zip(out.text, some, strict=False)
+                        ],
+                        "kl": kl_divergence(reference, logits).tolist(),
+                        "available": list(packed.available[: len(some)]),
+                        "kept": None
+                        if kept is None
+                        else [np.asarray(own.number).tolist() for own in kept],
+                        "maps": {
+                            first + index: self.kept_map(packed, index, own)
+                            for index, own in enumerate(kept or [])
+                            if first + index in pictured
+                        },
+                    }
+                )
+                done += len(some)
+                progress(done, total)
+        return rows
+
+    def results(self, rows: dict[tuple[Setting, int], Row]) -> Iterator[Result]:
+        """The figures of each setting, from its rows."""
+        written = {Setting(**row["setting"]): row for row in self.journal.find("result")}
+        images = [example.image_id for example in self.examples]
+        unpruned = self.gather(rows, self.every[0])
+        for setting in self.every:
+            mine = [rows[setting, number] for number in range(len(self.batches))]
+            own = self.gather(rows, setting)
+            counts = [
+                available if kept is None else len(kept)
+                for available, kept in zip(own["available"], own["kept"], strict=True)
             ]
-            slots = max(slots, out.slots)
-        answers, scores = tuple(texts), np.concatenate(logits)
-        reference = reference or (answers, scores)
-        right = [score(text, e.answer) for text, e in zip(answers, examples, strict=True)]
-        same = [text == other for text, other in zip(answers, reference[0], strict=True)]
-        yield Result(
-            setting=setting,
-            questions=len(examples),
-            visual_tokens=float(np.mean(counts)),
-            accuracy=float(np.mean(right)),
-            agreement=float(np.mean(same)),
-            kl=float(np.mean(kl_divergence(reference[1], scores))),
-            cross_kv_bytes=slots * per_token,
-            milliseconds=statistics.median(times),
-            spread=(max(times) - min(times)) / 2,
-            answers=answers,
-            kept=tuple(kept),
+            if setting not in written:
+                low, high = interval(own["score"], images, seed=self.conditions.seed)
+                cost = self.journal.find("cost", setting=dataclasses.asdict(setting))[0]
+                same = [a == b for a, b in zip(own["text"], unpruned["text"], strict=True)]
+                milliseconds, spread = median_and_spread([row["ms"] for row in mine])
+                result = Result(
+                    setting=setting,
+                    questions=len(self.examples),
+                    images=len(set(images)),
+                    visual_tokens=float(np.mean(counts)),
+                    accuracy=float(np.mean(own["score"])),
+                    low=low,
+                    high=high,
+                    agreement=float(np.mean(same)),
+                    kl=float(np.mean(own["kl"])),
+                    milliseconds=milliseconds,
+                    spread=spread,
+                    seed=self.conditions.seed,
+                    versions=versions(),
+                    pruner=cost["pruner"],
+                    **{field.name: cost[field.name] for field in dataclasses.fields(Cost)},
+                )
+                written[setting] = self.journal.append({"row": "result", **result.figures()})
+            yield Result.of(
+                written[setting],
+                answers=tuple(own["text"]),
+                kept=tuple(None if kept is None else tuple(kept) for kept in own["kept"]),
+                maps={
+                    int(index): np.asarray(grid)
+                    for row in mine
+                    for index, grid in row["maps"].items()
+                },
+            )
+
+    def gather(
+        self, rows: dict[tuple[Setting, int], Row], setting: Setting
+    ) -> dict[str, list[Any]]:
+        """A setting's answers over all batches, a list for each column."""
+        out: dict[str, list[Any]] = {key: [] for key in ("text", "score", "kl", "available")}
+        out["kept"] = []
+        for number in range(len(self.batches)):
+            row = rows[setting, number]
+            for key in out:
+                out[key] += row[key] or [None] * len(row["text"])
+        return out
+
+    def prepare(self, number: int) -> Any:
+        """A batch, filled up to the common size; a lone one keeps its own."""
+        some = list(self.batches[number])
+        filled = (some * self.conditions.batch)[: self.conditions.batch] if number else some
+        return self.model.prepare(
+            [example.image for example in filled],
+            [fill(self.conditions.prompt, example.question) for example in filled],
         )
 
+    def pruners(self, setting: Setting, packed: Any, batch: int | None) -> tuple[Any, ...]:
+        """The setting's pruner for a batch; one that draws does so anew for each batch.
 
-def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference ‖ other) of the distributions that logits [n, vocab] stand for, in nats."""
-    p, q = (x.astype(np.float64) for x in (reference, other))
-    p, q = (x - x.max(axis=-1, keepdims=True) for x in (p, q))
-    log_p, log_q = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (p, q))
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+        A count is the same for every prompt, a percentage leaves each prompt its own.
+        """
+        if setting.method == UNPRUNED:
+            return ()
+        keep = budget.parse(setting.keep or "")
+        try:
+            limits = [keep.count(available) for available in packed.available]
+        except ValueError as error:
+            raise ValueError(f"{setting.method}: {error}") from None
+        limit = None if keep.percent is None else jnp.asarray(limits, jnp.int32)
+        pruner = make(setting.method, max(limits), self.model.sites, limit=limit)
+        if hasattr(pruner, "seed") and batch is not None:
+            pruner = replace(pruner, seed=pruner.seed + self.conditions.seed + batch)
+        return (pruner,)
+
+    def as_data(self, setting: Setting, packed: Any) -> dict[str, Any] | None:
+        """The setting's pruner as class and fields."""
+        for pruner in self.pruners(setting, packed, None):
+            values = {
+                field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)
+            }
+            fields = {key: _as_json(value) for key, value in values.items() if key != "limit"}
+            return {"class": type(pruner).__name__, **fields, "keep": setting.keep}
+        return None
+
+    def compile(
+        self, packed: Any, pruned: dict[Setting, Any], compiled: set[tuple[Setting, str]]
+    ) -> None:
+        """Runs what has not run for this batch's shapes, so that no compiling is timed."""
+        keys = {
+            setting: (setting, str(jax.tree.map(jnp.shape, (packed.inputs, pruners))))
+            for setting, pruners in pruned.items()
+        }
+        new = [setting for setting in pruned if keys[setting] not in compiled]
+        if new:
+            self.report(f"compiling {len(new)} programs")
+            ask = partial(self.model.generate_packed, packed, **self.conditions.generation)
+            in_parallel(ask, [pruned[setting] for setting in new])
+            compiled |= {keys[setting] for setting in new}
+
+    def kept_map(self, packed: Any, index: int, kept: Any) -> list[list[float]]:
+        """Where a prompt's kept tokens look, with as many digits as can be seen."""
+        return np.round(np.asarray(self.model.kept_map(packed, index, kept), float), 3).tolist()
+
+    def pictures(self, number: int, pictured: frozenset[int]) -> None:
+        """Writes the pictures of a batch's questions that are wanted and not there yet."""
+        there = {row["number"] for row in self.journal.find("picture")}
+        first = number * self.conditions.batch
+        for index, example in enumerate(self.batches[number], start=first):
+            if index in pictured and index not in there:
+                self.journal.append(
+                    {
+                        "row": "picture",
+                        "number": index,
+                        "question": example.question,
+                        "answers": list(dict.fromkeys(example.accepted)),
+                        "png": png(self.model.picture(example.image)),
+                    }
+                )
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return np.asarray(value).tolist() if hasattr(value, "shape") else value
+
+
+def png(picture: np.ndarray) -> str:
+    """A picture [height, width, 3] in 0 … 1 as a PNG file in base64."""
+    image = Image.fromarray(np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8))
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    out = io.BytesIO()
+    image.save(out, "png")
+    return base64.b64encode(out.getvalue()).decode()

@@ -1,23 +1,92 @@
 """Tasks: images, questions and the answers they are scored against.
 
-easy-VQA (Victor Zhou, https://pypi.org/project/easy-vqa, MIT) is one coloured shape on a plain
-background, 64×64 pixels, and 107 forms of questions with 13 answers. The package carries the data.
+`easy-vqa` (Victor Zhou, https://pypi.org/project/easy-vqa, MIT) is one coloured shape on a plain
+background, 64×64 pixels, and 107 forms of questions with 13 answers; its package carries the data.
+`vqav2` reads the official files (see `vqav2`). `jsonl` is one's own:
+
+    {"image": "cat.png", "question": "what is it?", "answer": "cat", "id": "optional"}
+    {"image": "cat.png", "question": "which colour?", "answers": ["grey", "gray"]}
+
+Images lie relative to the file; an answer counts if it is any of the `answers`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from catp_jax.study.vqa_score import vqa_accuracy
+
+SHOWN = 5  # faults that a message spells out; the others are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question about one image. `image_id` is the same for all questions of an image."""
+    """One question about one image.
+
+    `answer` is the (most common) right answer, `answers` all that count where there are several,
+    one per person in VQAv2. `image_id` is the same for all questions of an image.
+    """
 
     image: Path
     question: str
     answer: str
     id: str
     image_id: int
+    answers: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Everything that it is scored against."""
+        return self.answers or (self.answer,)
+
+
+Score = Callable[[str, Example], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Questions and how answers to them are scored.
+
+    `prompt` turns a question into what the model is asked. `source` says where the questions come
+    from, for the record; `problems` what was left out of them, in words.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    score: Score
+    prompt: str
+    source: dict[str, Any]
+    problems: tuple[str, ...] = ()
+
+
+def easy_vqa_task(split: str = "test") -> Task:
+    """easy-VQA's questions, scored by exact match."""
+    return Task(
+        name="easy-vqa",
+        examples=tuple(easy_vqa(split)),
+        score=exact_match,
+        prompt=QUESTION,
+        source={"split": split},
+    )
+
+
+def jsonl_task(path: Path) -> Task:
+    """The questions of a JSON-lines file, scored by exact match with any of their answers.
+
+    Raises ValueError, with line numbers, if a line is no question or two have the same id.
+    """
+    return Task(
+        name="jsonl",
+        examples=tuple(read_json_lines(path)),
+        score=exact_match,
+        prompt=QUESTION,
+        source={"file": path.name},
+    )
 
 
 def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]:
@@ -50,6 +119,141 @@ def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]
         )
 
 
-def score(prediction: str, answer: str) -> float:
-    """1.0 if both are the same but for case and the space around them, else 0.0."""
-    return float(prediction.strip().lower() == answer.strip().lower())
+def read_json_lines(path: Path) -> list[Example]:
+    """The questions of a JSON-lines file; see this module for its form."""
+    examples, lines, faults, images = [], {}, [], {}
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            example = _example(line, number, path.parent, images)
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+            continue
+        if example.id in lines:
+            faults.append(f"line {number}: id {example.id!r} stands in line {lines[example.id]}")
+        lines.setdefault(example.id, number)
+        examples.append(example)
+    if faults:
+        raise ValueError(f"{path} cannot be used, mend these lines: {first_few(faults)}")
+    if not examples:
+        raise ValueError(f"{path} has no questions; give one JSON object a line")
+    return examples
+
+
+def _example(line: str, number: int, folder: Path, images: dict[Path, int]) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"an object is wanted, got {type(row).__name__}")
+    for key in ("image", "question"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f"{key!r} is a text that is not empty, got {row.get(key)!r}")
+    if ("answer" in row) == ("answers" in row):
+        raise ValueError("either 'answer' or 'answers' is wanted")
+    answers = row["answers"] if "answers" in row else [row["answer"]]
+    if (
+        not isinstance(answers, list)
+        or not answers
+        or not all(isinstance(answer, str) and answer.strip() for answer in answers)
+    ):
+        raise ValueError(f"answers are texts that are not empty, got {answers!r}")
+    own = row.get("id", f"line-{number}")
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        raise ValueError(f"'id' is a text or a whole number, got {own!r}")
+    image = folder / row["image"]
+    if fault := image_fault(image):
+        raise ValueError(fault)
+    return Example(
+        image=image,
+        question=row["question"],
+        answer=answers[0],
+        id=str(own),
+        image_id=images.setdefault(image, len(images)),
+        answers=tuple(answers) if "answers" in row else (),
+    )
+
+
+def image_fault(path: Path) -> str | None:
+    """Why a file cannot be an image, as far as its first bytes tell; None if they are fine."""
+    if not path.is_file():
+        return f"image {str(path)!r} is not a file"
+    try:
+        with Image.open(path):
+            return None
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        return f"image {str(path)!r} cannot be read: {error}"
+
+
+def read_json(path: Path, what: str) -> Any:
+    """A JSON file's content; `what` names the file in messages."""
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise ValueError(f"{what} {path} is no JSON file: {error}") from None
+        raise
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
+
+
+def first_few(faults: Sequence[str]) -> str:
+    """Some of a list of faults, and how many more there are."""
+    more = len(faults) - SHOWN
+    return "; ".join(faults[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+QUESTION = "{question}"
+"""The prompt that is the question itself."""
+
+
+def fill(prompt: str, question: str) -> str:
+    """The template `prompt` with the question in its place."""
+    return prompt.replace(QUESTION, question)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError if a template has no place for the question."""
+    if QUESTION not in prompt:
+        raise ValueError(f"a prompt wants {QUESTION} where the question goes, got {prompt!r}")
+
+
+def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """`limit` examples at even distances; all, if there are no more.
+
+    Raises ValueError if the limit is not at least 1.
+    """
+    if limit is None or limit >= len(examples):
+        return tuple(examples)
+    if limit < 1:
+        raise ValueError(f"at least 1 question is wanted, got a limit of {limit}")
+    return tuple(examples[number * len(examples) // limit] for number in range(limit))
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of questions, answers and images' names, in order."""
+    out = hashlib.sha256()
+    for example in examples:
+        row = [example.id, example.image.name, example.question, example.answer, *example.answers]
+        out.update(json.dumps(row).encode())
+    return out.hexdigest()[:16]
+
+
+def exact_match(prediction: str, example: Example) -> float:
+    """1.0 if it is an accepted answer but for case and the space around it, else 0.0."""
+    said = prediction.strip().lower()
+    return float(any(said == answer.strip().lower() for answer in example.accepted))
+
+
+def official_vqa(prediction: str, example: Example) -> float:
+    """VQAv2's score against all people's answers."""
+    return vqa_accuracy(prediction, example.accepted)

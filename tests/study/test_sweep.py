@@ -1,102 +1,276 @@
-"""A study's figures, on answers made up for the purpose."""
+"""A sweep's figures, on a small model; that it goes on where it was stopped."""
 
-from pathlib import Path
-from types import SimpleNamespace
+import dataclasses
+import json
+import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import Site
-from catp_jax.generation.inputs import KeptTokens
-from catp_jax.models.mllama import MllamaConfig
-from catp_jax.pruning import KNorm
-from catp_jax.study.cost import cross_bytes_per_token
-from catp_jax.study.sweep import Setting, kl_divergence, sweep
-from catp_jax.study.tasks import Example
+from catp_jax.pruning import Random
+from catp_jax.study.journal import Journal
+from catp_jax.study.results import UNPRUNED, Setting
+from catp_jax.study.sweep import Answerer, Conditions, sweep
+from tests.study.answerer import (
+    TOKENS,
+    WORDS,
+    Tiny,
+    examples,
+    results_without_times,
+    visual_tokens,
+    without_times,
+)
+
+SETTINGS = [Setting("position", 4), Setting("l2", "25%"), Setting("random", 2)]
+CONDITIONS = Conditions(batch=3, seed=5, max_new_tokens=2)
+QUESTIONS = examples(8)
 
 
-def example(number, answer):
-    return Example(Path("x.png"), f"question {number}", answer, str(number), number)
+def run(path=None, settings=SETTINGS, conditions=CONDITIONS, questions=QUESTIONS, **options):
+    journal = Journal(path) if path else None
+    pictured = options.pop("pictured", (0, 4))
+    model = options.pop("model", None) or Tiny()
+    return list(
+        sweep(model, questions, settings, conditions, journal=journal, pictured=pictured, **options)
+    )
 
 
-class Parrot:
-    """Answers "yes" to everything; pruned, "no" to what has an odd number."""
-
-    dtype, sites = jnp.float32, frozenset({Site.CROSS})
-    config = MllamaConfig.llama_3_2_11b()
-
-    def __init__(self):
-        self.batches = []
-
-    def prepare(self, images, prompts):
-        rows = jnp.zeros(len(prompts))
-        return SimpleNamespace(prompts=prompts, available=(100,) * len(prompts), inputs=rows)
-
-    def generate_packed(self, packed, pruners, *, max_new_tokens):
-        self.batches.append(len(packed.prompts))
-        odd = [int(prompt.split()[1]) % 2 for prompt in packed.prompts]
-        kept, slots, bias = None, 128, 0.0
-        if pruners:
-            assert list(pruners) == [KNorm(keep=7)]
-            here = np.arange(7)
-            kept = [KeptTokens(here, here, here, here, here) for _ in odd]
-            slots, bias = 7, 1.0
-        return SimpleNamespace(
-            text=["no" if pruners and o else "yes" for o in odd],
-            logits=np.array([[bias * o, 0.0] for o in odd]),
-            available=packed.available,
-            kept=kept,
-            slots=slots,
-        )
+def softmax(logits):
+    return [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits]
 
 
-def test_accuracy_agreement_divergence_and_bytes_are_of_the_questions_asked():
-    examples = [example(n, "yes" if n < 4 else "no") for n in range(5)]
-    parrot = Parrot()
-    full, pruned = sweep(parrot, examples, [Setting("k_norm", 7)], batch=3)
-    assert set(parrot.batches) == {3}  # the short last batch is filled up
+def oracle(chosen):
+    """Answers and their first token's distribution, with these tokens of each question."""
+    texts, shares = [], []
+    for example, kept in zip(QUESTIONS, chosen, strict=True):
+        logits = visual_tokens(example.image, example.question)[list(kept)].sum(axis=0)
+        texts.append(WORDS[int(np.argmax(logits))])
+        shares.append(softmax(logits.astype(float)))
+    return texts, shares
 
-    assert (full.accuracy, full.agreement, full.kl) == (0.8, 1.0, 0.0)
-    assert (full.visual_tokens, full.cross_kv_bytes) == (100, 128 * 64 * 1024)
-    assert pruned.answers == ("yes", "no", "yes", "no", "yes")
-    assert pruned.accuracy == pytest.approx(2 / 5)
-    assert pruned.agreement == pytest.approx(3 / 5)
-    assert (pruned.visual_tokens, pruned.cross_kv_bytes) == (7, 7 * 64 * 1024)
-    half, odd = np.array([0.5, 0.5]), np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum()
-    expected = (half * np.log(half / odd)).sum() * 2 / 5
-    assert pruned.kl == pytest.approx(expected)
+
+def test_the_small_model_is_what_a_study_wants():
+    assert isinstance(Tiny(), Answerer)
+
+
+def test_figures_are_those_of_the_questions_asked():
+    whole, first, longest, drawn = run()
+    everything, reference = oracle([range(TOKENS)] * 8)
+    norms = [np.linalg.norm(visual_tokens(e.image, e.question), axis=1) for e in QUESTIONS]
+    chosen = [
+        (first, [range(4)] * 8),
+        (longest, [sorted(np.argsort(-norm)[:2].tolist()) for norm in norms]),
+        (drawn, drawn.kept),
+    ]
+    assert whole.setting == Setting(UNPRUNED, None)
+    assert whole.answers == tuple(everything)
+    assert (whole.agreement, whole.kl, whole.visual_tokens) == (1.0, 0.0, 8.0)
+    assert whole.kept == (None,) * 8
+    assert whole.accuracy == 6 / 8  # two questions have an answer that cannot be given
+    for result, kept in chosen:
+        texts, shares = oracle(kept)
+        assert result.answers == tuple(texts)
+        assert [tuple(own) for own in result.kept] == [tuple(own) for own in kept]
+        right = [text == e.answer for text, e in zip(texts, QUESTIONS, strict=True)]
+        assert result.accuracy == pytest.approx(np.mean(right))
+        same = [a == b for a, b in zip(texts, everything, strict=True)]
+        assert result.agreement == pytest.approx(np.mean(same))
+        kl = [
+            sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            for p, q in zip(reference, shares, strict=True)
+        ]
+        assert result.kl == pytest.approx(np.mean(kl), rel=1e-4)
+        assert result.low <= result.accuracy <= result.high
+        assert (result.questions, result.images, result.seed) == (8, 4, 5)
+
+
+def test_costs_are_of_one_question():
+    whole, first, longest, _ = run()
+    # four numbers of four bytes a slot, two slots for new tokens, and a count
+    assert [r.cache_bytes for r in (whole, first, longest)] == [
+        4 * 4 * (kept + 2) + 4 for kept in (8, 4, 2)
+    ]
+    assert all(r.prefill_flops > 0 and r.prefill_ms > 0 and r.token_ms > 0 for r in (whole, first))
+    assert first.pruner == {"class": "Position", "site": "ENTRY", "keep": 4}
+    assert whole.pruner is None
+    assert {"jax", "python", "catp-jax"} <= set(first.versions)
+
+
+def test_without_timing_only_the_bytes_are_counted():
+    whole, *_ = run(is_timed=False)
+    assert whole.cache_bytes == 4 * 4 * 10 + 4
+    assert (whole.prefill_flops, whole.prefill_ms, whole.token_ms) == (None, None, None)
+    assert whole.milliseconds > 0
+
+
+def test_every_batch_has_one_shape_and_a_lone_one_keeps_its_own():
+    model = Tiny()
+    run(model=model)
+    assert {len(prompts) for prompts, _ in model.batches} == {3}
+    model = Tiny()
+    run(model=model, questions=QUESTIONS[:2], pictured=())
+    assert {len(prompts) for prompts, _ in model.batches} == {2}
+
+
+def test_the_model_is_asked_by_the_prompt():
+    model = Tiny()
+    conditions = dataclasses.replace(CONDITIONS, prompt="Question: {question} Short answer:")
+    run(model=model, conditions=conditions)
+    assert model.batches[0][0][0] == "Question: question 0? Short answer:"
+
+
+def test_random_methods_draw_anew_for_each_batch_and_seed():
+    model = Tiny()
+    run(model=model, settings=[Setting("random:seed=100", 2)])
+    seeds = [pruners[0].seed for _, pruners in model.batches if pruners]
+    assert seeds == [105, 105, 106, 107]  # the first once more, before it is timed
+    assert all(isinstance(p[0], Random) for _, p in model.batches if p)
+
+
+def test_every_shape_runs_once_before_it_is_timed():
+    class TwoShapes(Tiny):
+        def prepare(self, images, prompts):
+            packed = super().prepare(images, prompts)
+            if "question 6?" in prompts:
+                packed.inputs = packed.inputs[:, :6]
+                packed.available = (6,) * len(prompts)
+            return packed
+
+    model = TwoShapes()
+    run(model=model, settings=[Setting("position", 4)], pictured=())
+    calls = [(prompts[0][9], bool(pruners)) for prompts, pruners in model.batches]
+    assert sorted(calls[:2]) == [("0", False), ("0", True)]
+    assert calls[2:6] == [("0", False), ("0", True), ("3", False), ("3", True)]
+    assert sorted(calls[6:8]) == [("6", False), ("6", True)]
+    assert calls[8:] == [("6", False), ("6", True)]
+
+
+def test_maps_and_pictures_are_of_the_questions_wanted(tmp_path):
+    whole, first, *_ = run(tmp_path / "x.jsonl")
+    assert whole.maps == {}
+    assert set(first.maps) == {0, 4}
+    np.testing.assert_array_equal(first.maps[4], [[1, 1, 1, 1], [0, 0, 0, 0]])
+    pictures = Journal(tmp_path / "x.jsonl").find("picture")
+    assert [(row["number"], row["question"]) for row in pictures] == [
+        (0, "question 0?"),
+        (4, "question 4?"),
+    ]
+
+
+def test_progress_counts_answers():
+    told = []
+    run(progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, 32)
+    assert told[-1] == (32, 32)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_a_sweep_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    results = run(path)
+    whole = path.read_bytes()
+    rows = without_times(Journal(path).rows)
+    lines = whole.splitlines(keepends=True)
+    ends = np.cumsum([len(line) for line in lines])
+    for number, end in enumerate(ends):
+        path.write_bytes(whole[: end - len(lines[number]) // 2])  # in the middle of a line
+        again = run(path)
+        assert without_times(Journal(path).rows) == rows
+        assert results_without_times(again) == results_without_times(results)
+        assert path.read_bytes().startswith(whole[: end - len(lines[number])])
+
+
+def test_a_finished_sweep_asks_nothing_again(tmp_path):
+    results, model = run(tmp_path / "x.jsonl"), Tiny()
+    before = (tmp_path / "x.jsonl").read_bytes()
+    again = run(tmp_path / "x.jsonl", model=model)
+    assert model.batches == []
+    assert [r.figures() for r in again] == [r.figures() for r in results]
+    assert (tmp_path / "x.jsonl").read_bytes() == before
+
+
+def test_a_kill_costs_at_most_one_batch_under_one_setting(tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Mortal(Tiny):
+        def generate_packed(self, packed, pruners, **options):
+            if len(self.batches) == 9:
+                raise Killed
+            return super().generate_packed(packed, pruners, **options)
+
+    path = tmp_path / "x.jsonl"
+    with pytest.raises(Killed):
+        run(path, model=Mortal())
+    assert len(Journal(path).find("answers")) == 5  # nine calls, four to warm up
+    model = Tiny()
+    run(path, model=model)
+    # warming up and answering what batch 1 lacks and, for its logits, unpruned; then batch 2
+    assert len(model.batches) == 4 + 4 + 4
+
+
+def test_methods_and_budgets_can_be_added(tmp_path):
+    path = tmp_path / "x.jsonl"
+    run(path, settings=SETTINGS[:1])
+    before = path.read_bytes()
+    model = Tiny()
+    added = run(path, settings=[Setting("position", 2), *SETTINGS], model=model)
+    assert path.read_bytes().startswith(before)
+    fresh = run(settings=[Setting("position", 2), *SETTINGS])
+    assert results_without_times(added) == results_without_times(fresh)
+    asked = {type(p[0]).__name__ + str(p[0].keep) for _, p in model.batches if p}
+    assert asked == {"Position2", "L2Norm2", "Random2"}
+
+
+def test_settings_named_twice_are_answered_once():
+    assert len(run(settings=[*SETTINGS, *SETTINGS, Setting(UNPRUNED, None)])) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"conditions": dataclasses.replace(CONDITIONS, batch=4)}, "batch: 3 → 4"),
+        ({"conditions": dataclasses.replace(CONDITIONS, seed=6)}, "seed: 5 → 6"),
+        (
+            {"conditions": dataclasses.replace(CONDITIONS, num_beams=5)},
+            "generation.num_beams: 1 → 5",
+        ),
+        (
+            {"conditions": dataclasses.replace(CONDITIONS, prompt="Q: {question}")},
+            'prompt: "{question}" → "Q: {question}"',
+        ),
+        ({"questions": QUESTIONS[:7]}, "data.questions: 8 → 7"),
+        ({"questions": QUESTIONS[::-1]}, "data.digest"),
+        ({"model": Tiny("other")}, 'model.kind: "tiny" → "other"'),
+    ],
+)
+def test_another_sweeps_file_is_refused_with_the_difference(tmp_path, change, said):
+    path = tmp_path / "x.jsonl"
+    run(path, settings=SETTINGS[:1])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="another sweep") as refusal:
+        run(path, **change)
+    assert said in str(refusal.value)
+    assert path.read_bytes() == before
+
+
+def test_a_budget_past_what_there_is_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="position: keep is 9, but there are only 8") as refusal:
+        run(tmp_path / "x.jsonl", settings=[Setting("position", 9)])
+    assert "give 1 to 8" in str(refusal.value)
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_no_examples_are_refused():
     with pytest.raises(ValueError, match="at least one example"):
-        list(sweep(Parrot(), [], []))
+        run(questions=[])
 
 
-def test_divergence_of_far_apart_logits_is_finite():
-    far = kl_divergence(np.array([[1000.0, 0.0]]), np.array([[0.0, 1000.0]]))
-    assert far == pytest.approx([1000.0])
-
-
-def test_cross_attention_bytes_of_the_real_sizes():
-    assert cross_bytes_per_token(MllamaConfig.llama_3_2_11b(), jnp.bfloat16) == 32 * 1024
-    assert cross_bytes_per_token(MllamaConfig.llama_3_2_90b(), jnp.bfloat16) == 80 * 1024
-
-
-def test_every_shape_is_compiled_before_anything_is_timed():
-    calls = []
-
-    class Recorder(Parrot):
-        def prepare(self, images, prompts):
-            packed = super().prepare(images, prompts)
-            packed.inputs = jnp.zeros(1 if "question 0" in prompts else 2)
-            return packed
-
-        def generate_packed(self, packed, pruners, *, max_new_tokens):
-            calls.append((packed.inputs.shape, bool(pruners)))
-            return super().generate_packed(packed, pruners, max_new_tokens=max_new_tokens)
-
-    list(sweep(Recorder(), [example(n, "yes") for n in range(9)], [Setting("k_norm", 7)], batch=3))
-    every = {((1,), False), ((1,), True), ((2,), False), ((2,), True)}
-    assert len(calls) == 4 + 6
-    assert set(calls[:4]) == every
+def test_the_file_is_json_lines_with_the_figures(tmp_path):
+    results = run(tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert rows[0]["row"] == "header"
+    figures = [row for row in rows if row["row"] == "result"]
+    assert [row["accuracy"] for row in figures] == [r.accuracy for r in results]
+    kept = [row["kept"] for row in rows if row["row"] == "answers"]
+    assert kept[1] == [[0, 1, 2, 3]] * 3

@@ -1,0 +1,151 @@
+"""A small model for studies: eight visual tokens a prompt, which vote for one of four answers."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.contract import Site, View
+from catp_jax.generation import generate as programs
+from catp_jax.struct import pytree
+from catp_jax.study.tasks import Example
+
+WORDS = ("yes", "no", "red", "2")
+TOKENS = 8
+
+
+def examples(number, image_of=lambda n: n // 2):
+    """Questions, two about each image, and answers that the whole model mostly gets right."""
+    out = []
+    for n in range(number):
+        image, question = Path(f"image-{image_of(n)}.png"), f"question {n}?"
+        votes = visual_tokens(image, question).sum(axis=0)
+        answer = WORDS[int(votes.argmax())] if n % 5 else "none of these"
+        out.append(Example(image, question, answer, f"id-{n}", image_of(n)))
+    return out
+
+
+def visual_tokens(image, prompt):
+    """A prompt's tokens [8, 4], each a vote: made of the names alone."""
+    seed = zlib.crc32(f"{image}{prompt}".encode())
+    return np.random.default_rng(seed).normal(size=(TOKENS, len(WORDS))).astype(np.float32)
+
+
+@pytree
+class Front:
+    view: View
+
+
+@pytree
+class Network:
+    """Adds up the visual tokens that are left; each new token takes a slot of the cache."""
+
+    scale: Any
+
+    def front(self, inputs):
+        tokens = inputs * self.scale
+        batch, count = tokens.shape[:2]
+        numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+        valid = jnp.ones((batch, count), bool)
+        view = View(
+            site=Site.ENTRY,
+            layer=0,
+            num_visual=count,
+            tokens=tokens,
+            attention=None,
+            values=None,
+            evidence=None,
+            numbers=numbers,
+            valid=valid,
+            sees=valid[:, None],
+        )
+        return Front(view=view)
+
+    def back(self, front, keep, select, new_slots):
+        tokens = front.view.tokens
+        if keep is not None:
+            tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
+        cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
+        return tokens.sum(axis=1), {"tokens": cache, "next": jnp.zeros(len(tokens), jnp.int32)}
+
+    def step(self, tokens, cache):
+        return cache["tokens"].sum(axis=1), {**cache, "next": cache["next"] + 1}
+
+
+class Tiny:
+    """The model; `batches` notes the prompts of every batch that was answered."""
+
+    dtype, sites = jnp.float32, frozenset({Site.ENTRY})
+
+    def __init__(self, kind="tiny"):
+        self.network = Network(scale=jnp.ones(()))
+        self.kind, self.batches = kind, []
+
+    def describe(self):
+        return {"kind": self.kind, "visual_tokens": TOKENS}
+
+    def prepare(self, images, prompts):
+        tokens = [
+            visual_tokens(image, prompt) for image, prompt in zip(images, prompts, strict=True)
+        ]
+        available = (TOKENS,) * len(prompts)
+        return SimpleNamespace(
+            prompts=list(prompts), available=available, inputs=jnp.asarray(np.stack(tokens))
+        )
+
+    def generate_packed(
+        self, packed, pruners, *, max_new_tokens, num_beams, length_penalty, min_new_tokens
+    ):
+        self.batches.append((packed.prompts, tuple(pruners)))
+        out = programs.prefill(
+            self.network, tuple(pruners), packed.inputs, new_slots=max_new_tokens
+        )
+        kept = None
+        if pruners:
+            chosen = out.selection.kept
+            kept = [
+                SimpleNamespace(number=np.asarray(indices)[np.asarray(valid)])
+                for indices, valid in zip(chosen.indices, chosen.valid, strict=True)
+            ]
+        logits = np.asarray(out.logits)
+        return SimpleNamespace(
+            text=[WORDS[best] for best in logits.argmax(axis=1)],
+            logits=logits,
+            available=packed.available,
+            kept=kept,
+        )
+
+    def picture(self, image):
+        return np.linspace(0, 1, 20 * 24 * 3).reshape(20, 24, 3)
+
+    def kept_map(self, packed, number, kept):
+        grid = np.zeros(TOKENS)
+        grid[kept.number] = 1.0
+        return grid.reshape(2, 4)
+
+
+def without_times(rows):
+    """Rows as they would be on any day."""
+    times = ("ms", "prefill_ms", "prefill_spread", "token_ms", "token_spread")
+    times += ("milliseconds", "spread")
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]
+
+
+def results_without_times(results):
+    return [
+        dataclasses.replace(
+            result,
+            prefill_ms=None,
+            prefill_spread=None,
+            token_ms=None,
+            token_spread=None,
+            milliseconds=0.0,
+            spread=0.0,
+            maps={},
+        )
+        for result in results
+    ]

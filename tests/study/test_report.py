@@ -1,0 +1,262 @@
+"""A report holds the figures of its files, and its pictures are pictures."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from catp_jax.study.curves import draw_accuracy, layer_of, unpruned_of
+from catp_jax.study.journal import Journal
+from catp_jax.study.report import (
+    markdown_table,
+    panels,
+    read_study,
+    table,
+    write_json_lines,
+    write_report,
+)
+from catp_jax.study.results import Result, Setting
+from catp_jax.study.sweep import Conditions, sweep
+from tests.study.answerer import Tiny, examples
+
+SETTINGS = [Setting("position", 4), Setting("position", "25%"), Setting("l2", 2)]
+CONDITIONS = Conditions(task="tiny", source={"split": "test"}, batch=3)
+
+
+def swept(path, name="mini", settings=SETTINGS):
+    return list(
+        sweep(
+            Tiny(),
+            examples(7),
+            settings,
+            CONDITIONS,
+            journal=Journal(path),
+            name=name,
+            pictured=(0, 2),
+        )
+    )
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def is_drawn(path):
+    """A picture of some size with more than a few colours in it."""
+    found = pixels(path)
+    return min(found.shape[:2]) > 200 and len(np.unique(found.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "tiny.jsonl"
+    return path, swept(path)
+
+
+def test_a_study_is_read_as_it_was_run(finished):
+    path, results = finished
+    study = read_study(path)
+    assert [r.figures() for r in study.results] == [r.figures() for r in results]
+    assert [r.answers for r in study.results] == [r.answers for r in results]
+    assert study.name == "mini"
+    assert study.unfinished == ()
+    assert len(study.pictures) == 2
+
+
+def test_a_report_has_a_table_a_csv_curves_and_pictures(finished, tmp_path):
+    path, results = finished
+    out = tmp_path / "deep" / "report"
+    written, said = write_report([path], out)
+    assert said == []
+    assert [p.name for p in written] == ["report.md", "results.csv", "accuracy.png", "kept.png"]
+    assert sorted(out.iterdir()) == sorted(written)
+    assert is_drawn(out / "accuracy.png")
+    assert is_drawn(out / "kept.png")
+
+    text = (out / "report.md").read_text()
+    assert "7 questions about 4 images of tiny (split test), asked as `{question}`" in text
+    for result in results:
+        (line,) = [
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {result.setting.method} | ")
+            and f"{result.visual_tokens:g}" in line.split("|")[2]
+        ]
+        assert f"{result.accuracy:.1%} [{100 * result.low:.1f}, {100 * result.high:.1f}]" in line
+        assert f"| {result.kl:.3f} |" in line
+        assert f"| {result.cache_bytes:,} |" in line
+    for picture in ("accuracy.png", "kept.png"):
+        assert f"]({picture})" in text
+
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [r.accuracy for r in results]
+    assert [float(row["prefill_flops"]) for row in rows] == [r.prefill_flops for r in results]
+    assert [row["keep"] for row in rows] == ["", "4", "25%", "2"]
+    assert {row["model"] for row in rows} == {"mini"}
+    assert json.loads(rows[1]["pruner"])["class"] == "Position"
+
+
+def test_panels_show_the_whole_image_and_what_one_method_kept(finished):
+    study = read_study(finished[0])
+    rows = panels(study)
+    assert [[p.caption.split("\n")[0] for p in row] for row in rows] == [
+        [f"question {n}?", "position, keep 4:", "position, keep 25%:"] for n in (0, 2)
+    ]
+    whole, kept, few = rows[0]
+    assert whole.kept is None
+    assert whole.image.shape == (20, 24, 3)
+    assert (kept.kept.sum(), few.kept.sum()) == (4, 2)
+    assert f"all: {study.results[0].answers[0]}" in whole.caption
+
+
+def test_catp_is_the_one_that_is_shown(finished):
+    study = read_study(finished[0])
+    results = [renamed(r, {"l2": "catp"}) for r in study.results]
+    rows = panels(type(study)(study.name, study.header, tuple(results), study.pictures, ()))
+    assert [p.caption.split("\n")[0] for p in rows[0]] == ["question 0?", "catp, keep 2:"]
+
+
+def renamed(result, names):
+    method = names.get(result.setting.method, result.setting.method)
+    figures = result.figures()
+    figures["setting"] = {"method": method, "keep": result.setting.keep}
+    return Result.of(figures, answers=result.answers, maps=result.maps)
+
+
+def test_several_files_are_several_models(finished, tmp_path):
+    swept(tmp_path / "other.jsonl", name="other")
+    swept(tmp_path / "again.jsonl")
+    written, _ = write_report(
+        [finished[0], tmp_path / "other.jsonl", tmp_path / "again.jsonl"], tmp_path / "report"
+    )
+    names = [p.name for p in written]
+    assert [n for n in names if n.startswith("kept")] == ["kept-1.png", "kept-2.png", "kept-3.png"]
+    text = written[0].read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")][:3] == [
+        "## mini (tiny)",
+        "## other",
+        "## mini (again)",
+    ]
+    one = pixels(tmp_path / "report" / "accuracy.png").shape
+    write_report([finished[0]], tmp_path / "single")
+    assert one[1] > 2.5 * pixels(tmp_path / "single" / "accuracy.png").shape[1]
+
+
+def test_one_file_twice_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="is given twice"):
+        write_report([finished[0], finished[0]], tmp_path)
+
+
+def layered(path, finished):
+    """The finished study's file, as if it had been run with CATP's single layers."""
+    names = {"position": "catp:layers=1", "l2": "catp:layers=2"}
+    rows = []
+    for line in finished[0].read_text().splitlines():
+        row = json.loads(line)
+        if "setting" in row:
+            row["setting"]["method"] = names.get(row["setting"]["method"], row["setting"]["method"])
+        rows.append(json.dumps(row))
+    path.write_text("\n".join(rows) + "\n")
+
+
+def test_the_layer_figure_is_drawn_where_there_are_single_layers(finished, tmp_path):
+    path = tmp_path / "layers.jsonl"
+    layered(path, finished)
+    written, _ = write_report([path], tmp_path / "report")
+    assert is_drawn(tmp_path / "report" / "layers.png")
+    assert "](layers.png)" in written[0].read_text()
+    study = read_study(path)
+    assert [layer_of(r) for r in study.results] == [None, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        ("catp:layers=6", 6),
+        ("catp:layers=first", None),
+        ("catp", None),
+        ("catp:layers=1:image_weights", None),
+    ],
+)
+def test_a_single_layer_goes_by_its_number(finished, method, layer):
+    assert layer_of(renamed(finished[1][1], {"position": method})) == layer
+
+
+def test_an_unfinished_study_shows_what_it_has(finished, tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = finished[0].read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]) + lines[-2][:30])  # two of four results
+    written, said = write_report([path], tmp_path / "report")
+    assert any("cut off" in line for line in said)
+    assert "mini: not finished: position, keep 25%: 7 of 7 questions" in said
+    assert "Not finished: position, keep 25%" in written[0].read_text()
+    with (tmp_path / "report" / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_a_study_without_any_result_says_how_to_go_on(finished, tmp_path):
+    path = tmp_path / "x.jsonl"
+    lines = finished[0].read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"row": "result"' not in line))
+    with pytest.raises(ValueError, match=r"no finished setting yet .*unpruned: 7 of 7"):
+        read_study(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        read_study(path)
+    with pytest.raises(ValueError, match="is not a file"):
+        read_study(tmp_path / "nothing.jsonl")
+
+
+def test_a_report_does_not_replace_a_file(finished, tmp_path):
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        write_report([finished[0]], tmp_path / "report")
+
+
+def test_the_terminal_shows_the_same_cells(finished):
+    results = finished[1]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table(results, "mini", width=200))
+    text = console.export_text()
+    assert "mini: 7 questions about 4 images" in text
+    for line in markdown_table(results)[2:]:
+        for cell in line.strip("| ").split(" | "):
+            assert cell in text
+
+
+def test_a_narrow_terminal_gets_the_main_columns_whole(finished):
+    results = [renamed(r, {"position": "catp:image_weights"}) for r in finished[1]]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table(results, "mini"))
+    text = console.export_text()
+    assert "catp:image_weights" in text
+    assert "…" not in text
+    assert "KL" not in text
+
+
+def test_columns_without_a_figure_are_left_out(finished):
+    untimed = list(sweep(Tiny(), examples(3), SETTINGS, is_timed=False))
+    titles = markdown_table(untimed)[0]
+    assert "question, ms" in titles
+    assert "prefill" not in titles
+    assert "FLOPs" not in titles
+
+
+def test_json_lines_have_the_figures_alone(finished, tmp_path):
+    write_json_lines(finished[1], tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [Result.of(row).figures() for row in rows] == [r.figures() for r in finished[1]]
+    assert "answers" not in rows[0]
+
+
+def test_curves_of_one_model_need_no_name_and_no_unpruned_row(finished, tmp_path):
+    pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
+    draw_accuracy(pruned, tmp_path / "a.png")
+    assert is_drawn(tmp_path / "a.png")

@@ -1,0 +1,106 @@
+"""The statistics behind a study's figures, against slow oracles and cases worked by hand."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from catp_jax.study.results import (
+    Result,
+    Setting,
+    interval,
+    kl_divergence,
+    median_and_spread,
+)
+
+
+def exact_interval(groups):
+    """The 2.5 and 97.5 % points over every way to draw as many images as there are."""
+    means = []
+    for drawn in itertools.product(groups, repeat=len(groups)):
+        scores = [score for group in drawn for score in group]
+        means.append(sum(scores) / len(scores))
+    return np.percentile(means, [2.5, 97.5])
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[1.0], [0.0], [1.0], [1.0], [0.0], [1.0]],
+        [[1.0, 1.0, 0.9], [0.0], [0.3, 0.6], [1.0], [0.0, 1.0], [0.6]],
+    ],
+)
+def test_interval_agrees_with_every_draw_counted_out(groups):
+    scores = [score for group in groups for score in group]
+    images = [10 * number for number, group in enumerate(groups) for _ in group]
+    low, high = interval(scores, images, draws=20_000)
+    wanted = exact_interval(groups)
+    np.testing.assert_allclose([low, high], wanted, atol=0.02)
+
+
+def test_interval_of_many_single_questions_is_the_textbooks():
+    scores = np.random.default_rng(0).random(1000) < 0.8
+    low, high = interval(scores.astype(float).tolist(), list(range(1000)))
+    half = 1.96 * np.sqrt(scores.mean() * (1 - scores.mean()) / 1000)
+    np.testing.assert_allclose([low, high], [scores.mean() - half, scores.mean() + half], atol=3e-3)
+
+
+def test_questions_about_one_image_stand_or_fall_together():
+    scores = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0] * 10
+    alone = interval(scores, list(range(80)))
+    together = interval(scores, [number // 4 for number in range(80)])
+    assert together[1] - together[0] > 1.7 * (alone[1] - alone[0])
+
+
+def test_interval_is_the_seeds_and_does_not_depend_on_the_images_names():
+    scores, images = [1.0, 0.0, 1.0, 1.0, 0.0], [0, 0, 1, 2, 3]
+    assert interval(scores, images, seed=3) == interval(scores, images, seed=3)
+    assert interval(scores, images, seed=3) == interval(scores, [5, 5, 70, 800, 9000], seed=3)
+    assert interval([1.0] * 4, [0, 1, 2, 3]) == (1.0, 1.0)
+
+
+def test_divergence_is_that_of_the_definition():
+    logits = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    other = np.array([[3.0, 2.0, 1.0], [0.0, 0.0, 0.0]])
+    p, q = (np.exp(x[0]) / np.exp(x[0]).sum() for x in (logits, other))
+    expected = [sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)), 0.0]
+    np.testing.assert_allclose(kl_divergence(logits, other), expected, rtol=1e-12)
+
+
+def test_divergence_of_far_apart_logits_is_finite():
+    far = kl_divergence(np.array([[1000.0, 0.0]]), np.array([[0.0, 1000.0]]))
+    assert far == pytest.approx([1000.0])
+
+
+def test_spread_is_half_the_interquartile_range():
+    assert median_and_spread([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 1.0)
+
+
+def test_a_result_comes_back_from_json_without_its_answers():
+    result = Result(
+        setting=Setting("catp:layers=first", "25%"),
+        questions=2,
+        images=1,
+        visual_tokens=8.0,
+        accuracy=0.5,
+        low=0.25,
+        high=0.75,
+        agreement=1.0,
+        kl=0.1,
+        cache_bytes=100,
+        prefill_flops=None,
+        prefill_ms=1.0,
+        prefill_spread=0.1,
+        token_ms=0.5,
+        token_spread=0.1,
+        milliseconds=2.0,
+        spread=0.2,
+        seed=1,
+        pruner={"class": "CATP"},
+        versions={"jax": "1"},
+    )
+    whole = Result.of(result.figures(), answers=("yes", "no"), kept=((1,), (2,)))
+    assert Result.of(json.loads(json.dumps(whole.figures()))) == result
+    assert whole.answers == ("yes", "no")
+    assert str(result.setting) == "catp:layers=first, keep 25%"
