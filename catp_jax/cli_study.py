@@ -1,0 +1,296 @@
+"""The command line's studies: `catp-jax study MODEL --task …` and `catp-jax study report FILE`.
+
+The first is short for `catp-jax study run MODEL …`. What needs no model is checked
+before one is loaded.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
+    from catp_jax.study.results import Setting
+    from catp_jax.study.tasks import Task
+
+RUN = "run"
+LEVELS = "50%,25%,12.5%"
+PICTURED = 4  # images whose pictures go into the report
+
+
+class RunByDefault(TyperGroup):
+    """A group whose first word may be left out: it is then `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [RUN, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RunByDefault,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compare pruning methods on a task: `study MODEL …` runs (`study run --help` lists its "
+    "options), `study report FILE` draws.",
+)
+
+Seed = Annotated[
+    int,
+    typer.Option(help="Draws the fraction, what random methods keep, and the bootstrap."),
+]
+
+
+@app.command(RUN)
+def run(
+    model: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder, or one made by `catp-jax convert`.")
+    ],
+    task: Annotated[
+        Literal["easy-vqa", "vqav2", "jsonl"], typer.Option(help="Where the questions come from.")
+    ] = "easy-vqa",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Pruning methods, separated by commas, options after colons "
+            "(catp,catp:layers=first,random). Without it: all that fit the model."
+        ),
+    ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Visual tokens to keep, separated by commas: counts, or percentages of each "
+            "prompt's own.",
+            metavar="N|P%,…",
+        ),
+    ] = LEVELS,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write; an interrupted study goes on in it, and more methods and "
+            "budgets can be added. Without it: runs/MODEL-TASK.jsonl."
+        ),
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="vqav2: the question file.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="vqav2: the annotation file.")] = None,
+    images: Annotated[Path | None, typer.Option(help="vqav2: the folder of images.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="vqav2: the share of the questions, drawn at random.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="jsonl: the file of questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many questions, at even distances.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help='What is asked, with "{question}" in it. Without it: the question alone, and '
+            '"Question: {question} Short answer:" for vqav2.'
+        ),
+    ] = None,
+    seed: Seed = 42,
+    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 10,
+    beams: Annotated[int, typer.Option(help="Beam search with so many; 1 is greedy.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Beam search: above 0 favours long answers.")
+    ] = 1.0,
+    min_new_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE"),
+    ] = None,
+) -> None:
+    """Answer a task's questions unpruned and pruned; the figures go to a file."""
+    from catp_jax.study.journal import Journal
+    from catp_jax.study.sweep import Conditions
+    from catp_jax.study.tasks import check_prompt, spread
+
+    budgets = _budgets(keep)
+    specs = _methods(methods)
+    _check_numbers(batch_size, max_new_tokens, beams, min_new_tokens, seed)
+    if prompt is not None:
+        check_prompt(prompt)
+    if not model.is_dir():
+        raise ValueError(f"model {str(model)!r} is not a folder")
+    name = model.resolve().name
+    out = out or Path("runs") / f"{name}-{task}.jsonl"
+    journal = Journal(out, report=_say)
+
+    given = {"questions": questions, "annotations": annotations, "images": images, "data": data}
+    found = _task(task, given, fraction, seed)
+    for problem in found.problems:
+        _say(problem)
+    examples = spread(found.examples, limit)
+    conditions = Conditions(
+        task=found.name,
+        source=found.source,
+        prompt=prompt or found.prompt,
+        batch=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        length_penalty=length_penalty,
+        min_new_tokens=min_new_tokens,
+        seed=seed,
+    )
+    journal.check(conditions.header(examples))
+
+    from catp_jax import api
+    from catp_jax.pruning import make, methods_for
+    from catp_jax.study.results import Setting
+
+    loaded = api.load(model, dtype)
+    specs = specs or methods_for(loaded.sites)
+    for spec in specs:
+        make(spec, 1, loaded.sites)
+    settings = [Setting(spec, budget) for spec in specs for budget in budgets]
+    _sweep(loaded, found, examples, settings, conditions, journal, name)
+    print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path], typer.Argument(help="What `catp-jax study` wrote, of each model.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+) -> None:
+    """Draw a study: Markdown table, CSV, curves with intervals, pictures of what was kept."""
+    from catp_jax.study.report import write_report
+
+    written, said = write_report(files, out)
+    for line in said:
+        _say(line)
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def _sweep(
+    loaded: Any,
+    task: "Task",
+    examples: Any,
+    settings: "list[Setting]",
+    conditions: Any,
+    journal: Any,
+    name: str,
+) -> None:
+    """Runs the sweep under a progress bar and prints its table."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from catp_jax.study.report import table
+    from catp_jax.study.sweep import sweep
+
+    seen: dict[int, int] = {}
+    for number, example in enumerate(examples):
+        seen.setdefault(example.image_id, number)
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[questions]}/{task.fields[of]} questions"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    line = bar.add_task("", questions=0, of=len(examples))
+
+    def progress(done: int, total: int) -> None:
+        questions = done * len(examples) // total
+        bar.update(line, completed=done, total=total, questions=questions)
+
+    try:
+        with bar:
+            results = list(
+                sweep(
+                    loaded,
+                    examples,
+                    settings,
+                    conditions,
+                    score=task.score,
+                    journal=journal,
+                    name=name,
+                    pictured=list(seen.values())[:PICTURED],
+                    report=lambda doing: bar.update(line, description=doing),
+                    progress=progress,
+                )
+            )
+    except KeyboardInterrupt:
+        _say(f"{journal.path} holds what was answered; the same command goes on from there")
+        raise
+    terminal = Console()
+    terminal.print(table(results, name, terminal.width))
+
+
+def _task(name: str, given: dict[str, Path | None], fraction: float | None, seed: int) -> "Task":
+    """The task, with the files that it wants and no others."""
+    from catp_jax.study.tasks import easy_vqa_task, jsonl_task
+    from catp_jax.study.vqav2 import vqav2_task
+
+    wanted = {"easy-vqa": [], "vqav2": ["questions", "annotations", "images"], "jsonl": ["data"]}
+    missing = [f"--{key}" for key in wanted[name] if given[key] is None]
+    if missing:
+        raise typer.BadParameter(f"--task {name} wants {', '.join(missing)} too")
+    extra = [f"--{key}" for key, value in given.items() if value and key not in wanted[name]]
+    if fraction is not None and name != "vqav2":
+        extra.append("--fraction")
+    if extra:
+        raise typer.BadParameter(f"--task {name} does not take {', '.join(extra)}")
+    files = [path for key in wanted[name] if (path := given[key]) is not None]
+    if name == "easy-vqa":
+        return easy_vqa_task()
+    if name == "jsonl":
+        return jsonl_task(*files)
+    return vqav2_task(*files, fraction=1.0 if fraction is None else fraction, seed=seed)
+
+
+def _methods(text: str | None) -> list[str]:
+    """The methods by name, checked as far as that goes without a model; none: all that fit."""
+    from catp_jax.contract import Site
+    from catp_jax.pruning import make
+
+    if text is None:
+        return []
+    specs = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not specs:
+        raise typer.BadParameter("--methods names none; give some, or leave it out for all")
+    for spec in specs:
+        make(spec, 1, frozenset(Site))
+    return specs
+
+
+def _budgets(text: str) -> list[int | str]:
+    """Counts and percentages."""
+    from catp_jax.pruning import budget
+
+    found: list[int | str] = []
+    for part in text.split(","):
+        parsed = budget.parse(part)
+        found.append(f"{parsed.percent:g}%" if parsed.number is None else parsed.number)
+    return list(dict.fromkeys(found))
+
+
+def _check_numbers(
+    batch_size: int, max_new_tokens: int, beams: int, min_new_tokens: int, seed: int
+) -> None:
+    """Raises BadParameter for a number out of range."""
+    least = {
+        "--batch-size": (batch_size, 1),
+        "--max-new-tokens": (max_new_tokens, 1),
+        "--beams": (beams, 1),
+        "--min-new-tokens": (min_new_tokens, 0),
+        "--seed": (seed, 0),
+    }
+    for option, (value, bound) in least.items():
+        if value < bound:
+            raise typer.BadParameter(f"{option} is at least {bound}, got {value}")
+    if min_new_tokens > max_new_tokens:
+        raise typer.BadParameter(
+            f"--min-new-tokens ({min_new_tokens}) is above --max-new-tokens ({max_new_tokens})"
+        )
+
+
+def _say(line: str) -> None:
+    print(f"catp-jax: {line}", file=sys.stderr)
