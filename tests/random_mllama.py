@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from catp_jax.generation.inputs import Packed, ProcessedImage, pack
-from catp_jax.models.cross_decoder import CrossDecoderConfig
+from catp_jax.generation.mllama_inputs import MllamaPacked, ProcessedImage, pack
+from catp_jax.models.cross_decoder import CrossDecoderConfig, MaskMode
 from catp_jax.models.layers import Llama3Scaling, RopeConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
@@ -107,6 +107,6 @@ AVAILABLE = (PER_TILE, 4 * PER_TILE, 0, 7 * PER_TILE, 2 * PER_TILE)
 ROOM = 8 * PER_TILE  # visual tokens per prompt in the packed batch
 
 
-def packed(rows: Sequence[int] = range(5), mode: str = "meta") -> Packed:
+def packed(rows: Sequence[int] = range(5), mode: MaskMode = "meta") -> MllamaPacked:
     """These prompts of the mixed batch, in this order."""
     return pack([PROMPTS[row] for row in rows], [PICTURES[row] for row in rows], CONFIG, mode)

@@ -27,6 +27,8 @@ INDICES = np.array([[4, 0, 0], [1, 2, 3], [0, 0, 0], [12, 5, 7], [6, 6, 2]])
 VALID = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 0, 0]], bool)
 
 
+REDUCED = ("tokens", "values", "numbers")
+
 prune = jax.jit(run_pruners)
 
 
@@ -58,12 +60,14 @@ def test_kept_columns_of_a_mask_are_false_where_the_entry_is_empty(view: View, k
 
 def test_a_reduced_view_holds_the_kept_tokens_and_all_rows(view: View, keep: Keep):
     reduced = reduce_view(view, keep)
-    for name in ("tokens", "keys", "values", "positions"):
-        whole, part = np.asarray(getattr(view, name)), np.asarray(getattr(reduced, name))
+    pairs = [(getattr(view, name), getattr(reduced, name)) for name in REDUCED]
+    for whole, part in [*pairs, (view.attention.keys, reduced.attention.keys)]:
+        whole, part = np.asarray(whole), np.asarray(part)
         for b in range(5):
             np.testing.assert_array_equal(part[b], whole[b][INDICES[b]])
-    np.testing.assert_array_equal(reduced.queries, view.queries)
-    assert reduced.layer == view.layer
+    np.testing.assert_array_equal(reduced.attention.queries, view.attention.queries)
+    assert (reduced.site, reduced.layer) == (view.site, view.layer)
+    assert reduced.num_visual == 3
     valid = np.stack([np.asarray(view.valid)[b][INDICES[b]] for b in range(5)]) & VALID
     np.testing.assert_array_equal(reduced.valid, valid)
     np.testing.assert_array_equal(reduced.sees, keep_columns(view.sees, keep))
@@ -75,7 +79,7 @@ def test_two_selections_chained_do_what_one_after_the_other_does(view: View, kee
         valid=jnp.asarray([[1, 1], [1, 0], [1, 1], [1, 1], [1, 1]], bool),
     )
     both = chain(keep, then)
-    np.testing.assert_array_equal(both.apply(view.keys), then.apply(keep.apply(view.keys)))
+    np.testing.assert_array_equal(both.apply(view.tokens), then.apply(keep.apply(view.tokens)))
     for b in range(5):
         for k, inner in enumerate(np.asarray(then.indices[b])):
             assert both.indices[b, k] == INDICES[b, inner]
@@ -121,7 +125,8 @@ def test_no_pruners_keep_everything(view: View):
 class Watcher:
     """Prunes nothing and reports what it saw."""
 
-    site = Site.CROSS
+    sites = (Site.CROSS,)
+    site: Site = static(default=Site.CROSS)
 
     def start(self, view: View):
         return jnp.zeros(())
@@ -143,7 +148,8 @@ def test_a_pruner_may_leave_everything_and_still_report(view: View):
 class Entrance:
     """A pruner for another place."""
 
-    site = Site.ENTRY
+    sites = (Site.ENTRY,)
+    site: Site = static(default=Site.ENTRY)
 
 
 def test_a_pruner_for_a_site_the_model_lacks_is_refused_by_name():

@@ -15,7 +15,7 @@ import pytest
 
 from catp_jax.contract import Keep
 from catp_jax.generation import generate as programs
-from catp_jax.generation.inputs import pack
+from catp_jax.generation.mllama_inputs import pack
 from catp_jax.models import cross_decoder, tiled_vit
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
@@ -48,7 +48,7 @@ def flops(run: Any, *arguments: Any) -> float:
 def prefill_flops(pruner: Any) -> float:
     def run(model: Mllama, inputs: Inputs) -> Any:
         out = programs.prefill.__wrapped__(
-            model, () if pruner is None else (pruner,), inputs, mode="meta", new_slots=0
+            model, () if pruner is None else (pruner,), inputs, new_slots=0
         )
         return out.logits, out.cache, out.selection.kept
 
@@ -60,7 +60,7 @@ def gather_flops(keep: int) -> float:
     """A prefill that keeps entries somebody else chose."""
 
     def run(model: Mllama, inputs: Inputs, kept: Keep) -> Any:
-        return model.back(model.front(inputs, "meta"), kept, "meta", 0)
+        return model.back(model.front(inputs), kept, lambda view: None, 0)
 
     indices = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (BATCH, keep))
     kept = Keep(indices=indices, valid=jnp.ones((BATCH, keep), bool))
@@ -123,14 +123,16 @@ def test_pruning_costs_less_than_not_pruning(method: Any):
 def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
     out = jax.eval_shape(
         lambda model, inputs: programs.prefill.__wrapped__(
-            model, (KNorm(keep=keep),), inputs, mode="meta", new_slots=5
+            model, (KNorm(keep=keep),), inputs, new_slots=5
         ),
         random_mllama(),
         inputs(),
     )
-    for index, layer in enumerate(out.cache.layers):
-        slots = keep if index in TEXT.cross_attention_layers else ROWS + 5
-        assert layer.keys.shape == layer.values.shape == (BATCH, slots, KV_HEADS, CHANNELS)
+    assert len(out.cache.cross) == len(TEXT.cross_attention_layers)
+    assert len(out.cache.own.layers) == TEXT.num_hidden_layers - len(out.cache.cross)
+    for layers, slots in ((out.cache.own.layers, ROWS + 5), (out.cache.cross, keep)):
+        for layer in layers:
+            assert layer.keys.shape == layer.values.shape == (BATCH, slots, KV_HEADS, CHANNELS)
     assert out.cache.seen.shape == out.cache.visual.valid.shape == (BATCH, keep)
 
 
@@ -142,9 +144,7 @@ def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(mon
         """Shapes of all exponentials over visual tokens in the traced program."""
 
         def run(model: Mllama, inputs: Inputs) -> Any:
-            return programs.prefill.__wrapped__(
-                model, (pruner,), inputs, mode="meta", new_slots=0
-            ).logits
+            return programs.prefill.__wrapped__(model, (pruner,), inputs, new_slots=0).logits
 
         return [
             variable.aval.shape

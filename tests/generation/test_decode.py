@@ -32,13 +32,13 @@ class Scripted:
 
     script: Any
 
-    def front(self, inputs: Any, mode: Any) -> Start:
+    def front(self, inputs: Any) -> Start:
         return Start()
 
-    def back(self, front: Any, keep: Any, mode: Any, new_slots: int) -> tuple[Any, Any]:
+    def back(self, front: Any, keep: Any, select: Any, new_slots: int) -> tuple[Any, Any]:
         return self._logits(0), jnp.asarray(1, jnp.int32)
 
-    def step(self, tokens: Any, cache: Any, mode: Any) -> tuple[Any, Any]:
+    def step(self, tokens: Any, cache: Any) -> tuple[Any, Any]:
         io_callback(lambda n, fed: calls.append((int(n), fed.tolist())), None, cache, tokens)
         return self._logits(cache), cache + 1
 
@@ -57,7 +57,6 @@ def run(script: list[list[int]], new: int, ends: tuple[int, ...] = (END, OTHER_E
         sampling(len(script[0])),
         jnp.asarray(ends, jnp.int32),
         jnp.asarray(PAD, jnp.int32),
-        mode="meta",
         max_new_tokens=new,
     )
     jax.block_until_ready(out)
@@ -138,7 +137,7 @@ def test_a_batch_without_images_reports_no_selection():
 @pytest.mark.parametrize("new", [1, 5])
 def test_prefill_and_steps_follow_the_same_script(new: int):
     script = Scripted(script=jnp.asarray([[1, 2], [3, 4], [5, 6], [7, 8], [9, 9]], jnp.int32))
-    start = programs.prefill(script, (), None, mode="meta", new_slots=new)
+    start = programs.prefill(script, (), None, new_slots=new)
     tokens, logits, cache = [], start.logits, start.cache
     for _ in range(new):
         tokens.append(logits.argmax(axis=1).astype(jnp.int32))
@@ -146,6 +145,5 @@ def test_prefill_and_steps_follow_the_same_script(new: int):
             replace(script, script=jnp.concatenate([script.script, script.script[:1]])),
             tokens[-1],
             cache,
-            mode="meta",
         )
     assert jnp.stack(tokens).tolist() == script.script[:new].tolist()

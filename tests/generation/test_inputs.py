@@ -7,16 +7,8 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from catp_jax.generation.inputs import (
-    IMAGE_COUNTS,
-    TEXT_LENGTHS,
-    TILE_COUNTS,
-    ProcessedImage,
-    image_spans,
-    locate,
-    pack,
-    round_up,
-)
+from catp_jax.generation.inputs import IMAGE_COUNTS, TEXT_LENGTHS, TILE_COUNTS, round_up
+from catp_jax.generation.mllama_inputs import ProcessedImage, image_spans, locate, pack
 from tests.random_mllama import AVAILABLE, CONFIG, IMAGE, PER_TILE, PROMPTS, packed, picture
 
 # --- spans ------------------------------------------------------------------------------------
@@ -139,7 +131,7 @@ def test_mode_hf_gives_every_prompt_all_tiles_of_as_many_images_as_the_richest()
     batch = packed(mode="hf")
     assert all(len(tiles) == 12 for tiles in batch.tiles)
     assert batch.available == AVAILABLE  # tiles of padding are nobody's visual tokens
-    assert batch.mask_mode == "hf"
+    assert batch.inputs.mode == "hf"
     valid = np.asarray(batch.inputs.images.tile_valid)
     assert valid.sum(axis=1).tolist() == [12] * 5
     # but no row sees a tile that is padding

@@ -42,7 +42,6 @@ def ours(name: str, samples: str, mode: MaskMode, end: int | None = None) -> pro
         sampling(len(batch(samples))),
         jnp.asarray([-1 if end is None else end], jnp.int32),
         jnp.asarray(PAD, jnp.int32),
-        mode=mode,
         max_new_tokens=NEW,
     )
 

@@ -44,18 +44,20 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(llama, dtype):
     inputs = jax.eval_shape(lambda: one_image(config.vision.image_size))
     pruners = (TrimmedLlama(keep=100),)
     out = jax.eval_shape(
-        lambda model, inputs: prefill(model, pruners, inputs, mode="meta", new_slots=NEW),
+        lambda model, inputs: prefill(model, pruners, inputs, new_slots=NEW),
         model,
         inputs,
     )
     again = jax.eval_shape(
-        lambda model, cache: step(model, jnp.zeros(1, jnp.int32), cache, mode="meta"),
+        lambda model, cache: step(model, jnp.zeros(1, jnp.int32), cache),
         model,
         out.cache,
     )
     for logits, cache in ((out.logits, out.cache), again):
         assert logits.dtype == dtype
-        assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype(dtype)}
+        assert {leaf.dtype for leaf in jax.tree.leaves((cache.own.layers, cache.cross))} == {
+            jnp.dtype(dtype)
+        }
 
 
 def test_a_visual_token_of_the_11b_takes_32_kib_of_cross_attention_cache(llama):

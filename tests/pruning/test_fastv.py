@@ -6,8 +6,9 @@ import pytest
 
 from catp_jax.contract import View
 from catp_jax.pruning.fastv import FastV
+from catp_jax.struct import replace
 from tests.pruning import oracles
-from tests.pruning.views import kept, random_view, run, view_of_weights
+from tests.pruning.views import kept, random_view, run, shown, view_of_weights, with_attention
 
 #                    head 0                  head 1
 HAND = [
@@ -29,7 +30,7 @@ def test_hand_made_only_the_last_row_counts():
 def test_hand_made_last_row_is_the_last_that_sees_the_image():
     view = view_of_weights([*HAND, [[0.01, 0.01, 0.01, 0.97]] * 2])
     assert kept(select(1, view), 0) == [3]
-    padded = View(**{**vars(view), "sees": view.sees.at[:, 2].set(False)})
+    padded = replace(view, sees=view.sees.at[:, 2].set(False))
     assert kept(select(1, padded), 0) == [2]
 
 
@@ -44,14 +45,14 @@ def test_selection_is_the_oracles(keep: int, seed: int):
     view = random_view(seed)
     chosen = select(keep, view)
     for sample in range(5):
-        arrays = (np.asarray(a[sample]) for a in (view.queries, view.keys, view.sees))
-        assert kept(chosen, sample) == oracles.fastv(*arrays, keep=keep)
+        assert kept(chosen, sample) == oracles.fastv(*shown(view, sample), keep=keep)
 
 
 def test_earlier_rows_do_not_matter():
     view = random_view()
     last = np.asarray(view.sees.any(axis=2)).cumsum(axis=1)
     is_last = jnp.asarray(last == last[:, -1:])[:, :, None, None]
-    changed = View(**{**vars(view), "queries": jnp.where(is_last, view.queries, -view.queries)})
+    queries = view.attention.queries
+    changed = with_attention(view, queries=jnp.where(is_last, queries, -queries))
     for sample in range(5):
         assert kept(select(4, view), sample) == kept(select(4, changed), sample)

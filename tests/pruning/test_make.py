@@ -8,8 +8,10 @@ import pytest
 from catp_jax import pruning
 from catp_jax.contract import Site
 from catp_jax.pruning import METHODS, FastV, KNorm, Random, TrimmedLlama, make, methods_for
+from catp_jax.struct import pytree, static
 
 CROSS = frozenset({Site.CROSS})
+ENTRY = frozenset({Site.ENTRY})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_every_method_is_listed_once_and_has_its_own_file():
     assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random"]
 
 
-@pytest.mark.parametrize("spec", ["", "catp", "Trimmed_Llama", "trimmed-llama", "fastv,random"])
+@pytest.mark.parametrize("spec", ["", "cat", "Trimmed_Llama", "trimmed-llama", "fastv,random"])
 def test_an_unknown_name_is_answered_with_those_that_fit(spec: str):
     with pytest.raises(ValueError, match="unknown pruning method") as error:
         make(spec, 8, CROSS)
@@ -52,18 +54,19 @@ def test_an_unknown_name_is_answered_with_those_that_fit(spec: str):
 
 
 def test_a_method_for_another_place_is_answered_with_those_that_fit(monkeypatch):
-    @dataclasses.dataclass
+    @pytree
     class Entrance:
-        keep: int
-        site = Site.ENTRY
+        sites = (Site.ENTRY,)
+        site: Site = static()
+        keep: int = static()
 
     monkeypatch.setitem(pruning.METHODS, "entrance", Entrance)
-    assert make("entrance", 8, frozenset({Site.ENTRY})) == Entrance(8)
+    assert make("entrance", 8, ENTRY) == Entrance(site=Site.ENTRY, keep=8)
     with pytest.raises(ValueError, match="does not have") as error:
         make("entrance", 8, CROSS)
     assert "it takes trimmed_llama, fastv, k_norm, random" in str(error.value)
-    with pytest.raises(ValueError, match="it takes entrance"):
-        make("fastv", 8, frozenset({Site.ENTRY}))
+    with pytest.raises(ValueError, match=r"it takes catp, l2, .*, entrance"):
+        make("fastv", 8, ENTRY)
 
 
 def test_a_model_that_no_method_fits_is_told_so():
@@ -80,7 +83,7 @@ def test_a_model_that_no_method_fits_is_told_so():
         ("trimmed_llama:", "per_head=…, k_ratio=…"),
         ("trimmed_llama:keep=4", "per_head=…, k_ratio=…"),
         ("random:per_head=2", "seed=…"),
-        ("fastv:k=2", "no options"),
+        ("fastv:k=2", "layer=…"),
         ("k_norm:seed=2", "no options"),
     ],
 )

@@ -6,7 +6,8 @@ import numpy as np
 
 from catp_jax.contract import View
 from catp_jax.pruning.random import Random
-from tests.pruning.views import kept, random_view, run
+from catp_jax.struct import replace
+from tests.pruning.views import kept, random_view, run, with_attention
 
 
 def select(view: View, **options):
@@ -48,17 +49,24 @@ def test_a_sample_keeps_the_same_tokens_whoever_its_neighbours_are():
         assert kept(alone, 0) == kept(whole, sample)
 
 
+def wider(array: jax.Array, axis: int = 1) -> jax.Array:
+    """Six empty entries more."""
+    return jnp.pad(array, [(0, 6 if number == axis else 0) for number in range(array.ndim)])
+
+
 def test_padding_does_not_change_the_draw():
     view = random_view()
     columns = view.valid.shape[1]
-    pad = {"tokens": 1, "keys": 1, "values": 1, "valid": 1, "sees": 2}
-    wide = {
-        name: jnp.pad(array, [(0, 6 if axis == pad[name] else 0) for axis in range(array.ndim)])
-        for name, array in vars(view).items()
-        if name in pad
-    }
-    positions = jnp.broadcast_to(jnp.arange(columns + 6, dtype=jnp.int32), (5, columns + 6))
-    padded = View(**{**vars(view), **wide, "positions": positions})
+    numbers = jnp.broadcast_to(jnp.arange(columns + 6, dtype=jnp.int32), (5, columns + 6))
+    padded = replace(
+        with_attention(view, keys=wider(view.attention.keys)),
+        num_visual=columns + 6,
+        tokens=wider(view.tokens),
+        values=wider(view.values),
+        numbers=numbers,
+        valid=wider(view.valid),
+        sees=wider(view.sees, axis=2),
+    )
     narrow, wide_choice = select(view, keep=4, seed=2), select(padded, keep=4, seed=2)
     for sample in range(5):
         assert kept(narrow, sample) == kept(wide_choice, sample)
@@ -77,15 +85,14 @@ def test_the_draw_goes_by_a_tokens_place_not_by_its_column():
     whole = kept(select(view, keep=4, seed=6), 0)
     left = sorted({*whole, 1, 8, 12})
     index = jnp.asarray(left)
-    rest = View(
-        **{
-            **vars(view),
-            **{
-                name: getattr(view, name)[:, index]
-                for name in ("tokens", "keys", "values", "positions", "valid")
-            },
-            "sees": view.sees[:, :, index],
-        }
+    rest = replace(
+        with_attention(view, keys=view.attention.keys[:, index]),
+        num_visual=len(left),
+        tokens=view.tokens[:, index],
+        values=view.values[:, index],
+        numbers=view.numbers[:, index],
+        valid=view.valid[:, index],
+        sees=view.sees[:, :, index],
     )
     assert [left[column] for column in kept(select(rest, keep=4, seed=6), 0)] == whole
 

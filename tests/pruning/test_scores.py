@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax.contract import View
 from catp_jax.pruning import scores
 from tests.pruning import oracles
-from tests.pruning.views import kept, random_view
+from tests.pruning.views import kept, random_view, shown
 
 
 @pytest.fixture(scope="module")
@@ -15,18 +16,21 @@ def view():
     return random_view(seed=7, rows=11)
 
 
+def evidence(view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return view.attention.queries, view.attention.keys, view.sees
+
+
 def test_attention_is_the_oracles(view):
-    weights = np.asarray(scores.attention(view.queries, view.keys, view.sees))
+    weights = np.asarray(scores.attention(*evidence(view)))
     for sample in range(5):
-        arrays = [np.asarray(a[sample]) for a in (view.queries, view.keys, view.sees)]
         for head in range(6):
             for row in range(11):
-                expected = oracles.attention_row(*arrays, row, head)
+                expected = oracles.attention_row(*shown(view, sample), row, head)
                 np.testing.assert_allclose(weights[sample, head, row], expected, atol=1e-6)
 
 
 def test_attention_rows_sum_to_one_or_are_zero(view):
-    total = np.asarray(scores.attention(view.queries, view.keys, view.sees)).sum(axis=-1)
+    total = np.asarray(scores.attention(*evidence(view))).sum(axis=-1)
     seeing = np.asarray(view.sees.any(axis=2))[:, None]
     np.testing.assert_allclose(total, np.broadcast_to(seeing, total.shape), atol=1e-6)
 
@@ -35,22 +39,23 @@ def test_attention_rows_sum_to_one_or_are_zero(view):
 def test_attention_received_does_not_depend_on_the_rows_taken_at_once(
     view, rows_at_once, monkeypatch
 ):
-    whole = scores.attention(view.queries, view.keys, view.sees).sum(axis=2)
+    whole = scores.attention(*evidence(view)).sum(axis=2)
     monkeypatch.setattr(scores, "ROWS_AT_ONCE", rows_at_once)
-    np.testing.assert_allclose(scores.attention_received(view), whole, atol=2e-6)
+    np.testing.assert_allclose(scores.attention_received(*evidence(view)), whole, atol=2e-6)
 
 
 def test_attention_received_in_passes_never_holds_all_rows(monkeypatch):
     monkeypatch.setattr(scores, "ROWS_AT_ONCE", 4)
     view = random_view(rows=23, columns=17)
-    jaxpr = str(jax.make_jaxpr(scores.attention_received)(view))
+    jaxpr = str(jax.make_jaxpr(scores.attention_received)(*evidence(view)))
     assert "5,6,4,17" in jaxpr  # weights of four rows
     assert "5,6,23,17" not in jaxpr
     assert "5,6,24,17" not in jaxpr
 
 
 def test_weights_are_float32_in_a_bfloat16_model(view):
-    queries, keys = view.queries.astype(jnp.bfloat16), view.keys.astype(jnp.bfloat16)
+    queries, keys, _ = evidence(view)
+    queries, keys = queries.astype(jnp.bfloat16), keys.astype(jnp.bfloat16)
     weights = scores.attention(queries, keys, view.sees)
     assert weights.dtype == jnp.float32
     exact = scores.attention(

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import View
+from catp_jax.contract import Site, View
 from catp_jax.pruning.trimmed_llama import TrimmedLlama, TrimmedReport
 from tests.pruning import oracles
-from tests.pruning.views import kept, random_view, run, view_of_weights
+from tests.pruning.views import kept, random_view, run, shown, view_of_weights, with_attention
 
 
 def select(pruner: TrimmedLlama, view: View):
@@ -85,9 +85,7 @@ def test_selection_and_report_are_the_oracles(form: str, seed: int):
     view = random_view(seed)
     keep, report = select(TrimmedLlama(**options), view)
     for sample in range(5):
-        oracle = oracles.trimmed_llama(
-            *(np.asarray(a[sample]) for a in (view.queries, view.keys, view.sees)), **expected
-        )
+        oracle = oracles.trimmed_llama(*shown(view, sample), **expected)
         assert kept(keep, sample) == oracle.kept
         assert int(report.union[sample]) == oracle.union
         assert int(report.overflow[sample]) == oracle.overflow
@@ -107,15 +105,10 @@ def test_query_heads_read_the_key_head_of_their_group():
     queries = np.zeros((1, 1, 4, 6))
     for head, channel in enumerate([0, 2, 0, 2]):
         queries[0, 0, head, channel] = 5
-    view = View(
-        layer=0,
-        tokens=jnp.zeros((1, 6, 2)),
+    view = with_attention(
+        view_of_weights([[[1.0] * 6]]),
         queries=jnp.asarray(queries, jnp.float32),
         keys=jnp.asarray(np.stack([eye, eye[::-1]], axis=1)[None], jnp.float32),
-        values=jnp.zeros((1, 6, 2, 6)),
-        positions=jnp.arange(6, dtype=jnp.int32)[None],
-        valid=jnp.ones((1, 6), bool),
-        sees=jnp.ones((1, 1, 6), bool),
     )
     keep, _ = select(TrimmedLlama(keep=None, per_head=1), view)
     assert kept(keep, 0) == [0, 2, 3, 5]  # heads 0, 1 → 0, 2; heads 2, 3 → 5, 3
@@ -123,14 +116,14 @@ def test_query_heads_read_the_key_head_of_their_group():
 
 def test_rows_that_see_no_image_have_no_vote():
     view = random_view()
-    other = jax.random.normal(jax.random.key(5), view.queries.shape) * 3
+    other = jax.random.normal(jax.random.key(5), view.attention.queries.shape) * 3
     blind = ~view.sees.any(axis=2)[:, :, None, None]
-    changed = View(**{**vars(view), "queries": jnp.where(blind, other, view.queries)})
+    changed = with_attention(view, queries=jnp.where(blind, other, view.attention.queries))
     pruner = TrimmedLlama(keep=5, per_head=2)
     before, after = select(pruner, view), select(pruner, changed)
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
-    turned = View(**{**vars(view), "queries": jnp.where(blind, view.queries, other)})
+    turned = with_attention(view, queries=jnp.where(blind, view.attention.queries, other))
     assert kept(select(pruner, turned)[0], 0) != kept(before[0], 0)
 
 
@@ -167,12 +160,14 @@ def test_a_tiny_k_ratio_still_asks_for_one():
 def _row(valid: jax.Array) -> View:
     columns = valid.shape[0]
     return View(
+        site=Site.CROSS,
         layer=0,
+        num_visual=columns,
         tokens=jnp.zeros((1, columns, 1)),
-        queries=jnp.zeros((1, 1, 1, 2)),
-        keys=jnp.zeros((1, columns, 1, 2)),
-        values=jnp.zeros((1, columns, 1, 2)),
-        positions=jnp.zeros((1, columns), jnp.int32),
+        attention=None,
+        values=None,
+        evidence=None,
+        numbers=jnp.zeros((1, columns), jnp.int32),
         valid=valid[None],
         sees=valid[None, None],
     )

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from catp_jax.contract import Keep, View
+from catp_jax.contract import Attention, Keep, Site, View
+from catp_jax.struct import replace
 
 
 def random_view(seed: int = 0, rows: int = 7, columns: int = 13) -> View:
@@ -30,12 +32,16 @@ def random_view(seed: int = 0, rows: int = 7, columns: int = 13) -> View:
     queries[~sees.any(axis=2)] = 50
     keys[~valid] = 0.001  # the shortest norm, were it read
     return View(
+        site=Site.CROSS,
         layer=1,
+        num_visual=columns,
         tokens=jnp.asarray(rng.normal(size=(batch, columns, 8)), jnp.float32),
-        queries=jnp.asarray(queries, jnp.float32),
-        keys=jnp.asarray(keys, jnp.float32),
+        attention=Attention(
+            queries=jnp.asarray(queries, jnp.float32), keys=jnp.asarray(keys, jnp.float32)
+        ),
         values=jnp.asarray(rng.normal(size=keys.shape), jnp.float32),
-        positions=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (batch, columns)),
+        evidence=None,
+        numbers=jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (batch, columns)),
         valid=jnp.asarray(valid),
         sees=jnp.asarray(sees),
     )
@@ -49,15 +55,34 @@ def view_of_weights(weights: Sequence[Sequence[Sequence[float]]]) -> View:
     columns = array.shape[-1]
     keys = np.eye(columns)[None, :, None]
     return View(
+        site=Site.CROSS,
         layer=0,
+        num_visual=columns,
         tokens=jnp.zeros((1, columns, 2)),
-        queries=jnp.asarray(np.log(array), jnp.float32),
-        keys=jnp.asarray(keys, jnp.float32),
+        attention=Attention(
+            queries=jnp.asarray(np.log(array), jnp.float32), keys=jnp.asarray(keys, jnp.float32)
+        ),
         values=jnp.asarray(keys, jnp.float32),
-        positions=jnp.arange(columns, dtype=jnp.int32)[None],
+        evidence=None,
+        numbers=jnp.arange(columns, dtype=jnp.int32)[None],
         valid=jnp.ones((1, columns), bool),
         sees=jnp.ones((1, array.shape[1], columns), bool),
     )
+
+
+def shown(view: View, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sample's queries, keys and `sees`, as the oracles take them."""
+    if view.attention is None:
+        raise ValueError("this view shows no attention")
+    return tuple(
+        np.asarray(array[sample])
+        for array in (view.attention.queries, view.attention.keys, view.sees)
+    )
+
+
+def with_attention(view: View, **changed: Array) -> View:
+    """The view with other `queries` or `keys`."""
+    return replace(view, attention=replace(view.attention, **changed))
 
 
 run = jax.jit(lambda pruner, view: pruner(view, pruner.start(view)))
