@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -294,7 +294,7 @@ def table(results: Sequence[Result], name: str = "", width: int = 80) -> Table:
     return out
 
 
-def write_csv(results: dict[str, Sequence[Result]], path: Path) -> None:
+def write_csv(results: Mapping[str, Sequence[Result]], path: Path) -> None:
     """One row a model and setting, every figure a column; pruner and versions as JSON."""
     rows = []
     for name, own in results.items():

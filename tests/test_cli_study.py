@@ -1,0 +1,277 @@
+"""`catp-jax study`: what is refused before a model is loaded; the way from a task to a report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from catp_jax import api, cli_study
+from tests.study.answerer import Tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+
+
+class Loaded(Exception):
+    """The model was loaded."""
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A folder that loads as the small model; the working directory is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "load", lambda folder, dtype: Tiny())
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def no_model(monkeypatch, tiny):
+    """Loading a model is the end of the test."""
+
+    def load(folder, dtype):
+        raise Loaded
+
+    monkeypatch.setattr(api, "load", load)
+    return tiny
+
+
+def study(*words):
+    return CliRunner().invoke(cli_study.app, [str(word) for word in words])
+
+
+def refused(result, *said):
+    """The message, whether typer shows it or the command line's entry point will."""
+    assert result.exit_code != 0
+    if isinstance(result.exception, ValueError):
+        message = str(result.exception)
+    else:
+        assert isinstance(result.exception, SystemExit), result.exception
+        message = " ".join(result.output.replace("│", " ").split())
+    for words in said:
+        assert words in message
+    return message
+
+
+def questions(folder, number=6):
+    lines = []
+    for n in range(number):
+        Image.new("RGB", (4, 4)).save(folder / f"{n // 2}.png")
+        lines.append({"image": f"{n // 2}.png", "question": f"is it {n}?", "answer": "yes"})
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_a_study_runs_and_reports(tiny):
+    data = questions(tiny)
+    words = ["--methods", "position, l2", "--keep", "4,25%", "--out", "runs/x.jsonl"]
+    done = study("model", "--task", "jsonl", "--data", data, *words, "--batch-size", 4)
+    assert done.exit_code == 0, done.output
+    assert "model: 6 questions about 3 images" in done.output
+    assert "catp-jax study report runs/x.jsonl" in done.output
+    rows = [json.loads(line) for line in Path("runs/x.jsonl").read_text().splitlines()]
+    header = rows[0]
+    assert (header["name"], header["task"], header["batch"]) == ("model", "jsonl", 4)
+    assert header["data"]["file"] == "mine.jsonl"
+    assert [row["setting"] for row in rows if row["row"] == "result"] == [
+        {"method": "unpruned", "keep": None},
+        {"method": "position", "keep": 4},
+        {"method": "position", "keep": "25%"},
+        {"method": "l2", "keep": 4},
+        {"method": "l2", "keep": "25%"},
+    ]
+    assert len([row for row in rows if row["row"] == "picture"]) == 3
+
+    done = study("report", "runs/x.jsonl", "--out", "report")
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in Path("report").iterdir()} == {
+        "report.md",
+        "results.csv",
+        "accuracy.png",
+        "kept.png",
+    }
+
+
+def test_run_may_be_said_or_left_out(tiny):
+    data = questions(tiny)
+    words = ["--task", "jsonl", "--data", data, "--methods", "l2", "--keep", "2"]
+    assert study("run", "model", *words, "--out", "a.jsonl").exit_code == 0
+    assert study(*words, "--out", "b.jsonl", "model").exit_code == 0
+    settings = [
+        [
+            row["setting"]
+            for line in Path(name).read_text().splitlines()
+            if "setting" in (row := json.loads(line))
+        ]
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert settings[0] == settings[1]
+
+
+def test_all_that_can_be_left_out_is(tiny):
+    done = study("model", "--task", "jsonl", "--data", questions(tiny))
+    assert done.exit_code == 1  # self_attention and catp want evidence that the small model lacks
+    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--methods", "random")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("runs/model-jsonl.jsonl").read_text().splitlines()]
+    kept = [row["setting"]["keep"] for row in rows if row["row"] == "result"]
+    assert kept == [None, "50%", "25%", "12.5%"]
+
+
+def test_a_study_goes_on_and_more_can_be_added(tiny):
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    assert study(*words, "--methods", "l2", "--keep", "2").exit_code == 0
+    before = Path("x.jsonl").read_bytes()
+    Path("x.jsonl").write_bytes(before[:-10])
+    done = study(*words, "--methods", "l2,position", "--keep", "2,4")
+    assert done.exit_code == 0, done.output
+    assert "the last line was cut off" in done.output
+    after = Path("x.jsonl").read_bytes()
+    assert after.startswith(before[: before.rindex(b"\n", 0, -10) + 1])
+    assert after.count(b'"row": "result"') == 5
+
+
+def test_an_interrupted_study_says_that_it_can_go_on(tiny, monkeypatch):
+    class Impatient(Tiny):
+        def generate_packed(self, packed, pruners, **options):
+            if len(self.batches) == 4:
+                raise KeyboardInterrupt
+            return super().generate_packed(packed, pruners, **options)
+
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    words += ["--methods", "l2", "--keep", "2", "--batch-size", "2"]
+    monkeypatch.setattr(api, "load", lambda folder, dtype: Impatient())
+    done = study(*words)
+    assert done.exit_code != 0
+    assert "x.jsonl holds what was answered; the same command goes on" in done.output
+    monkeypatch.setattr(api, "load", lambda folder, dtype: Tiny())
+    assert study(*words).exit_code == 0
+
+
+def test_questions_that_do_not_fit_are_said_and_the_rest_is_asked(tiny):
+    Image.new("RGB", (4, 4)).save(tiny / "COCO_val2014_000000000001.jpg")
+    answers = [{"answer": "yes", "answer_id": n} for n in range(10)]
+    asked = [{"question_id": n, "image_id": n, "question": "is it?"} for n in (1, 2)]
+    given = [{"question_id": n, "image_id": n, "answers": answers} for n in (1, 2)]
+    (tiny / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    (tiny / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": given}))
+    files = ["--questions", "q.json", "--annotations", "a.json", "--images", "."]
+    done = study("model", "--task", "vqav2", *files, "--methods", "l2", "--keep", "2")
+    assert done.exit_code == 0, done.output
+    assert "1 of 2 questions left out" in done.output
+    header = json.loads(Path("runs/model-vqav2.jsonl").read_text().partition("\n")[0])
+    assert header["prompt"] == "Question: {question} Short answer:"
+    assert header["data"]["questions"] == 1
+
+
+EASY = ["model", "--task", "easy-vqa", "--limit", "4"]
+
+
+def test_the_model_is_loaded_once_all_else_is_right(no_model):
+    done = study(*EASY, "--methods", "catp,catp:layers=1,random", "--keep", "4")
+    assert isinstance(done.exception, Loaded)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "catpp"], ["unknown pruning method 'catpp'", "catp"]),
+        (["--methods", "catp:layer=1"], ["catp does not know the option 'layer=1'"]),
+        (["--methods", " , "], ["--methods names none"]),
+        (["--keep", "4,0"], ["keep takes a count of at least 1 or a percentage", "'0'"]),
+        (["--keep", "150%"], ["at most 100%"]),
+        (["--keep", "4,,2"], ["keep takes a count"]),
+        (["--prompt", "What is it?"], ["a prompt wants {question}"]),
+        (["--limit", "0"], ["at least 1 question"]),
+        (["--batch-size", "0"], ["--batch-size is at least 1"]),
+        (["--beams", "0"], ["--beams is at least 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens is at least 1"]),
+        (["--min-new-tokens", "11"], ["--min-new-tokens (11) is above --max-new-tokens (10)"]),
+        (["--seed", "-1"], ["--seed is at least 0"]),
+        (["--data", "x.jsonl"], ["--task easy-vqa does not take --data"]),
+        (["--fraction", "0.1"], ["--task easy-vqa does not take --fraction"]),
+        (["--task", "vqav2"], ["--task vqav2 wants --questions, --annotations, --images too"]),
+        (["--task", "jsonl"], ["--task jsonl wants --data too"]),
+        (["--task", "jsonl", "--data", "nothing.jsonl"], ["nothing.jsonl is not a file"]),
+        (["--task", "gqa"], ["gqa"]),
+        (["--out", "model"], ["model is not a file"]),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(no_model, words, said):
+    refused(study(*EASY, *words), *said)
+
+
+def test_a_folder_that_is_none_is_refused(no_model):
+    refused(study("nowhere", "--limit", "4"), "model 'nowhere' is not a folder")
+
+
+def test_another_studys_file_is_refused_before_a_model_is_loaded(tiny, monkeypatch):
+    data = questions(tiny)
+    words = ["--task", "jsonl", "--data", data, "--methods", "l2", "--keep", "2"]
+    assert study("model", *words, "--out", "x.jsonl", "--seed", 1).exit_code == 0
+    monkeypatch.setattr(api, "load", None)
+    said = refused(study("model", *words, "--out", "x.jsonl", "--beams", 5), "seed: 1 → 42")
+    assert "generation.num_beams: 1 → 5" in said
+    Path("notes.txt").write_text("mine")
+    refused(study("model", *words, "--out", "notes.txt"), "is not a sweep's file")
+    assert Path("notes.txt").read_text() == "mine"
+
+
+def test_budgets_and_methods_that_the_model_does_not_have_are_refused(tiny):
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    said = refused(study(*words, "--methods", "l2", "--keep", "9"), "there are only 8")
+    assert "give 1 to 8" in said
+    refused(study(*words, "--methods", "trimmed_llama", "--keep", "2"), "trimmed_llama prunes")
+    assert not Path("x.jsonl").exists()
+
+
+def test_a_report_wants_a_studys_file(tiny):
+    refused(study("report", "nothing.jsonl"), "is not a file")
+    Path("notes.txt").write_text("mine")
+    refused(study("report", "notes.txt"), "is not a sweep's file")
+
+
+def test_help_lists_both_commands_and_is_quick():
+    done = study("--help")
+    assert done.exit_code == 0
+    assert "report" in done.output
+    assert "--methods" in study("run", "--help").output
+    # nothing heavy is imported for it
+    script = "import sys; from catp_jax import cli_study; print('jax' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "False\n"
+
+
+def test_from_the_shell_with_a_trained_model(tmp_path):
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in conftest.py
+
+    def catp_jax(*words):
+        command = [sys.executable, "-m", "catp_jax", "study", *map(str, words)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, check=False, env=quick
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    words = ["--methods", "trimmed_llama", "--keep", "16", "--limit", "8", "--batch-size", "8"]
+    done = catp_jax(MINI, *words, "--out", "x.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "mini-llama-vision: 8 questions about 8 images" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    whole, pruned = [row for row in rows if row["row"] == "result"]
+    assert whole["accuracy"] >= 0.75
+    assert pruned["visual_tokens"] == 16
+    assert pruned["cache_bytes"] < 0.5 * whole["cache_bytes"]
+    assert pruned["prefill_flops"] < whole["prefill_flops"]
+    done = catp_jax("report", "x.jsonl", "--out", "report")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "report" / "kept.png") as picture:
+        assert picture.size[0] > 400
