@@ -56,7 +56,7 @@ class T5Config:
 
     @classmethod
     def flan_t5_xl(cls) -> "T5Config":
-        """Flan-T5 XL."""
+        """Flan-T5 XL as in BLIP-2, which has the exact gelu where Flan-T5 itself has gelu_new."""
         return cls(
             vocab_size=32128,
             d_model=2048,
@@ -68,7 +68,7 @@ class T5Config:
             relative_attention_num_buckets=32,
             relative_attention_max_distance=128,
             layer_norm_epsilon=1e-6,
-            dense_act_fn="gelu_new",
+            dense_act_fn="gelu",
             tie_word_embeddings=False,
             scale_decoder_outputs=False,
             decoder_start_token_id=0,
@@ -76,7 +76,7 @@ class T5Config:
 
     @classmethod
     def flan_t5_xxl(cls) -> "T5Config":
-        """Flan-T5 XXL."""
+        """Flan-T5 XXL as in BLIP-2."""
         return dataclasses.replace(cls.flan_t5_xl(), d_model=4096, d_ff=10240, num_heads=64)
 
 
@@ -100,8 +100,10 @@ def buckets(config: T5Config, is_bidirectional: bool) -> np.ndarray:
     number = config.relative_attention_num_buckets // (2 if is_bidirectional else 1)
     exact, farthest = number // 2, config.relative_attention_max_distance
     distance = np.arange(farthest + 1, dtype=np.float32)
-    share = np.log(np.maximum(distance, 1) / np.float32(exact)) / np.log(
-        np.float32(farthest / exact)
+    # the float32 nearest to each logarithm: a distance on the border of two buckets depends on it
+    ratio = np.maximum(distance, 1) / np.float32(exact)
+    share = np.log(ratio.astype(np.float64)).astype(np.float32) / np.float32(
+        np.log(farthest / exact)
     )
     large = exact + (share * np.float32(number - exact)).astype(np.int32)
     return np.where(distance < exact, distance, np.minimum(large, number - 1)).astype(np.int32)

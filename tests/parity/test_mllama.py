@@ -1,7 +1,6 @@
 """Our Llama 3.2 Vision against transformers' in float32: part by part, then logits of every row."""
 
 import contextlib
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from catp_jax.models.cache import Slots
-from catp_jax.models.cross_decoder import CrossMask, MaskMode, causal_mask
+from catp_jax.models.cache import Slots, causal_mask
+from catp_jax.models.cross_decoder import CrossMask, MaskMode
 from catp_jax.models.layers import rope_angles
 from catp_jax.models.mllama import Inputs, Mllama
 from tests.parity.tiny import (
@@ -136,7 +135,7 @@ def test_logits_of_every_row(name: str, batch_name: str, mode: MaskMode):
     as_meta = meta_masks(hf) if mode == "meta" else contextlib.nullcontext()
     with torch.no_grad(), as_meta:
         theirs = hf(**hf_inputs(samples, config)).logits
-    result = logits(ours, our_inputs(samples, config, mode), mode)
+    result = logits(ours, our_inputs(samples, config, mode))
     for row, own in rows_of(samples):
         assert relative_difference(result[row, own], theirs[row, own]) < TOLERANCE
 
@@ -145,13 +144,13 @@ def test_modes_differ_where_they_should():
     """Text before the image leaks in mode "hf"; a prompt with its image in front is the same."""
     _, ours, config = tiny("gqa")
     samples = batch("everything")
-    hf, meta = (logits(ours, our_inputs(samples, config, mode), mode) for mode in ("hf", "meta"))
+    hf, meta = (logits(ours, our_inputs(samples, config, mode)) for mode in ("hf", "meta"))
     apart = np.abs(np.asarray(hf - meta)).max(axis=-1)
     assert apart[0, 0] > 1e-2  # before the image
     assert apart[2, 0] > 1e-2  # no image
     assert apart[1, :3].max() < 1e-4
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def logits(model: Mllama, inputs: Inputs, mode: MaskMode) -> jax.Array:
-    return model(inputs, mode=mode)
+@jax.jit
+def logits(model: Mllama, inputs: Inputs) -> jax.Array:
+    return model(inputs)

@@ -3,7 +3,7 @@
     hf, ours, config = tiny("gqa")
     samples = batch("everything", config)
     logits = hf(**hf_inputs(samples, config)).logits
-    logits = ours(our_inputs(samples, config, mode="hf"), mode="hf")
+    logits = ours(our_inputs(samples, config, mode="hf"))
 
 Sizes differ from one another, so that a mixed-up axis cannot pass, and every parameter is drawn
 anew, gates and norms too: as transformers initialises them, cross-attention would be switched off.
@@ -33,7 +33,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from catp_jax.generation.inputs import ProcessedImage, pack
+from catp_jax.generation.mllama_inputs import ProcessedImage, pack
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Inputs, Mllama, MllamaConfig
 from convert import load_hf
@@ -124,7 +124,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         shape = tuple(parameter.shape)
         if shape == (1,):  # a gate
             drawn = rng.choice([-1, 1]) * rng.uniform(0.4, 0.9, shape)
-        elif "norm" in name and name.endswith("weight"):
+        elif "norm" in name.lower() and name.endswith("weight"):
             drawn = rng.uniform(0.5, 1.5, shape)
         elif "embed" in name and "patch" not in name:
             drawn = rng.normal(size=shape) * 0.6
