@@ -1,4 +1,4 @@
-"""Hugging Face folders to convert: a tiny random model, saved by transformers in every way."""
+"""Hugging Face folders to convert: tiny random models, saved by transformers in every way."""
 
 import atexit
 import copy
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.parity.tiny import tiny
+from tests.parity.tiny_blip2 import CONFIGS as BLIP2
+from tests.parity.tiny_blip2 import tiny_hf
 
 SIDE_FILES = {
     "tokenizer.json": '{"version": "1.0"}\n',
@@ -27,17 +29,19 @@ SAVES: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _saved(kind: str, dtype: torch.dtype) -> Path:
+def _saved(name: str, kind: str, dtype: torch.dtype) -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    hf, _, _ = tiny("gqa")
+    hf = tiny_hf(name) if name in BLIP2 else tiny(name)[0]
     copy.deepcopy(hf).to(dtype).save_pretrained(folder, **SAVES[kind])
     return folder
 
 
-def hf_folder(folder: Path, kind: str = "hub", dtype: torch.dtype = torch.float32) -> Path:
-    """Makes `folder` a Hugging Face folder of the tiny model, with files beside the weights."""
-    shutil.copytree(_saved(kind, dtype), folder, dirs_exist_ok=True)
+def hf_folder(
+    folder: Path, kind: str = "hub", dtype: torch.dtype = torch.float32, name: str = "gqa"
+) -> Path:
+    """Makes `folder` a Hugging Face folder of a tiny model, with files beside the weights."""
+    shutil.copytree(_saved(name, kind, dtype), folder, dirs_exist_ok=True)
     for name, content in SIDE_FILES.items():
         (folder / name).write_bytes(content.encode())
     (folder / "original").mkdir()

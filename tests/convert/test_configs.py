@@ -1,4 +1,4 @@
-"""convert.configs: what transformers writes is read, what would compute otherwise is refused."""
+"""Configurations of Llama 3.2 Vision: what transformers writes is read, what would compute otherwise is refused."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 from transformers import MllamaConfig as HfConfig
 
 from catp_jax.models.mllama import MllamaConfig
-from convert.configs import config_json, parse_config, read_config
+from convert.families import config_json, parse_config, read_config
 from tests.parity.tiny import CONFIGS, tiny_hf_config
 
 ELEVEN_B = MllamaConfig.llama_3_2_11b()

@@ -9,9 +9,9 @@ from transformers import MllamaForConditionalGeneration
 
 from catp_jax import checkpoint
 from catp_jax.models.mllama import MllamaConfig
-from convert.configs import config_json, parse_config
-from convert.mllama import detect_layout, match_mllama
-from convert.reader import abstract_model
+from convert import abstract
+from convert.families import config_json, parse_config
+from convert.mllama import MLLAMA, detect_layout
 
 PRESETS = {
     "11b": (MllamaConfig.llama_3_2_11b(), 906, 10_670_220_835),
@@ -41,19 +41,19 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     assert len(shapes) == count
     if parameters is not None:
         assert sum(tensor.numel() for tensor in state.values()) == parameters
-    ours = {name: leaf.shape for name, leaf in checkpoint.names(abstract_model(config)).items()}
+    ours = {name: leaf.shape for name, leaf in checkpoint.names(abstract(config)).items()}
     assert len(ours) == count
 
-    layout, matches, ignored = match_mllama(shapes, ours, config, preset)
-    assert (layout.name, ignored) == ("transformers 5", {})
-    assert {one.source for one in matches} == shapes.keys()
-    assert {one.target for one in matches} == ours.keys()
+    layout, found = MLLAMA.match(shapes, ours, config, preset)
+    assert (layout.name, found.twins, found.ignored) == ("transformers 5", [], {})
+    assert {one.source for one in found.matches} == shapes.keys()
+    assert {one.target for one in found.matches} == ours.keys()
 
     hub = {to_hub(name): shape for name, shape in shapes.items()}
-    layout, on_hub, _ = match_mllama(hub, ours, config, preset)
+    layout, on_hub = MLLAMA.match(hub, ours, config, preset)
     assert layout.name == "hub"
-    assert {one.target: one.source for one in on_hub} == {
-        one.target: to_hub(one.source) for one in matches
+    assert {one.target: one.source for one in on_hub.matches} == {
+        one.target: to_hub(one.source) for one in found.matches
     }
 
 

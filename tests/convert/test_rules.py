@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from convert.rules import IDENTITY, TRANSPOSE, Ignore, Rule, expand, match, patches, sources
+from convert.rules import (
+    IDENTITY,
+    TRANSPOSE,
+    Ignore,
+    Match,
+    Rule,
+    Twin,
+    expand,
+    match,
+    patches,
+    places,
+    sources,
+)
 
 RULES = [
     Rule("a.*.{q,k}.weight", "b.*.{q,k}.kernel", TRANSPOSE),
@@ -14,8 +26,11 @@ PARAMETERS = {"b.0.q.kernel": (4, 6), "b.0.k.kernel": (4, 2), "b.0.scale": (4,)}
 TENSORS = {"a.0.q.weight": (6, 4), "a.0.k.weight": (2, 4), "a.0.norm": (4,)}
 
 
-def run(tensors, rules=RULES, ignores=IGNORES, hints=None):
-    return match(tensors, PARAMETERS, rules, ignores, "folder", hints)
+TWINS = [Twin("other", "a.0.norm"), Twin("third", "a.0.norm"), Twin("a.0.k.weight", "a.0.norm")]
+
+
+def run(tensors, rules=RULES, ignores=IGNORES, hints=None, twins=TWINS):
+    return match(tensors, PARAMETERS, rules, ignores, "folder", hints, twins)
 
 
 def test_braces_stand_for_one_rule_a_word():
@@ -29,13 +44,42 @@ def test_braces_stand_for_one_rule_a_word():
 
 
 def test_each_parameter_gets_its_tensor():
-    matches, ignored = run(TENSORS | {"a.0.inv_freq": (2,)})
-    assert {one.target: (one.source, one.transform.name) for one in matches} == {
+    found = run(TENSORS | {"a.0.inv_freq": (2,)})
+    assert {one.target: (one.source, one.transform.name) for one in found.matches} == {
         "b.0.q.kernel": ("a.0.q.weight", "transposed"),
         "b.0.k.kernel": ("a.0.k.weight", "transposed"),
         "b.0.scale": ("a.0.norm", "as it is"),
     }
-    assert ignored == {"a.0.inv_freq": "computed"}
+    assert found.twins == []
+    assert found.ignored == {"a.0.inv_freq": "computed"}
+
+
+def test_second_names_of_a_tensor_are_its_twins():
+    found = run(TENSORS | {"other": (4,)})
+    assert found.twins == [Match("other", "b.0.scale", IDENTITY)]
+    assert Match("a.0.norm", "b.0.scale", IDENTITY) in found.matches
+
+
+def test_twin_stands_for_a_tensor_that_is_missing():
+    tensors = {name: shape for name, shape in TENSORS.items() if name != "a.0.norm"}
+    found = run(tensors | {"third": (4,), "other": (4,)})
+    assert Match("third", "b.0.scale", IDENTITY) in found.matches
+    assert found.twins == [Match("other", "b.0.scale", IDENTITY)]
+
+
+def test_twin_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"other \(has \(5,\), wanted \(4,\)\)"):
+        run(TENSORS | {"other": (5,)})
+
+
+def test_twin_with_a_parameter_of_its_own_is_none():
+    """As a head that is not tied."""
+    found = run(TENSORS)
+    assert Match("a.0.k.weight", "b.0.k.kernel", TRANSPOSE) in found.matches
+    tied = {name: shape for name, shape in PARAMETERS.items() if name != "b.0.k.kernel"}
+    assert places(["a.0.k.weight", "nowhere"], tied, RULES, TWINS) == {
+        "a.0.k.weight": Match("a.0.k.weight", "b.0.scale", IDENTITY)
+    }
 
 
 def test_names_lead_back():

@@ -122,7 +122,8 @@ def test_folder_without_safetensors_says_what_was_looked_for(tmp_path: Path):
     with pytest.raises(ValueError, match=f"looked for {SINGLE} and {INDEX}"):
         find_shards(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"only as PyTorch pickles \(pytorch_model.bin\)"):
+    with pytest.raises(ValueError, match=r"only as PyTorch pickles \(pytorch_model.bin\)") as error:
         find_shards(tmp_path)
+    assert "save_pretrained" in str(error.value)
     with pytest.raises(ValueError, match="is not a folder"):
         find_shards(tmp_path / "nowhere")
