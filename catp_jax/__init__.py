@@ -1,13 +1,15 @@
-"""Llama 3.2 Vision in JAX, with visual-token pruning that keeps shapes fixed."""
+"""BLIP-2 and Llama 3.2 Vision in JAX, with visual-token pruning that keeps shapes fixed."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from catp_jax.api import Answers as Answers
+    from catp_jax.api import Matcher as Matcher
     from catp_jax.api import Model as Model
     from catp_jax.api import load as load
+    from catp_jax.api import load_matcher as load_matcher
 
-__all__ = ["Answers", "Model", "load"]
+__all__ = ["Answers", "Matcher", "Model", "load", "load_matcher"]
 
 
 def __getattr__(name: str) -> Any:

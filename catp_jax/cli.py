@@ -1,4 +1,4 @@
-"""The command line: `catp-jax generate`, `convert`, `demo`.
+"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `demo`.
 
 Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong).
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import typer
 from rich.console import Console
 
+from catp_jax import cli_study
 from catp_jax.contract import Site
 from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
@@ -189,17 +190,53 @@ def convert(
 
 
 @app.command()
+def match(
+    model: ModelFolder,
+    image: Annotated[list[Path], typer.Option(help="An image; repeat it for several.")],
+    text: Annotated[list[str], typer.Option(help="A text; repeat it for several.")],
+    dtype: Dtype = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON object per image and text.")
+    ] = False,
+) -> None:
+    """Score how well texts fit images, with a BLIP-2 for image-text retrieval.
+
+    ITC is a cosine, cheap, for search among many; ITM the probability that the two fit, better.
+    """
+    pictures = [read_image(path) for path in image]
+    from catp_jax import api
+
+    matcher = api.load_matcher(model, dtype)
+    itc = matcher.itc(pictures, text)
+    pairs = [(i, t) for i in range(len(image)) for t in range(len(text))]
+    itm = matcher.itm([pictures[i] for i, _ in pairs], [text[t] for _, t in pairs])
+    for (i, t), probability in zip(pairs, itm.tolist(), strict=True):
+        row = {
+            "image": str(image[i]),
+            "text": text[t],
+            "itc": float(itc[i, t]),
+            "itm": probability,
+        }
+        line = f"itm {probability:.3f}  itc {itc[i, t]:+.3f}  {image[i]}  {text[t]}"
+        print(json.dumps(row) if json_output else line)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("demo"),
     model: Annotated[
-        Path | None, typer.Option(help="A Llama Vision folder; without it, the shipped mini.")
+        list[Path] | None,
+        typer.Option(help="A model's folder; repeat it for several. Default: the shipped minis."),
     ] = None,
     questions: Annotated[int, typer.Option(help="How many test questions to answer.")] = 256,
 ) -> None:
-    """Answer easy-VQA questions unpruned and pruned: a table, curves and pictures."""
+    """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
     from catp_jax import demo as module
 
-    module.run(model, out, questions, Console())
+    module.run(model or [], out, questions, Console())
+
+
+app.add_typer(cli_study.app, name="study")
 
 
 @dataclasses.dataclass(frozen=True)

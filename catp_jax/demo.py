@@ -1,57 +1,74 @@
-"""The demo: the shipped mini Llama Vision answers questions about images, unpruned and pruned."""
+"""The demo: the shipped mini models answer questions about images, unpruned and pruned."""
 
 import importlib.resources
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from catp_jax import api
-from catp_jax.study import report, tasks
+from catp_jax.contract import Site
+from catp_jax.study import curves, report, tasks
 from catp_jax.study.pictures import Panel, draw_kept
-from catp_jax.study.sweep import UNPRUNED, Result, Setting, sweep
+from catp_jax.study.results import UNPRUNED, Result, Setting
+from catp_jax.study.sweep import sweep
 
-BUDGETS = (4, 16, 64, 130)
-SETTINGS = [
-    Setting(method, keep)
-    for method in ("trimmed_llama", "fastv", "k_norm", "random")
-    for keep in BUDGETS
-]
 EACH = 4  # questions about one image
-PICTURED = "trimmed_llama"
+SHOWN = ("trimmed_llama", "catp")  # the methods that there are pictures of
 
 
-def mini_llama_vision() -> Path:
-    """The folder of the mini checkpoint that comes with this package."""
-    return Path(str(importlib.resources.files("catp_jax"))) / "assets" / "mini-llama-vision"
+def minis() -> list[Path]:
+    """The folders of the mini checkpoints that the demo shows, which come with this package."""
+    assets = Path(str(importlib.resources.files("catp_jax"))) / "assets"
+    return [assets / "mini-llama-vision", assets / "mini-blip2-opt"]
 
 
-def run(model_folder: Path | None, out: Path, questions: int, console: Console) -> None:
-    """Answers `questions` of easy-VQA's test set and writes the figures to `out`.
+def settings_for(model: api.Model) -> list[Setting]:
+    """Methods and budgets that say something about a model."""
+    if Site.ENTRY in model.sites:
+        methods, budgets = ("catp", "l2", "self_attention", "random"), (16, 8, 4)
+    else:
+        methods, budgets = ("trimmed_llama", "fastv", "random"), (130, 64, 16)
+    return [Setting(method, keep) for method in methods for keep in budgets]
 
-    Raises ValueError if `out` is a file or the model cannot be loaded.
+
+def run(folders: Sequence[Path], out: Path, questions: int, console: Console) -> None:
+    """Answers `questions` of easy-VQA's test set with each model and writes the figures to `out`.
+
+    Raises ValueError if `out` is a file or a model cannot be loaded.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder for the demo's figures")
-    model = api.load(model_folder or mini_llama_vision())
+    models = {folder.resolve().name: api.load(folder) for folder in folders or minis()}
     examples = spread_out(list(tasks.easy_vqa("test")), questions)
     out.mkdir(parents=True, exist_ok=True)
 
-    results = []
-    with console.status("reading images") as status:
-        for result in sweep(
-            model,
-            examples,
-            SETTINGS,
-            report=status.update,
-        ):
-            results.append(result)
-        status.update("drawing")
-        report.draw_accuracy(results, out / "accuracy.png")
-        draw_examples(model, examples, results, out / "kept.png")
-    report.write_json_lines(results, out / "results.jsonl")
-    console.print(report.table(results))
-    console.print(f"written: {out / 'accuracy.png'}, {out / 'kept.png'}, {out / 'results.jsonl'}")
+    results: dict[str, list[Result]] = {}
+    panels: list[list[Panel]] = []
+    pictured = pick(examples)
+    for name, model in models.items():
+        with console.status("reading images") as status:
+            results[name] = list(
+                sweep(
+                    model,
+                    examples,
+                    settings_for(model),
+                    name=name,
+                    is_timed=False,
+                    pictured=pictured,
+                    report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
+                )
+            )
+        panels += show(model, examples, pictured, results[name])
+        console.print(report.table(results[name], name))
+    curves.draw_accuracy(results, out / "accuracy.png")
+    draw_kept(panels, out / "kept.png")
+    every = [result for own in results.values() for result in own]
+    report.write_json_lines(every, out / "results.jsonl")
+    report.write_csv(dict(results), out / "results.csv")
+    files = ("accuracy.png", "kept.png", "results.jsonl", "results.csv")
+    console.print(f"written: {', '.join(str(out / name) for name in files)}")
 
 
 def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example]:
@@ -75,26 +92,28 @@ def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example
     return picked[:number]
 
 
-def draw_examples(
-    model: api.Model, examples: list[tasks.Example], results: list[Result], path: Path
-) -> None:
-    """What Trimmed Llama kept of three images, and what was answered."""
+def pick(examples: list[tasks.Example]) -> list[int]:
+    """Numbers of two questions about two images, such as ask for a word if there are any."""
     first = {e.image_id: number for number, e in reversed(list(enumerate(examples)))}
-    numbers = sorted(first.values(), key=lambda n: examples[n].question.startswith("wh"))[-3:]
-    shown = [r for r in results if r.setting.method in (UNPRUNED, PICTURED)]
+    return sorted(first.values(), key=lambda n: examples[n].question.startswith("wh"))[-2:]
+
+
+def show(
+    model: api.Model, examples: list[tasks.Example], numbers: Sequence[int], results: list[Result]
+) -> list[list[Panel]]:
+    """A row of panels for each question: the image, and what was kept of it at each budget."""
     rows = []
     for number in numbers:
-        image = model.process_image(examples[number].image)
-        rows.append(
-            [
-                Panel(
-                    image=image,
-                    kept=result.kept[number],
-                    caption=f"{examples[number].question}\nall: {result.answers[number]}"
-                    if result.kept[number] is None
-                    else f"kept {result.setting.keep}: {result.answers[number]}",
-                )
-                for result in sorted(shown, key=lambda r: -r.visual_tokens)
-            ]
-        )
-    draw_kept(rows, model.config.vision, path)
+        example = examples[number]
+        image = model.picture(example.image)
+        row = []
+        for result in results:
+            if result.setting.method == UNPRUNED:
+                caption = f"{example.question}\nall: {result.answers[number]}"
+                row.append(Panel(image=image, kept=None, caption=caption))
+            elif result.setting.method in SHOWN:
+                method, keep = result.setting.method, result.setting.keep
+                caption = f"{method}\nkept {keep}: {result.answers[number]}"
+                row.append(Panel(image=image, kept=result.maps[number], caption=caption))
+        rows.append(row)
+    return rows

@@ -11,7 +11,7 @@ from PIL import Image
 
 import catp_jax
 from catp_jax.generation import generate as programs
-from catp_jax.generation.inputs import locate
+from catp_jax.generation.mllama_inputs import locate
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
 from catp_jax.study.tasks import easy_vqa
 
@@ -106,7 +106,7 @@ def test_images_that_are_made_as_they_are_asked_for_are_not_mixed_up(model):
     assert images.pixels.shape[0] == 24  # 20, in a bucket
     own = np.asarray(images.pixels)[np.asarray(images.tile_index[:, 0]) // 4]
     for row, color in enumerate(Column.colors):
-        expected = model.process_image(Image.new("RGB", (64, 64), color)).pixels
+        expected = model.reader.process_image(Image.new("RGB", (64, 64), color)).pixels
         np.testing.assert_array_equal(own[row], expected)
 
 
@@ -221,7 +221,8 @@ def test_tokens_and_text_are_those_of_transformers(model):
     new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
     images, prompts = [e.image for e in examples], [e.question for e in examples]
-    out = model.generate(images, prompts, max_new_tokens=6, mask_mode="hf")
+    model = catp_jax.load(MINI, mask_mode="hf")
+    out = model.generate(images, prompts, max_new_tokens=6)
     for ours, other in zip(out.tokens, new, strict=True):
         assert ours == other[: len(ours)]
     assert out.text == [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]

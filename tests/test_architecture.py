@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # `convert`; "catp_jax" is the package's own __init__, which everything else lies below.
 BELOW_MODELS = {"struct", "contract"}
 BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"}
-BELOW_API = BELOW_GENERATION | {"generation", "study", "training", "convert"}
+BELOW_API = BELOW_GENERATION | {"generation", "readers", "study", "training", "convert"}
 ROOMS = {
     "struct": set(),
     "contract": {"struct"},
@@ -25,12 +25,14 @@ ROOMS = {
     "checkpoint": {"struct", "sharding"},
     "convert": BELOW_MODELS | {"models", "sharding", "checkpoint"},
     "generation": BELOW_GENERATION,
+    "readers": BELOW_GENERATION | {"generation"},
     "study": BELOW_GENERATION | {"generation"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,
     "demo": BELOW_API | {"api"},
-    "cli": BELOW_API | {"api", "demo", "catp_jax"},
+    "cli_study": BELOW_API | {"api"},
+    "cli": BELOW_API | {"api", "demo", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }
@@ -38,7 +40,12 @@ ROOMS = {
 # package: the only modules that may import it.
 GUESTS = {
     "torch": set(),
-    "transformers": {"catp_jax.api", "convert.configs", "catp_jax.training.tokenizer"},
+    "transformers": {
+        "catp_jax.readers.reading",
+        "catp_jax.readers.mllama",
+        "convert.configs",
+        "catp_jax.training.tokenizer",
+    },
 }
 
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base"}

@@ -1,0 +1,215 @@
+"""Do the CATP paper's findings hold on the shipped mini models?
+
+Regime: easy-VQA's test questions and the mini BLIP-2s, against VQAv2 and the real opt-2.7b in the
+paper (arXiv 2404.08567); generation as there: 5 beams, length penalty 0, at most 10 tokens. Both
+prune 32 queries to 16, 8 and 4. The minis were trained before any of this was measured.
+
+    python benchmarks/catp_table.py --questions 2048
+
+Prints, for each model, accuracy when one cross-attention layer alone votes (the paper's layer
+study), the ratios of CATP to the baselines, and in words what agrees. With --journals the answers
+are kept in that folder, and an interrupted run goes on. The last line is one JSON object.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from catp_jax import api
+from catp_jax.demo import spread_out
+from catp_jax.study import tasks
+from catp_jax.study.journal import Journal
+from catp_jax.study.results import UNPRUNED, Result, Setting
+from catp_jax.study.sweep import Conditions, sweep
+
+ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
+MINIS = (ASSETS / "mini-blip2-opt", ASSETS / "mini-blip2-t5")
+BUDGETS = (16, 8, 4)
+LEVELS = {16: "1/2", 8: "1/4", 4: "1/8"}
+
+PAPER_UNPRUNED = 52.14  # VQAv2 accuracy, %
+PAPER_LAYERS = {  # accuracy, %, by the layer that votes, at 16, 8 and 4 of 32 queries
+    1: (44.17, 35.44, 30.17),
+    2: (39.93, 31.26, 26.46),
+    3: (42.80, 31.51, 18.94),
+    4: (22.34, 16.94, 17.04),
+    5: (27.43, 11.01, 10.48),
+    6: (43.79, 34.66, 23.70),
+}
+PAPER_RATIOS = {"self_attention": 12.1, "l2": 6.6}  # the largest that the paper reports
+OTHERS = ("catp:layers=all", "catp:image_weights", "l2", "self_attention", "position", "random")
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Spearman's, from -1 to 1; equal values share their mean rank."""
+
+    def ranks(values: list[float]) -> np.ndarray:
+        array = np.asarray(values)
+        below = (array[:, None] > array[None]).sum(axis=1)
+        equal = (array[:, None] == array[None]).sum(axis=1)
+        return below + (equal - 1) / 2
+
+    a, b = ranks(one), ranks(other)
+    if a.std() == 0 or b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def layer_table(name: str, by: dict[tuple[str, int], Result], layers: int) -> Table:
+    """Accuracy by the layer that votes, the paper's beside ours."""
+    table = Table(title=f"{name}: accuracy (%) when one cross-attention layer votes")
+    table.add_column("layer", justify="right")
+    for keep in BUDGETS:
+        table.add_column(f"{LEVELS[keep]}\nhere", justify="right", no_wrap=True)
+        table.add_column("\npaper", justify="right")
+    for layer in range(1, layers + 1):
+        cells = []
+        for column, keep in enumerate(BUDGETS):
+            own = by[f"catp:layers={layer}", keep]
+            half = 50 * (own.high - own.low)
+            cells += [f"{100 * own.accuracy:.1f} ± {half:.1f}"]
+            cells += [f"{PAPER_LAYERS[layer][column]:.2f}" if layer in PAPER_LAYERS else ""]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def others_table(name: str, by: dict[tuple[str, int], Result]) -> Table:
+    """The other methods, and how many times as accurate CATP is as the baselines."""
+    table = Table(title=f"{name}: other ways to choose")
+    table.add_column("method")
+    for keep in BUDGETS:
+        table.add_column(LEVELS[keep], justify="right", no_wrap=True)
+    for method in OTHERS:
+        own = [by[method, keep] for keep in BUDGETS]
+        cells = [f"{100 * r.accuracy:.1f} ± {50 * (r.high - r.low):.1f}" for r in own]
+        table.add_row(method, *cells)
+    for voters, label in (("last", "CATP"), ("first", "CATP, first layer")):
+        for baseline, paper in PAPER_RATIOS.items():
+            cells = [f"{ratio(by, voters, baseline, keep):.2f} ×" for keep in BUDGETS]
+            table.add_row(f"{label} : {baseline} (paper: up to {paper})", *cells)
+    return table
+
+
+def ratio(by: dict[tuple[str, int], Result], voters: str, baseline: str, keep: int) -> float:
+    """Accuracy of CATP over that of a baseline."""
+    layers = [number for number in range(1, 100) if (f"catp:layers={number}", keep) in by]
+    own = by[f"catp:layers={layers[-1 if voters == 'last' else 0]}", keep]
+    return own.accuracy / max(by[baseline, keep].accuracy, 1e-9)
+
+
+def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
+    """Where our figures agree with the paper's, and where not."""
+    out = []
+    for column, keep in enumerate(BUDGETS):
+        ours = [by[f"catp:layers={layer}", keep].accuracy for layer in range(1, layers + 1)]
+        theirs = [PAPER_LAYERS[layer][column] for layer in range(1, layers + 1)]
+        best = int(np.argmax(ours)) + 1
+        out.append(
+            f"At {LEVELS[keep]} layer {best} votes best here, layer 1 in the paper; the order of "
+            f"the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
+        )
+    for baseline, paper in PAPER_RATIOS.items():
+        largest = max(ratio(by, "last", baseline, keep) for keep in BUDGETS)
+        lowest = min(ratio(by, "last", baseline, keep) for keep in BUDGETS)
+        if lowest > 1:
+            verdict = "agrees in direction"
+        elif largest < 1:
+            verdict = "does not agree: it is worse at every budget"
+        else:
+            verdict = "agrees at some budgets only"
+        out.append(
+            f"CATP against {baseline}: {lowest:.2f} to {largest:.2f} times its accuracy here, up "
+            f"to {paper} in the paper; {verdict}."
+        )
+    for method in ("random", "position"):
+        signs = []
+        for keep in BUDGETS:
+            catp, other = by[f"catp:layers={layers}", keep], by[method, keep]
+            signs.append(
+                "better" if catp.low > other.high else "worse" if catp.high < other.low else "equal"
+            )
+        out.append(
+            f"CATP against {method} at 1/2, 1/4, 1/8: {', '.join(signs)} (equal: the 95 % "
+            "intervals overlap)."
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, action="append", help="default: the shipped minis")
+    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
+    parser.add_argument("--beams", type=int, default=5)
+    arguments = parser.parse_args()
+    console = Console()
+    examples = spread_out(list(tasks.easy_vqa("test")), arguments.questions)
+    conditions = Conditions(
+        task="easy-vqa",
+        max_new_tokens=10,
+        num_beams=arguments.beams,
+        length_penalty=0.0,
+        min_new_tokens=1,
+    )
+    found: dict[str, Any] = {}
+    for folder in arguments.model or MINIS:
+        model, name = api.load(folder), folder.resolve().name
+        layers = len(model.config.qformer.cross_layers)
+        methods = [*(f"catp:layers={layer}" for layer in range(1, layers + 1)), *OTHERS]
+        settings = [Setting(method, keep) for method in methods for keep in BUDGETS]
+        journal = Journal(arguments.journals / f"{name}.jsonl") if arguments.journals else None
+        with console.status(name) as status:
+            results = list(
+                sweep(
+                    model,
+                    examples,
+                    settings,
+                    conditions,
+                    journal=journal,
+                    name=name,
+                    is_timed=False,
+                    report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
+                )
+            )
+        by = {(r.setting.method, r.setting.keep): r for r in results if r.setting.keep}
+        unpruned = next(r for r in results if r.setting.method == UNPRUNED)
+        console.print(layer_table(name, by, layers))
+        console.print(others_table(name, by))
+        console.print(
+            f"Unpruned: {100 * unpruned.accuracy:.1f} % here, {PAPER_UNPRUNED} % in the paper."
+        )
+        words = in_words(by, layers) if layers == len(PAPER_LAYERS) else []
+        for line in words:
+            console.print(line)
+        found[name] = {
+            "unpruned": unpruned.accuracy,
+            "accuracy": {f"{m}, keep {k}": by[m, k].accuracy for m, k in by},
+            "interval": {f"{m}, keep {k}": [by[m, k].low, by[m, k].high] for m, k in by},
+            "words": words,
+        }
+    print(
+        json.dumps(
+            {
+                "benchmark": "catp_table",
+                "date": datetime.date.today().isoformat(),
+                "device": jax.devices()[0].device_kind,
+                "versions": {"python": platform.python_version(), "jax": jax.__version__},
+                "task": "easy-vqa",
+                "questions": arguments.questions,
+                "num_beams": arguments.beams,
+                "models": found,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
