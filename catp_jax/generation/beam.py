@@ -12,7 +12,7 @@ one that is done changes no more, whatever its neighbours do.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,10 @@ def beams(
         raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
     if not -100 <= length_penalty <= 100:
         raise ValueError(f"length_penalty lies between -100 and 100, got {length_penalty}")
+    if early_stopping not in get_args(EarlyStopping):
+        raise ValueError(
+            f"early_stopping is 'heuristic', 'first' or 'never', got {early_stopping!r}"
+        )
     return Beams(
         num_beams=num_beams,
         early_stopping=early_stopping,
