@@ -1,0 +1,121 @@
+"""Image-text matching from a folder, up to transformers: `load_matcher` and `catp-jax match`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Blip2ForImageTextRetrieval, Blip2Processor, PreTrainedTokenizerFast
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+import catp_jax
+from tests.parity.tiny_blip2 import tiny_hf
+
+WORDS = ["<pad>", "<unk>", "a", "red", "blue", "green", "circle", "square", "and", "of", "two"]
+TEXTS = ["a red circle", "two blue", "a green square and a blue circle"]
+ASSETS = Path(catp_jax.__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 255, (side, 20, 3), dtype=np.uint8)) for side in (12, 31)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random matching model with a processor of words."""
+    path = tmp_path_factory.mktemp("matcher")
+    tiny_hf("retrieval").save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", padding_side="right"
+    )
+    Blip2Processor(BlipImageProcessorPil(size={"height": 12, "width": 12}), fast).save_pretrained(
+        path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, pictures) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' ITC of all with all, and ITM probabilities of all pairs, one at a time."""
+    hf = Blip2ForImageTextRetrieval.from_pretrained(folder).eval()
+    processor = Blip2Processor.from_pretrained(folder)
+    itc, itm = np.zeros((2, 3)), np.zeros((2, 3))
+    for i, picture in enumerate(pictures):
+        for t, text in enumerate(TEXTS):
+            inputs = processor(images=picture, text=text, return_tensors="pt")
+            with torch.no_grad():
+                itc[i, t] = hf(**inputs).logits_per_image
+                matched = hf(**inputs, use_image_text_matching_head=True).logits_per_image
+            itm[i, t] = torch.softmax(matched, dim=1)[0, 1]
+    return itc, itm
+
+
+def test_scores_are_those_of_transformers_however_texts_are_batched(folder, pictures, expected):
+    matcher = catp_jax.load_matcher(folder)
+    itc, itm = expected
+    np.testing.assert_allclose(matcher.itc(pictures, TEXTS), itc, atol=1e-5)
+    pairs = [(i, t) for i in range(2) for t in range(3)]
+    scores = matcher.itm([pictures[i] for i, _ in pairs], [TEXTS[t] for _, t in pairs])
+    np.testing.assert_allclose(scores, [itm[pair] for pair in pairs], atol=1e-5)
+    assert np.ptp(itc) > 1e-3
+    assert np.ptp(itm) > 1e-3
+
+
+def test_the_command_prints_every_image_with_every_text(folder, pictures, expected, tmp_path):
+    paths = []
+    for number, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{number}.png")
+        picture.save(paths[-1])
+    words = [w for path in paths for w in ("--image", str(path))]
+    words += [w for text in TEXTS for w in ("--text", text)]
+    run = subprocess.run(
+        [sys.executable, "-m", "catp_jax", "match", str(folder), *words, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(row["image"], row["text"]) for row in rows] == [
+        (str(path), text) for path in paths for text in TEXTS
+    ]
+    np.testing.assert_allclose([row["itc"] for row in rows], expected[0].ravel(), atol=1e-5)
+    np.testing.assert_allclose([row["itm"] for row in rows], expected[1].ravel(), atol=1e-5)
+
+
+def test_bad_input_is_refused(folder, pictures, tmp_path):
+    matcher = catp_jax.load_matcher(folder)
+    with pytest.raises(ValueError, match="one text per image is wanted, got 1 texts for 2"):
+        matcher.itm(pictures, TEXTS[:1])
+    with pytest.raises(ValueError, match="a list of at least one text"):
+        matcher.itc(pictures, "a red circle")
+    with pytest.raises(ValueError, match="at least one image"):
+        matcher.itc([], TEXTS)
+    with pytest.raises(ValueError, match="the model takes 26 at most"):
+        matcher.itc(pictures, ["a " * 40])
+    with pytest.raises(ValueError, match="load_matcher"):
+        catp_jax.load(folder)
+    with pytest.raises(ValueError, match="generates text; load it with load"):
+        catp_jax.load_matcher(ASSETS / "mini-llama-vision")
+    with pytest.raises(ValueError, match="Llama 3\\.2 Vision's"):
+        catp_jax.load(folder, mask_mode="hf")
+    other = shutil.copytree(folder, tmp_path / "other")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (path := other / name).is_file():
+            settings = json.loads(path.read_text())
+            settings.get("image_processor", settings)["size"] = {"height": 24, "width": 24}
+            path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="image height: 24, not 12"):
+        catp_jax.load_matcher(other)
