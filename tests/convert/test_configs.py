@@ -1,4 +1,4 @@
-"""Configurations of Llama 3.2 Vision: what transformers writes is read, what would compute otherwise is refused."""
+"""Configurations of Llama 3.2 Vision: what transformers writes is read, others are refused."""
 
 import dataclasses
 import json
