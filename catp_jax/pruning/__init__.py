@@ -67,6 +67,8 @@ def make(
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
     method = METHODS[name]
     types = _types(method)
+    if site is not Site.LAYER:
+        types.pop("layer", None)  # nothing there would read it
     values: dict[str, Any] = {"site": site, "keep": keep}
     for option in options:
         key, separator, text = option.partition("=")

@@ -114,3 +114,42 @@ def k_norm(keys: np.ndarray, sees: np.ndarray, *, keep: int) -> list[int]:
         by_head = [math.sqrt(sum(float(x) ** 2 for x in key)) for key in keys[column]]
         norms[column] = sum(by_head) / len(by_head)
     return sorted(sorted(norms, key=lambda column: (norms[column], column))[:keep])
+
+
+def best(score: list[float], keep: int, among: list[int] | None = None) -> list[int]:
+    """The `keep` highest scores, in the order of their numbers; of equals the lower number."""
+    numbers = list(range(len(score))) if among is None else among
+    return sorted(sorted(numbers, key=lambda number: (-score[number], number))[:keep])
+
+
+def all_rows(queries: np.ndarray, keys: np.ndarray, head: int) -> np.ndarray:
+    """One head's attention weights [rows, columns], every row seeing every column."""
+    sees = np.ones((len(queries), len(keys)), bool)
+    rows = [attention_row(queries, keys, sees, row, head) for row in range(len(queries))]
+    return np.asarray(rows)
+
+
+def catp_votes(queries: np.ndarray, keys: np.ndarray, image: np.ndarray | None) -> list[float]:
+    """arXiv 2404.08567, one layer: points by rank in each head and image token's column.
+
+    The least attended query of a column gets 0 points, the most attended as many as there are
+    others. `image` weighs the columns.
+    """
+    points = [0.0] * len(queries)
+    for head in range(queries.shape[1]):
+        weights = all_rows(queries, keys, head)
+        for column in range(weights.shape[1]):
+            ranks = np.argsort(np.argsort(weights[:, column], kind="stable"), kind="stable")
+            for number, rank in enumerate(ranks):
+                points[number] += float(rank) * (1.0 if image is None else float(image[column]))
+    return points
+
+
+def received(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Attention that each column receives, over all heads and rows."""
+    return sum(all_rows(queries, keys, head).sum(axis=0) for head in range(queries.shape[1]))
+
+
+def l2(tokens: np.ndarray) -> list[float]:
+    """The length of each token."""
+    return [math.sqrt(sum(float(x) ** 2 for x in token)) for token in tokens]

@@ -1,13 +1,26 @@
 """Methods by name: what is refused, and that the message says what would do."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import pytest
 
 from catp_jax import pruning
 from catp_jax.contract import Site
-from catp_jax.pruning import METHODS, FastV, KNorm, Random, TrimmedLlama, make, methods_for
+from catp_jax.pruning import (
+    CATP,
+    METHODS,
+    FastV,
+    KNorm,
+    L2Norm,
+    Position,
+    Random,
+    SelfAttention,
+    TrimmedLlama,
+    make,
+    methods_for,
+)
 from catp_jax.struct import pytree, static
 
 CROSS = frozenset({Site.CROSS})
@@ -36,6 +49,79 @@ def test_options_have_the_type_of_their_field():
     assert isinstance(make("trimmed_llama:k_ratio=1", 8, CROSS).k_ratio, float)
     assert isinstance(make("trimmed_llama:per_head=3", 8, CROSS).per_head, int)
     assert isinstance(make("random:seed=3", 8, CROSS).seed, int)
+
+
+OPT = frozenset({Site.ENTRY, Site.LAYER})
+
+
+@pytest.mark.parametrize(
+    ("spec", "method"),
+    [
+        ("catp", CATP(keep=8)),
+        ("catp:layers=first", CATP(keep=8, layers="first")),
+        ("catp:layers=all:image_weights", CATP(keep=8, layers="all", image_weights=True)),
+        ("catp:layers=3", CATP(keep=8, layers=3)),
+        ("catp:image_weights=false", CATP(keep=8)),
+        ("l2", L2Norm(keep=8)),
+        ("self_attention", SelfAttention(keep=8)),
+        ("position", Position(keep=8)),
+        ("random:seed=4", Random(keep=8, site=Site.ENTRY, seed=4)),
+        ("fastv", FastV(keep=8, site=Site.LAYER)),
+        ("fastv:layer=5", FastV(keep=8, site=Site.LAYER, layer=5)),
+    ],
+)
+def test_names_and_options_make_the_method_where_the_model_can_be_pruned(spec: str, method):
+    assert make(spec, 8, OPT) == method
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("1/0/0", [1.0, 0.0, 0.0]), ("0.5/1e-1/-2", [0.5, 0.1, -2.0]), ("3", [3.0])],
+)
+def test_slashes_separate_the_numbers_of_a_vector(text: str, numbers: list[float]):
+    weights = make(f"catp:weights={text}", 8, ENTRY).weights
+    assert weights.dtype == jnp.float32
+    assert weights.tolist() == jnp.asarray(numbers, jnp.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("catp:layers=middle", "catp:layers takes last, or first, or all, or a whole number"),
+        ("catp:layers=1.5", "catp:layers takes last"),
+        ("catp:layers=", "catp:layers takes last"),
+        ("catp:weights=", "catp:weights takes numbers separated by slashes, got ''"),
+        ("catp:weights=1/x", "catp:weights takes numbers separated by slashes, got '1/x'"),
+        ("catp:weights=1,0", "catp:weights takes numbers separated by slashes"),
+        ("catp:image_weights=maybe", "catp:image_weights takes true or false"),
+        ("catp:layers", "it takes layers=…, weights=…, image_weights"),
+        ("catp:weights", "it takes layers=…, weights=…, image_weights"),
+        ("catp:layer=1", "it takes layers=…, weights=…, image_weights"),
+        ("catp:keep=3", "it takes layers=…, weights=…, image_weights"),
+        ("catp:limit=3", "it takes layers=…, weights=…, image_weights"),
+        ("catp:site=CROSS", "it takes layers=…, weights=…, image_weights"),
+        ("catp:layers=first:weights=1/0", "layers or weights, not both"),
+        ("l2:layers=first", "no options"),
+        ("fastv:layer=0", "number of a layer from 1 on, got 0"),
+        ("fastv:layer=two", "fastv:layer takes a whole number"),
+    ],
+)
+def test_bad_options_of_entry_and_layer_methods_are_refused(spec: str, says: str):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make(spec, 8, OPT)
+
+
+def test_an_option_of_another_place_is_refused_where_it_would_be_ignored():
+    with pytest.raises(ValueError, match="does not know the option"):
+        make("fastv:layer=5", 8, CROSS)
+
+
+def test_a_method_goes_to_the_first_of_its_places_that_the_model_has():
+    assert make("random", 8, CROSS).site is Site.CROSS
+    assert make("fastv", 8, CROSS).site is Site.CROSS
+    assert make("fastv", 8, OPT | CROSS).site is Site.LAYER
+    assert methods_for(ENTRY) == ["catp", "l2", "self_attention", "position", "random"]
+    assert methods_for(OPT) == ["catp", "l2", "self_attention", "position", "fastv", "random"]
 
 
 def test_every_method_is_listed_once_and_has_its_own_file():
@@ -83,7 +169,7 @@ def test_a_model_that_no_method_fits_is_told_so():
         ("trimmed_llama:", "per_head=…, k_ratio=…"),
         ("trimmed_llama:keep=4", "per_head=…, k_ratio=…"),
         ("random:per_head=2", "seed=…"),
-        ("fastv:k=2", "layer=…"),
+        ("fastv:k=2", "no options"),
         ("k_norm:seed=2", "no options"),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from catp_jax.contract import Attention, Keep, Site, View
+from catp_jax.contract import Attention, Evidence, Keep, Site, View
 from catp_jax.struct import replace
 
 
@@ -68,6 +68,63 @@ def view_of_weights(weights: Sequence[Sequence[Sequence[float]]]) -> View:
         valid=jnp.ones((1, columns), bool),
         sees=jnp.ones((1, array.shape[1], columns), bool),
     )
+
+
+CROSS_LAYERS, SELF_LAYERS, QUERIES, IMAGE_TOKENS = 3, 4, 7, 10
+
+
+def entry_view(seed: int = 0, batch: int = 3) -> View:
+    """What a model with a Q-Former of 3 cross-attention layers shows at its entry."""
+    rng = np.random.default_rng(seed)
+
+    def attention(rows: int, columns: int, heads: int) -> Attention:
+        return Attention(
+            queries=jnp.asarray(rng.normal(size=(batch, rows, heads, 4)) * 1.5, jnp.float32),
+            keys=jnp.asarray(rng.normal(size=(batch, columns, heads, 4)), jnp.float32),
+        )
+
+    return entry(
+        tokens=rng.normal(size=(batch, QUERIES, 8)),
+        cross=[attention(QUERIES, IMAGE_TOKENS, 3) for _ in range(CROSS_LAYERS)],
+        among=[attention(QUERIES, QUERIES, 5) for _ in range(SELF_LAYERS)],
+        vision=attention(IMAGE_TOKENS, IMAGE_TOKENS, 2),
+    )
+
+
+def entry(
+    tokens: np.ndarray,
+    cross: Sequence[Attention],
+    among: Sequence[Attention],
+    vision: Attention,
+) -> View:
+    """A view at the entry, of this evidence."""
+    batch, number, _ = tokens.shape
+    numbers = jnp.arange(number, dtype=jnp.int32)
+    return View(
+        site=Site.ENTRY,
+        layer=0,
+        num_visual=number,
+        tokens=jnp.asarray(tokens, jnp.float32),
+        attention=None,
+        values=None,
+        evidence=Evidence(cross=tuple(cross), among=tuple(among), vision=vision),
+        numbers=jnp.broadcast_to(numbers, (batch, number)),
+        valid=jnp.ones((batch, number), bool),
+        sees=jnp.ones((batch, 2, number), bool),
+    )
+
+
+def attention_of(weights: Sequence[Sequence[Sequence[float]]]) -> Attention:
+    """One sample's attention with the given weights [heads, rows, columns]."""
+    logs = np.log(np.asarray(weights, np.float64)).transpose(1, 0, 2)[None]
+    heads, columns = logs.shape[2:]
+    keys = np.broadcast_to(np.eye(columns)[None, :, None], (1, columns, heads, columns))
+    return Attention(queries=jnp.asarray(logs, jnp.float32), keys=jnp.asarray(keys, jnp.float32))
+
+
+def sample_of(attention: Attention, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample's queries and keys."""
+    return np.asarray(attention.queries[sample]), np.asarray(attention.keys[sample])
 
 
 def shown(view: View, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
