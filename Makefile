@@ -12,8 +12,16 @@ help: ## this list
 demo: $(VENV)/demo.stamp ## answer questions with the shipped checkpoint, unpruned and pruned; pictures in demo/
 	$(BIN)/catp-jax demo --out demo
 
-train: $(VENV)/demo.stamp ## train the mini checkpoint anew, into runs/; about half an hour, resumes
-	$(BIN)/python -m catp_jax.training.mini_llama_vision --out runs/mini-llama-vision --work runs/work
+train: runs/mini-llama-vision runs/mini-blip2-opt runs/mini-blip2-t5 ## train the mini checkpoints anew, into runs/; about an hour, resumes
+
+runs/mini-llama-vision: | $(VENV)/demo.stamp
+	$(BIN)/python -m catp_jax.training.mini_llama_vision --out $@ --work runs/work
+
+runs/mini-blip2-%: | $(VENV)/demo.stamp
+	$(BIN)/python -m catp_jax.training.mini_blip2 --kind $* --out $@ --work runs/blip2-work
+
+# Both share their first stages; one after the other, also with make -j.
+runs/mini-blip2-t5: | runs/mini-blip2-opt
 
 test: $(VENV)/test.stamp ## run the tests
 	$(BIN)/python -m pytest

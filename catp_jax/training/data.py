@@ -1,52 +1,36 @@
-"""easy-VQA for training: cut-out shapes, composed anew in every batch.
+"""Batches of easy-VQA for a model of tiled images, `photos` composed anew in every one.
 
-    photo = paper + matte · (ink − paper)        every image of easy-VQA is made like this
-
-The matte of one image, the colours of another and a random place on a canvas of any tile layout
-make a new image whose answers are known: the shape is that of the first, the colour that of the
-second. Labels come from the questions alone. A batch is a pure function of (seed, step), so a run
-that resumes at a step sees what an uninterrupted one would have seen.
+A batch is a pure function of (seed, step), so a run that resumes at a step sees what an
+uninterrupted one would have seen.
 """
 
 import dataclasses
 import functools
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.models.mllama import Images
 from catp_jax.models.tiled_vit import TiledVitConfig
 from catp_jax.struct import pytree
 from catp_jax.study.tasks import Example
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+from catp_jax.training.photos import (
+    Photo,
+    Photos,
+    by_image,
+    dense_weights,
+    normalise,
+    put_together,
+    read_image,
+)
 
 UNUSUAL_LAYOUT = 0.15  # share of training images that are not 2×2 tiles
-CARELESS_TYPING = 0.2  # share of training questions with a capital letter or no question mark
-COVERED = 0.25  # a patch with this much of the shape is labelled with it
 TEXT_LENGTH = 18  # the longest question, its answer and the marks around them, in tokens
 
 Encode = Callable[[str], list[int]]
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Photo:
-    """One image of easy-VQA taken apart, and what its questions say about it (-1: nothing)."""
-
-    matte: Float[np.ndarray, "h w"]
-    ink: Float[np.ndarray, " 3"]
-    paper: Float[np.ndarray, " 3"]
-    shape: int
-    colour: int
-    questions: tuple[tuple[str, str], ...]
 
 
 @pytree
@@ -74,64 +58,6 @@ class QuestionBatch:
     targets: Int[Array, "i q s"]
 
 
-def is_negated(question: str) -> bool:
-    """Whether there is a "no" or "not" in the question."""
-    return bool({"no", "not"} & set(re.findall(r"\w+", question)))
-
-
-def names_in(questions: Iterable[tuple[str, str]], names: tuple[str, ...]) -> int:
-    """Index of the one name that the questions and answers say the image has; -1 if none does.
-
-    "what color is the circle?" says there is a circle, and so do "is there a circle?" with yes and
-    "is there not a circle?" with no.
-    """
-    found = set()
-    for question, answer in questions:
-        words = set(re.findall(r"\w+", question))
-        if answer in names:
-            found.add(answer)
-        elif answer not in ("yes", "no") or (answer == "yes") != is_negated(question):
-            found |= words & set(names)
-    if len(found) > 1:
-        raise ValueError(f"the questions of one image name {sorted(found)}; one was wanted")
-    return names.index(found.pop()) if found else -1
-
-
-def take_apart(pixels: UInt8[np.ndarray, "height width 3"], questions: tuple) -> Photo:
-    """Finds the background, the shape's colour (the two commonest) and how far each pixel is it."""
-    numbers = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
-    _, places, counts = np.unique(numbers, return_index=True, return_counts=True)
-    if len(counts) < 2:
-        raise ValueError("an image of one colour shows no shape")
-    order = places[np.argsort(-counts, kind="stable")]
-    paper, ink = pixels.reshape(-1, 3)[order[:2]].astype(np.float32)
-    away = ink - paper
-    matte = np.clip((pixels.astype(np.float32) - paper) @ away / (away @ away), 0, 1)
-    rows, columns = (np.flatnonzero(matte.max(axis=axis) > 0) for axis in (1, 0))
-    return Photo(
-        matte=matte[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1],
-        ink=ink,
-        paper=paper,
-        shape=names_in(questions, SHAPES),
-        colour=names_in(questions, COLOURS),
-        questions=questions,
-    )
-
-
-def read_image(example: Example) -> UInt8[np.ndarray, "height width 3"]:
-    """An example's image as it is."""
-    with Image.open(example.image) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def by_image(examples: Iterable[Example]) -> list[list[Example]]:
-    """The examples of each image, images by number."""
-    groups: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        groups[example.image_id].append(example)
-    return [groups[number] for number in sorted(groups)]
-
-
 def split_tiles(
     canvas: Float[np.ndarray, "c height width"], layout: tuple[int, int], tiles: int
 ) -> Float[np.ndarray, "t c tile_height tile_width"]:
@@ -140,11 +66,6 @@ def split_tiles(
     cut = canvas.reshape(channels, rows, height // rows, columns, width // columns)
     cut = cut.transpose(1, 3, 0, 2, 4).reshape(rows * columns, channels, height // rows, -1)
     return np.pad(cut, ((0, tiles - len(cut)), (0, 0), (0, 0), (0, 0)))
-
-
-def normalise(canvas: np.ndarray) -> Float[np.ndarray, "c height width"]:
-    """Pixels of 0…255, channels last, as the image processor hands them to the model."""
-    return ((canvas.astype(np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)
 
 
 def patch_coverage(
@@ -159,39 +80,12 @@ def patch_coverage(
     return np.pad(means, ((0, 0), (1, 0)))
 
 
-def dense_weights(
-    coverage: Float[np.ndarray, "t n"], real_tiles: int
-) -> tuple[Bool[np.ndarray, "t n"], Float[np.ndarray, "t n"]]:
-    """Which tokens the shape covers, and the weight of every token's label."""
-    covered, empty = coverage >= COVERED, coverage == 0
-    empty[real_tiles:] = False
-    weights = covered / max(covered.sum(), 1) + empty / max(empty.sum(), 1)
-    return covered, (weights / weights.sum()).astype(np.float32)
-
-
-class Composer:
+class Composer(Photos):
     """Makes training batches out of photos. Every method is a function of its arguments alone."""
 
     def __init__(self, examples: Iterable[Example], config: TiledVitConfig, seed: int):
-        self.config, self.seed = config, seed
-        self.photos = [
-            take_apart(read_image(group[0]), tuple((e.question, e.answer) for e in group))
-            for group in by_image(examples)
-        ]
-        self.plain_photos = [
-            p for p in self.photos if not all(is_negated(question) for question, _ in p.questions)
-        ]
-        asked = Counter(q for photo in self.photos for q, _ in photo.questions)
-        answered = Counter(pair for photo in self.photos for pair in photo.questions)
-        self.rarity = {pair: asked[pair[0]] / count for pair, count in answered.items()}
-        self.of_shape = [
-            [p for p in self.photos if p.shape == number] for number in range(len(SHAPES))
-        ]
-        self.of_colour = [
-            [p for p in self.photos if p.colour == number] for number in range(len(COLOURS))
-        ]
-        if not all(self.of_shape) or not all(self.of_colour):
-            raise ValueError("the examples do not show every shape and every colour")
+        super().__init__(examples, seed)
+        self.config = config
 
     def compose(
         self, rng: np.random.Generator, matte: Float[np.ndarray, "h w"], colours: Photo
@@ -202,23 +96,16 @@ class Composer:
         number = int(rng.integers(len(layouts))) if rng.random() < UNUSUAL_LAYOUT else usual
         if max(matte.shape) > side * min(layouts[number]):
             number = usual
-        height, width = (side * tiles for tiles in layouts[number])
-        if rng.random() < 0.5:
-            matte = matte[:, ::-1]
-        top = int(rng.integers(height - matte.shape[0] + 1))
-        left = int(rng.integers(width - matte.shape[1] + 1))
-        whole = np.zeros((height, width), np.float32)
-        whole[top : top + matte.shape[0], left : left + matte.shape[1]] = matte
-        canvas = colours.paper + whole[:, :, None] * (colours.ink - colours.paper)
-        return np.rint(canvas), whole, number
+        rows, columns = layouts[number]
+        canvas, whole = put_together(rng, matte, colours, (rows * side, columns * side))
+        return canvas, whole, number
 
     def dense(self, step: int, size: int) -> DenseBatch:
         """Batch number `step`: any shape in any colours, labelled token by token."""
         rng = np.random.default_rng((self.seed, 0, step))
         columns = defaultdict(list)
         for _ in range(size):
-            shape, colour = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLOURS)))
-            cut, colours = pick(rng, self.of_shape[shape]), pick(rng, self.of_colour[colour])
+            shape, colour, cut, colours = self.any_look(rng)
             canvas, matte, number = self.compose(rng, cut.matte, colours)
             layout = self.config.supported_aspect_ratios[number]
             covered, weights = dense_weights(
@@ -244,43 +131,19 @@ class Composer:
     def questions(
         self, step: int, size: int, each: int, text: "Text", is_plain: bool = False
     ) -> QuestionBatch:
-        """Batch number `step`: photos' questions beside another image of the same answers.
-
-        Questions are drawn by the rarity of their answer to that question. Seven of eight "is there
-        a red shape?" are answered no; drawn evenly, a model is long content to say so unseen.
-
-        With `is_plain`, none has a "no" or "not" in it.
-        """
+        """Batch number `step`: photos' questions beside another image of the same answers."""
         rng = np.random.default_rng((self.seed, 1, step))
         pixels, ids, asked = [], [], []
         for _ in range(size):
-            photo = pick(rng, self.plain_photos if is_plain else self.photos)
-            cut = pick(rng, self.of_shape[photo.shape]) if photo.shape >= 0 else photo
-            colours = pick(rng, self.of_colour[photo.colour]) if photo.colour >= 0 else photo
+            photo, cut, colours = self.same_look(rng, is_plain)
             canvas, _, number = self.compose(rng, cut.matte, colours)
             layout = self.config.supported_aspect_ratios[number]
             pixels.append(split_tiles(normalise(canvas), layout, self.config.max_num_tiles))
             ids.append(number + 1)
-            own = [q for q in photo.questions if not (is_plain and is_negated(q[0]))]
-            rarity = np.array([self.rarity[pair] for pair in own])
-            chosen = rng.choice(len(own), size=each, p=rarity / rarity.sum())
-            pairs = [own[number] for number in chosen]
-            asked.append([(careless(rng, question), answer) for question, answer in pairs])
+            asked.append(self.ask(rng, photo, each, is_plain))
         return text.batch(
             np.stack(pixels), np.array(ids, np.int32), asked, each=each, config=self.config
         )
-
-
-def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One of the items, each as likely."""
-    return items[int(rng.integers(len(items)))]
-
-
-def careless(rng: np.random.Generator, question: str) -> str:
-    """The question, now and then with a capital letter at its start or no mark at its end."""
-    if rng.random() < CARELESS_TYPING / 2:
-        question = question[0].upper() + question[1:]
-    return question.removesuffix("?") if rng.random() < CARELESS_TYPING / 2 else question
 
 
 def tile_mask(config: TiledVitConfig, ids: Int[np.ndarray, " i"]) -> Bool[np.ndarray, "i t"]:

@@ -20,7 +20,6 @@ Architecture, tokenizer and files are those of the large models; only the number
 import json
 import sys
 import tempfile
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,16 +39,15 @@ from catp_jax.models.mllama import Inputs, Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
 from catp_jax.study.tasks import Example, easy_vqa
 from catp_jax.training.data import (
-    COLOURS,
-    SHAPES,
     Composer,
     DenseBatch,
     QuestionBatch,
     Text,
-    by_image,
     evaluation_batches,
 )
 from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.photos import COLOURS, SHAPES, by_image
+from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
 from catp_jax.training.tokenizer import (
     BOS,
     EOS,
@@ -225,14 +223,6 @@ def decoder_loss(graph: nnx.GraphDef, skip_first: float) -> Any:
     return loss
 
 
-def is_answered(
-    logits: Float[Array, "i q s vocab"], targets: Int[Array, "i q s"]
-) -> Float[Array, "i q"]:
-    """1 where greedy decoding would give exactly the answer and then end."""
-    is_right = (logits.argmax(axis=-1) == targets) | (targets < 0)
-    return is_right.all(axis=-1).astype(jnp.float32)
-
-
 def evaluate(
     model: Mllama, batches: list[QuestionBatch], kept: int | None = None, seed: int = 0
 ) -> list[float]:
@@ -262,20 +252,6 @@ def evaluate(
     return results
 
 
-def kind(answer: str) -> str:
-    """The type of question an answer belongs to."""
-    return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes/no"
-
-
-def blind_accuracy(train_set: list[Example], test_set: list[Example]) -> float:
-    """Accuracy of the commonest answer to each question's words, without any image."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for example in train_set:
-        counts[example.question][example.answer] += 1
-    best = {question: counter.most_common(1)[0][0] for question, counter in counts.items()}
-    return float(np.mean([best.get(e.question) == e.answer for e in test_set]))
-
-
 def report(
     model: Mllama, text: Text, train_set: list[Example], test_set: list[Example]
 ) -> dict[str, Any]:
@@ -295,16 +271,6 @@ def report(
     }
 
 
-def minutes(log: Path) -> float:
-    """How long the stages ran, interruptions left out."""
-    total, before = 0.0, {}
-    for line in map(json.loads, log.read_text().splitlines()):
-        steps = line["step"] - before.get(line["stage"], 0)
-        before[line["stage"]] = line["step"]
-        total += steps * line["seconds_per_step"]
-    return round(total / 60, 1)
-
-
 def write(model: Mllama, processor: Any, out: Path) -> None:
     """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights."""
     bos, eos, eot, pad = processor.tokenizer.convert_tokens_to_ids([BOS, EOS, EOT, PAD])
@@ -314,21 +280,6 @@ def write(model: Mllama, processor: Any, out: Path) -> None:
         text = json.dumps(ends | {"do_sample": False}, indent=2)
         (Path(beside) / "generation_config.json").write_text(text + "\n")
         convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
-
-
-def check_options(options: dict[str, Any], work: Path) -> None:
-    """Raises ValueError if `work` holds checkpoints of a run with other options."""
-    path = work / "options.json"
-    if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(options, indent=2) + "\n")
-        return
-    before = json.loads(path.read_text())
-    other = [f"{k} {before.get(k)}, not {v}" for k, v in options.items() if before.get(k) != v]
-    if other:
-        raise ValueError(
-            f"{work} holds a run with {', '.join(other)}; choose another --work or delete it"
-        )
 
 
 def main(

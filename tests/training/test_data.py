@@ -9,22 +9,24 @@ from PIL import Image
 
 from catp_jax.study.tasks import easy_vqa
 from catp_jax.training.data import (
-    COLOURS,
-    SHAPES,
     TEXT_LENGTH,
     Composer,
     Text,
-    careless,
-    dense_weights,
     evaluation_batches,
-    names_in,
-    normalise,
     patch_coverage,
-    read_image,
     split_tiles,
-    take_apart,
 )
 from catp_jax.training.mini_llama_vision import mini_config
+from catp_jax.training.photos import (
+    COLOURS,
+    SHAPES,
+    careless,
+    dense_weights,
+    names_in,
+    normalise,
+    read_image,
+    take_apart,
+)
 from catp_jax.training.tokenizer import make_processor, train_tokenizer
 
 CONFIG = mini_config().vision

@@ -14,14 +14,13 @@ from catp_jax.study.tasks import Example, easy_vqa
 from catp_jax.training.data import Composer, Text
 from catp_jax.training.mini_llama_vision import (
     answer_logits,
-    blind_accuracy,
     evaluate,
     initialise,
-    is_answered,
     main,
     mini_config,
     say_what_is_seen,
 )
+from catp_jax.training.scoring import blind_accuracy, is_answered
 from catp_jax.training.tokenizer import load_processor, train_tokenizer
 
 
