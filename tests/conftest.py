@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait for a core
 
 import jax
 from jaxtyping import install_import_hook
