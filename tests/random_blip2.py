@@ -55,7 +55,7 @@ OPT = OptConfig(
     ffn_dim=24,
     max_position_embeddings=120,
     activation_function="relu",
-    tie_word_embeddings=True,
+    tie_word_embeddings=False,  # else a random model says its last token again
 )
 T5 = T5Config(
     vocab_size=50,
@@ -93,7 +93,9 @@ def random_blip2(kind: Kind) -> Blip2:
         if "scale" in name:
             new = rng.uniform(0.5, 1.8, old.shape)
         elif "kernel" in name:
-            new = rng.normal(size=old.shape) * 1.2 / np.sqrt(old.shape[0])
+            new = rng.normal(size=old.shape) * 1.5 / np.sqrt(old.shape[0])
+        elif "bias" in name:
+            new = rng.normal(size=old.shape) * 0.2
         else:
             new = rng.normal(size=old.shape) * 0.6
         return jnp.asarray(new, old.dtype)

@@ -83,6 +83,13 @@ def test_full_budget_between_layers_changes_nothing():
 
 
 @both
+def test_answers_are_of_many_tokens(kind: Kind):
+    # else equal tokens would say little
+    assert len(np.unique(unpruned(kind).tokens)) > 8
+    assert len({tuple(row) for row in np.asarray(unpruned(kind).tokens).tolist()}) == 4
+
+
+@both
 def test_pruning_changes_the_answer(kind: Kind):
     # else all of this would pass on a model that ignores its images
     for out in whole(kind).values():

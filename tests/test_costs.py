@@ -148,7 +148,7 @@ def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(mon
 
         return [
             variable.aval.shape
-            for equation in _equations(jax.make_jaxpr(run)(random_mllama(), inputs()).jaxpr)
+            for equation in equations(jax.make_jaxpr(run)(random_mllama(), inputs()).jaxpr)
             if equation.primitive.name == "exp"
             for variable in equation.outvars
             if COLUMNS in variable.aval.shape
@@ -160,7 +160,7 @@ def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(mon
     assert weights(Random(keep=KEEP)) == []
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations, nested ones too."""
     for equation in jaxpr.eqns:
         yield equation
@@ -168,4 +168,4 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             for inner in value if isinstance(value, tuple | list) else [value]:
                 nested = getattr(inner, "jaxpr", inner)
                 if hasattr(nested, "eqns"):
-                    yield from _equations(nested)
+                    yield from equations(nested)

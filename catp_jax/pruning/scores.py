@@ -92,7 +92,11 @@ def keep_best(
 
     Scores decide lexicographically: the second one where the first is equal, and so on; then the
     lower index wins. `keep` larger than the axis keeps everything.
+
+    Raises ValueError if `keep` is below 1.
     """
+    if keep < 1:
+        raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={keep}")
     size = member.shape[1]
     index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), member.shape)
     keys = (~member, *(-score for score in scores), index)

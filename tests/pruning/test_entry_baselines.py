@@ -190,6 +190,14 @@ def test_entries_that_are_no_tokens_are_never_kept(method: str):
     assert len(kept(keep, 2)) == 6
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("keep", [-1, 0])
+def test_a_budget_that_is_no_count_is_refused(method: str, keep: int):
+    # -1 would be all but one
+    with pytest.raises(ValueError, match=f"keep at least 1 visual token, got keep={keep}"):
+        run(METHODS[method](keep), entry_view())
+
+
 def test_methods_that_read_a_q_former_are_refused_where_there_is_none():
     blind = replace(entry_view(), evidence=None)
     with pytest.raises(ValueError, match="SelfAttention reads a Q-Former's attention"):
