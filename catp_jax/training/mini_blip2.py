@@ -136,18 +136,18 @@ def answer_loss(graph: nnx.GraphDef) -> Any:
     return loss
 
 
+@jax.jit
+def answered(model: Blip2, batch: AskBatch) -> Float[Array, " b"]:
+    """1 where greedy decoding gives exactly the answer."""
+    return is_answered(answer_logits(model, batch), batch.targets)
+
+
 def evaluate(model: Blip2, batches: list[AskBatch]) -> list[float]:
     """For every question of the batches, 1.0 if greedy decoding answers it right."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def answered(state: Any, batch: AskBatch) -> Array:
-        return is_answered(answer_logits(nnx.merge(graph, state), batch), batch.targets)
-
     results = []
     for batch in batches:
         is_question = np.asarray(batch.targets >= 0).any(axis=-1)
-        results += np.asarray(answered(state, batch))[is_question].tolist()
+        results += np.asarray(answered(model, batch))[is_question].tolist()
     return results
 
 

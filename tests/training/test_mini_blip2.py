@@ -193,7 +193,7 @@ def test_at_the_start_a_query_looks_like_the_words_for_what_it_has_seen(kind):
 def test_a_prompt_gets_the_logits_it_gets_alone(kind, models, composer, texts):
     batch = composer.questions(0, 2, 3, texts[kind], False)
     together = answer_logits(models[kind], batch)
-    for row in range(6):
+    for row in (1, 5):
         inputs = Blip2Inputs(
             pixels=batch.inputs.pixels[row // 3][None],
             image_index=jnp.zeros(1, jnp.int32),
