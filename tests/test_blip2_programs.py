@@ -1,0 +1,346 @@
+"""Compiled programs on tiny BLIP-2s: against transformers and slow references, step by step against
+whole, how often they compile, and what beam search moves.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from catp_jax.generation import generate as programs
+from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.blip2_inputs import pack
+from catp_jax.generation.sampling import sampling
+from catp_jax.models.blip2 import Blip2
+from catp_jax.models.cache import LayerCache
+from catp_jax.models.frozen import freeze
+from catp_jax.pruning import CATP, Position
+from tests.blip2_methods import (
+    AT_ENTRY,
+    BUDGET,
+    LAYER,
+    NEW,
+    choose,
+    difference,
+    fastv,
+    generate,
+    own,
+    pruned_inside,
+    unpruned,
+    whole,
+)
+from tests.parity.tiny_blip2 import Prompts, tiny
+from tests.pruning import oracles
+from tests.random_blip2 import (
+    CONFIGS,
+    IMAGES,
+    KINDS,
+    NEVER,
+    OPT,
+    PAD,
+    PROMPTS,
+    QUERIES,
+    T5,
+    Kind,
+    packed,
+    photo,
+    random_blip2,
+)
+
+both = pytest.mark.parametrize("kind", KINDS)
+
+# --- against transformers ---------------------------------------------------------------------
+
+
+@both
+def test_pruned_answers_are_those_of_transformers_language_model_on_the_kept_queries(kind: Kind):
+    hf, model, config = tiny(f"{kind} untied")
+    prompts = Prompts(config, seed=3)
+    inputs, keep = prompts.ours("left"), 3
+    out = programs.generate(
+        model, (CATP(keep=keep),), inputs, sampling(3), NEVER, PAD, max_new_tokens=NEW
+    )
+    cross: list[torch.Tensor] = []
+    hooks = [
+        layer.crossattention.attention.register_forward_hook(
+            lambda module, arguments, output: cross.append(output[1])
+        )
+        for layer in hf.qformer.encoder.layer
+        if layer.has_cross_attention
+    ]
+    with torch.no_grad():
+        image = hf.vision_model(torch.from_numpy(prompts.pixels())).last_hidden_state
+        queries = hf.query_tokens.expand(len(image), -1, -1)
+        seen = hf.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+        visual = hf.language_projection(seen)
+        for hook in hooks:
+            hook.remove()
+        tokens, valid = prompts.tokens("left")
+        for row in range(3):
+            kept = oracles.best(votes_of_weights(cross[-1][row].numpy()), keep)
+            assert own(out.selection.kept, row) == kept
+            words = torch.from_numpy(tokens[row][valid[row]].astype(np.int64))
+            embeddings = hf.get_input_embeddings()(words)
+            embeddings = torch.cat([visual[row, kept], embeddings])[None]
+            answer = hf.language_model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+                max_new_tokens=NEW,
+                eos_token_id=[98],
+                pad_token_id=1,
+                do_sample=False,
+                use_cache=kind == "opt",
+            )
+            assert out.tokens[row].tolist() == answer[0, -NEW:].tolist()
+
+
+def votes_of_weights(weights: np.ndarray) -> list[float]:
+    """The paper's points from attention weights [heads, queries, image tokens]."""
+    ranks = np.argsort(np.argsort(weights, axis=1, kind="stable"), axis=1, kind="stable")
+    return ranks.sum(axis=(0, 2)).astype(float).tolist()
+
+
+# --- cached = uncached ------------------------------------------------------------------------
+
+
+read = jax.jit(lambda model, *given: model(*given))
+
+
+@both
+@pytest.mark.parametrize("method", [None, "catp", "l2"])
+def test_cached_decoding_is_reading_the_grown_text_from_scratch(kind: Kind, method: str | None):
+    out = unpruned(kind) if method is None else whole(kind)[method]
+    keep, model, answers = out.selection.kept, random_blip2(kind), np.asarray(out.tokens)
+    inputs, room = packed().inputs, QUERIES if method is None else BUDGET
+    for step in range(NEW):
+        if kind == "opt":
+            grown = [
+                (*prompt, *answer[:step])
+                for prompt, answer in zip(PROMPTS, answers.tolist(), strict=True)
+            ]
+            logits = read(model, pack(grown, IMAGES, CONFIGS[kind]).inputs, keep)
+            places = [room + len(tokens) - 1 for tokens in grown]
+        else:
+            started = np.zeros((4, NEW), np.int32)  # the start token, the answer so far, nothing
+            started[:, 1 : step + 1] = answers[:, :step]
+            logits = read(model, inputs, keep, jnp.asarray(started))
+            places = [step] * 4
+        here = np.asarray(logits)[np.arange(4), places]
+        assert answers[:, step].tolist() == here.argmax(axis=1).tolist()
+        if step == 0:
+            assert difference(out.logits, here) <= 1e-5
+
+
+CASES: list[tuple[Kind, tuple[Any, ...]]] = [
+    ("opt", (CATP(keep=BUDGET),)),
+    ("opt", (fastv(BUDGET),)),
+    ("t5", (CATP(keep=BUDGET),)),
+]
+
+
+def reference(kind: Kind, pruners: tuple[Any, ...]) -> programs.Generated:
+    return whole(kind)["catp"] if isinstance(pruners[0], CATP) else pruned_inside()
+
+
+@pytest.mark.parametrize(("kind", "pruners"), CASES)
+def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[Any, ...]):
+    model, expected = random_blip2(kind), reference(kind, pruners)
+    start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
+    assert difference(start.logits, expected.logits) <= 1e-6
+    logits, cache, tokens = start.logits, start.cache, []
+    for _ in range(NEW):
+        tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        logits, cache = programs.step(model, tokens[-1], cache)
+    np.testing.assert_array_equal(jnp.stack(tokens, axis=1), expected.tokens)
+    lengths = [len(tokens) + NEW for tokens in PROMPTS]
+    if kind == "t5":
+        assert cache.own.next_slot == NEW + 1  # the start token has a slot too
+        assert cache.own.slots.valid.all()
+        assert cache.cross_valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
+    else:
+        for segment in cache.segments:
+            visual = QUERIES if segment is cache.segments[0] and len(cache.segments) > 1 else BUDGET
+            assert segment.next_slot == visual + 16 + NEW
+            assert segment.slots.valid.sum(axis=1).tolist() == [n + visual for n in lengths]
+
+
+@pytest.mark.parametrize(("kind", "pruners"), CASES)
+def test_step_reuses_the_memory_of_the_cache(kind: Kind, pruners: tuple[Any, ...]):
+    model = random_blip2(kind)
+    start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
+    token = jnp.zeros(4, jnp.int32)
+    text = programs.step.lower(model, token, start.cache).compile().as_text()
+    header = next(line for line in text.splitlines() if "input_output_alias" in line)
+    buffers = jax.tree.leaves(start.cache)
+    assert header.count("alias)") == len(buffers)
+    programs.step(model, token, start.cache)
+    assert all(buffer.is_deleted() for buffer in buffers)
+
+
+@both
+def test_a_frozen_model_gives_what_the_model_gives(kind: Kind):
+    start = programs.prefill(
+        freeze(random_blip2(kind)), (CATP(keep=BUDGET),), packed().inputs, new_slots=NEW
+    )
+    expected = whole(kind)["catp"]
+    assert difference(start.logits, expected.logits) <= 1e-6
+    jax.tree.map(np.testing.assert_array_equal, start.selection.kept, expected.selection.kept)
+
+
+# --- no compilation in the steady state -------------------------------------------------------
+
+
+@both
+def test_steady_state_compiles_nothing_and_a_new_budget_one_program(kind: Kind):
+    def run(keep: int, weights: list[float], seed: int, size: int) -> None:
+        rng = np.random.default_rng(seed)
+        prompts = [tuple(rng.integers(2, 40, size + row).tolist()) for row in range(4)]
+        shared = photo(seed)  # three images, as in the mixed batch
+        images = [shared, photo(seed + 1), photo(seed + 2), shared]
+        batch = pack(prompts, images, CONFIGS[kind])
+        generate(kind, (CATP(keep=keep, weights=jnp.asarray(weights)),), batch)
+
+    run(BUDGET, [1.0, 0.0], 0, 3)
+    compiled = programs.generate._cache_size()
+    for seed, size in enumerate((1, 7, 12), 50):
+        run(BUDGET, [0.5 * seed, 1.0], seed, size)
+    assert programs.generate._cache_size() == compiled
+    run(BUDGET + 1, [1.0, 0.0], 1, 4)
+    run(BUDGET + 1, [0.0, 1.0], 2, 5)
+    assert programs.generate._cache_size() == compiled + 1
+
+
+@both
+def test_the_same_call_gives_the_same_result_and_leaves_its_inputs_alone(kind: Kind):
+    model, batch = random_blip2(kind), packed()
+    pruners = {name: make(BUDGET) for name, make in AT_ENTRY.items()}
+    before = jax.tree.map(np.array, (model, pruners, batch.inputs))
+    first, again = (choose(model, batch.inputs, pruners) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    jax.tree.map(np.testing.assert_array_equal, (model, pruners, batch.inputs), before)
+
+
+# --- beam search: what a reordering moves -----------------------------------------------------
+
+
+@functools.cache
+def spread_cache(kind: Kind, is_pruned_inside: bool = False) -> Any:
+    """A cache of three beams for each prompt, after two steps in which the beams differ."""
+    pruners = (Position(keep=5), fastv(BUDGET)) if is_pruned_inside else (CATP(keep=BUDGET),)
+    model = random_blip2(kind)
+    cache = programs.prefill(model, pruners, packed().inputs, new_slots=4).cache
+    cache = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0) if x.ndim else x, cache)
+    for step in range(2):
+        tokens = (jnp.arange(12, dtype=jnp.int32) * 3 + step) % 47
+        _, cache = jax.jit(Blip2.step)(model, tokens, cache)
+    return cache
+
+
+@pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
+def test_reordering_beams_moves_new_slots_alone_and_is_reordering_everything(case: tuple):
+    cache = spread_cache(*case)
+    parents = np.asarray([2, 2, 0, 3, 5, 3, 8, 7, 6, 9, 9, 9], np.int32)  # of their own prompt
+    moved = jax.jit(lambda c, p: c.reorder(p))(cache, jnp.asarray(parents))
+    everything = jax.tree.map(lambda x: x[parents] if x.ndim else x, cache)
+    jax.tree.map(np.testing.assert_array_equal, moved, everything)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any()
+        for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(cache), strict=True)
+    )
+
+
+@pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
+def test_reordering_beams_leaves_the_prompts_slots_where_they_are(case: tuple):
+    # parents of other prompts, which never occur: what would move the prompt's slots shows
+    cache = spread_cache(*case)
+    parents = np.roll(np.arange(12), 5)
+    moved = cache.reorder(jnp.asarray(parents, jnp.int32))
+    segments, new = (cache.segments, 4) if case[0] == "opt" else ((cache.own,), 5)
+    after = moved.segments if case[0] == "opt" else (moved.own,)
+    for old, segment in zip(segments, after, strict=True):
+        first = old.slots.valid.shape[1] - new
+        for one, other in zip(old.layers, segment.layers, strict=True):
+            for name in ("keys", "values"):
+                was, now = np.asarray(getattr(one, name)), np.asarray(getattr(other, name))
+                np.testing.assert_array_equal(now[:, :first], was[:, :first])
+                np.testing.assert_array_equal(now[:, first:], was[parents, first:])
+    if case[0] == "t5":
+        assert first == 0
+        jax.tree.map(np.testing.assert_array_equal, moved.cross, cache.cross)
+
+
+def test_a_layers_reordering_by_hand():
+    array = jnp.arange(6, dtype=jnp.float32).reshape(2, 3, 1, 1)
+    moved = LayerCache(keys=array, values=array + 10).reorder(jnp.asarray([1, 0]), first=2)
+    assert moved.keys[:, :, 0, 0].tolist() == [[0, 1, 5], [3, 4, 2]]
+    assert moved.values[:, :, 0, 0].tolist() == [[10, 11, 15], [13, 14, 12]]
+
+
+@pytest.mark.parametrize(("kind", "pruners"), [CASES[1], CASES[2]])
+def test_beam_search_with_pruning_is_one_program_and_one_beam_is_greedy(
+    kind: Kind, pruners: tuple[Any, ...]
+):
+    def run(num_beams: int, **options: Any) -> programs.Generated:
+        return generate_beam(
+            random_blip2(kind),
+            pruners,
+            packed().inputs,
+            beams(num_beams, **options),
+            NEVER,
+            PAD,
+            max_new_tokens=NEW,
+        )
+
+    greedy, compiled = run(1), generate_beam._cache_size()
+    np.testing.assert_array_equal(greedy.tokens, reference(kind, pruners).tokens)
+    three = run(3)
+    run(3, length_penalty=-1.0, min_new_tokens=2)
+    assert generate_beam._cache_size() == compiled + 1
+    jax.tree.map(np.testing.assert_array_equal, three.selection.kept, greedy.selection.kept)
+    assert (np.asarray(three.tokens) != np.asarray(greedy.tokens)).any()
+
+
+# --- exact sizes ------------------------------------------------------------------------------
+
+
+def cache_of(kind: Kind, *pruners: Any) -> Any:
+    return jax.eval_shape(
+        lambda model, inputs: (
+            programs.prefill.__wrapped__(model, pruners, inputs, new_slots=NEW).cache
+        ),
+        random_blip2(kind),
+        packed().inputs,
+    )
+
+
+@pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
+def test_opts_cache_has_the_kept_queries_the_text_and_the_new_tokens(keep: int):
+    cache = cache_of("opt", Position(keep=keep))
+    (segment,) = cache.segments
+    shape = (4, keep + 16 + NEW, OPT.num_attention_heads, 4)
+    assert len(segment.layers) == OPT.num_hidden_layers
+    for layer in segment.layers:
+        assert layer.keys.shape == layer.values.shape == shape
+    assert segment.slots.valid.shape == shape[:2]
+
+
+def test_after_pruning_between_layers_opts_later_layers_have_smaller_caches():
+    cache = cache_of("opt", CATP(keep=5), fastv(2))
+    sizes = [[layer.keys.shape[1] for layer in segment.layers] for segment in cache.segments]
+    assert sizes == [[5 + 16 + NEW] * LAYER, [2 + 16 + NEW]]
+    assert cache_of("opt", fastv(2)).segments[0].layers[0].keys.shape[1] == QUERIES + 16 + NEW
+
+
+@pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
+def test_t5s_cross_attention_has_the_kept_queries_and_the_text(keep: int):
+    cache = cache_of("t5", Position(keep=keep))
+    assert len(cache.cross) == len(cache.own.layers) == T5.num_decoder_layers
+    for layer in cache.cross:
+        assert layer.keys.shape == layer.values.shape == (4, keep + 16, T5.num_heads, T5.d_kv)
+    assert cache.cross_valid.shape == (4, keep + 16)
+    for layer in cache.own.layers:
+        assert layer.keys.shape == (4, NEW + 1, T5.num_heads, T5.d_kv)
