@@ -26,11 +26,12 @@ from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
+from catp_jax.models.instructblip import InstructBlip
 from catp_jax.models.mllama import Mllama
 from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
-from catp_jax.readers.blip2 import Blip2Reader, RetrievalReader
+from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import Done, Kept, Prompt, Question, Reader, special_tokens
 
@@ -359,8 +360,8 @@ def load(
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
 ) -> Model:
-    """Loads a Hugging Face folder of Llama 3.2 Vision or BLIP-2, or one made of it by
-    `catp-jax convert`.
+    """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
+    by `catp-jax convert`.
 
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. The modes are
     Llama 3.2 Vision's: which states of the tower the decoder gets ("hf", see
@@ -375,9 +376,11 @@ def load(
         network.vision_model.mode = vision_mode or "hf"
         reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")
     elif vision_mode or mask_mode:
-        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is BLIP-2")
+        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")
     elif isinstance(network, Blip2):
         reader = Blip2Reader.load(folder, network.config)
+    elif isinstance(network, InstructBlip):
+        reader = InstructBlipReader.load(folder, network.config)
     else:
         raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
     ends, pad = special_tokens(folder, reader.tokens)

@@ -46,11 +46,16 @@ class Evidence:
     visual tokens among themselves, by layer. `vision`: of the image tokens among themselves, in the
     last block of the image encoder. It speaks of all visual tokens there were before any pruning:
     entry `j` of a view is token `numbers[:, j]` here.
+
+    Where text goes through the same transformer, the visual tokens look at it too: the columns of
+    `among` are then the visual tokens and the text after them, its rows the visual tokens alone.
+    `among_valid` says which columns are no padding (None: all).
     """
 
     cross: tuple[Attention, ...]
     among: tuple[Attention, ...]
     vision: Attention
+    among_valid: Bool[Array, "b m"] | None = None
 
 
 @pytree

@@ -14,7 +14,7 @@ from convert.blip2_config import read, with_own_head, write
 from convert.family import Family, Layout
 from convert.rules import TRANSPOSE, Ignore, Rule, Twin, patches
 
-RULES = [
+SHARED = [
     # Vision model.
     Rule(
         "vision_model.embeddings.{class,position}_embedding",
@@ -59,8 +59,6 @@ RULES = [
     Rule("vision_model.post_layernorm.bias", "vision_model.post_layernorm.bias"),
     # Q-Former.
     Rule("query_tokens", "query_tokens"),
-    Rule("qformer.layernorm.weight", "qformer.layernorm.scale"),
-    Rule("qformer.layernorm.bias", "qformer.layernorm.bias"),
     Rule(
         "qformer.encoder.layer.*.{attention,crossattention}.attention.{query,key,value}.weight",
         "qformer.encoder.layer.*.{attention,crossattention}.attention.{query,key,value}.kernel",
@@ -114,12 +112,49 @@ RULES = [
         "{language_projection,vision_projection,text_projection,itm_head}.bias",
         "{language_projection,vision_projection,text_projection,itm_head}.bias",
     ),
+    # Any language model's head; T5.
+    Rule("language_model.lm_head.weight", "language_model.lm_head.kernel", TRANSPOSE),
+    Rule("language_model.shared.weight", "language_model.shared.embedding"),
+    Rule(
+        "language_model.{encoder,decoder}.block.*.layer.0.SelfAttention.{q,k,v,o}.weight",
+        "language_model.{encoder,decoder}.block.*.layer.0.SelfAttention.{q,k,v,o}.kernel",
+        TRANSPOSE,
+    ),
+    Rule(
+        "language_model.{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "language_model.{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias.embedding",
+    ),
+    Rule(
+        "language_model.decoder.block.*.layer.1.EncDecAttention.{q,k,v,o}.weight",
+        "language_model.decoder.block.*.layer.1.EncDecAttention.{q,k,v,o}.kernel",
+        TRANSPOSE,
+    ),
+    Rule(
+        "language_model.{encoder,decoder}.block.*.layer.*.DenseReluDense.{wi_0,wi_1,wo}.weight",
+        "language_model.{encoder,decoder}.block.*.layer.*.DenseReluDense.{wi_0,wi_1,wo}.kernel",
+        TRANSPOSE,
+    ),
+    Rule(
+        "language_model.{encoder,decoder}.block.*.layer.*.layer_norm.weight",
+        "language_model.{encoder,decoder}.block.*.layer.*.layer_norm.scale",
+    ),
+    Rule(
+        "language_model.{encoder,decoder}.final_layer_norm.weight",
+        "language_model.{encoder,decoder}.final_layer_norm.scale",
+    ),
+]
+"""BLIP-2's and InstructBLIP's."""
+
+RULES = [
+    *SHARED,
+    # What goes into the Q-Former.
+    Rule("qformer.layernorm.weight", "qformer.layernorm.scale"),
+    Rule("qformer.layernorm.bias", "qformer.layernorm.bias"),
     Rule(
         "embeddings.{word,position}_embeddings.weight",
         "embeddings.{word,position}_embeddings.embedding",
     ),
-    # OPT. The head is the only tensor whose name T5 shares.
-    Rule("language_model.lm_head.weight", "language_model.lm_head.kernel", TRANSPOSE),
+    # OPT.
     Rule(
         "language_model.model.decoder.{embed_tokens,embed_positions}.weight",
         "language_model.model.decoder.{embed_tokens,embed_positions}.embedding",
@@ -157,35 +192,6 @@ RULES = [
     Rule(
         "language_model.model.decoder.final_layer_norm.bias",
         "language_model.model.decoder.final_layer_norm.bias",
-    ),
-    # T5.
-    Rule("language_model.shared.weight", "language_model.shared.embedding"),
-    Rule(
-        "language_model.{encoder,decoder}.block.*.layer.0.SelfAttention.{q,k,v,o}.weight",
-        "language_model.{encoder,decoder}.block.*.layer.0.SelfAttention.{q,k,v,o}.kernel",
-        TRANSPOSE,
-    ),
-    Rule(
-        "language_model.{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "language_model.{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias.embedding",
-    ),
-    Rule(
-        "language_model.decoder.block.*.layer.1.EncDecAttention.{q,k,v,o}.weight",
-        "language_model.decoder.block.*.layer.1.EncDecAttention.{q,k,v,o}.kernel",
-        TRANSPOSE,
-    ),
-    Rule(
-        "language_model.{encoder,decoder}.block.*.layer.*.DenseReluDense.{wi_0,wi_1,wo}.weight",
-        "language_model.{encoder,decoder}.block.*.layer.*.DenseReluDense.{wi_0,wi_1,wo}.kernel",
-        TRANSPOSE,
-    ),
-    Rule(
-        "language_model.{encoder,decoder}.block.*.layer.*.layer_norm.weight",
-        "language_model.{encoder,decoder}.block.*.layer.*.layer_norm.scale",
-    ),
-    Rule(
-        "language_model.{encoder,decoder}.final_layer_norm.weight",
-        "language_model.{encoder,decoder}.final_layer_norm.scale",
     ),
 ]
 
@@ -227,7 +233,9 @@ HINTS = {
 }
 
 HUB = Layout("hub", ())
-ORIGINAL = ("visual_encoder.", "Qformer.", "opt_model.", "t5_model.", "ln_vision.")
+ORIGINAL = (
+    *("visual_encoder.", "Qformer.", "opt_model.", "t5_model.", "llm_model.", "ln_vision."),
+)
 
 
 def build(config: Blip2Config | RetrievalConfig, rngs: nnx.Rngs) -> Blip2 | Blip2Retrieval:
@@ -237,13 +245,13 @@ def build(config: Blip2Config | RetrievalConfig, rngs: nnx.Rngs) -> Blip2 | Blip
     return Blip2(config, rngs=rngs)
 
 
-def detect(names: Iterable[str], where: str) -> Layout:
+def detect(names: Iterable[str], where: str, script: str = "blip_2") -> Layout:
     """The layout of a checkpoint: there is only one. Raises ValueError for LAVIS's own."""
     if theirs := next((name for name in names if name.startswith(ORIGINAL)), None):
         raise ValueError(
-            f"{where} has tensors named as in LAVIS ({theirs}), where BLIP-2 comes from; take the "
-            "checkpoint in Hugging Face format, or convert it with the script "
-            "convert_blip_2_original_to_pytorch.py of transformers 4"
+            f"{where} has tensors named as in LAVIS ({theirs}), where the model comes from; take "
+            "the checkpoint in Hugging Face format, or convert it with the script "
+            f"convert_{script}_original_to_pytorch.py of transformers 4"
         )
     return HUB
 

@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax.models.blip2 import Blip2, Blip2Config
+from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2 import BLIP2
 from convert.configs import read_json
 from convert.family import Family
+from convert.instructblip import INSTRUCTBLIP
 from convert.mllama import MLLAMA
 
-Config = MllamaConfig | Blip2Config | RetrievalConfig
-Model = Mllama | Blip2 | Blip2Retrieval
+Config = MllamaConfig | Blip2Config | RetrievalConfig | InstructBlipConfig
+Model = Mllama | Blip2 | Blip2Retrieval | InstructBlip
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MLLAMA, BLIP2)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (MLLAMA, BLIP2, INSTRUCTBLIP)
+}
 """By the `model_type` of config.json."""
 
 PARTS = {
@@ -22,6 +26,8 @@ PARTS = {
     "mllama_vision_model": "the vision half alone, which writes no text",
     "blip_2_vision_model": "the vision model alone, which writes no text",
     "blip_2_qformer": "the Q-Former alone, which writes no text",
+    "instructblip_vision_model": "the vision model alone, which writes no text",
+    "instructblip_qformer": "the Q-Former alone, which writes no text",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 UNFINISHED = "UNFINISHED"
 
+SIDE_FOLDERS = ("qformer_tokenizer",)  # the second tokenizer of InstructBLIP's processor
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx")
 
 
@@ -51,12 +52,17 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def copy_side_files(source: Path, out: Path, besides: tuple[str, ...] = ()) -> list[str]:
-    """Copies config, tokenizer, processor and the like, byte by byte; not weights or subfolders.
+    """Copies config, tokenizer, processor and the like, byte by byte; not weights or other folders
+    than `SIDE_FOLDERS`.
 
     `besides` names files to leave out. Returns the names copied.
     """
     copied = []
     for path in sorted(source.iterdir()):
+        if path.name in SIDE_FOLDERS and path.is_dir():
+            (out / path.name).mkdir()
+            copied += [f"{path.name}/{name}" for name in copy_side_files(path, out / path.name)]
+            continue
         is_side = path.is_file() and path.suffix not in WEIGHTS and path.name not in besides
         if is_side and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)

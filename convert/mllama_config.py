@@ -3,7 +3,6 @@
 from typing import Any
 
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, CrossDecoderConfig
-from catp_jax.models.layers import Llama3Scaling, RopeConfig
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
 from convert.configs import (
@@ -13,9 +12,9 @@ from convert.configs import (
     is_positive,
     not_positive,
     parse,
-    short,
     side,
 )
+from convert.language_config import check_llama, read_rope, write_rope
 
 TOP = {"model_type", "image_token_index", "image_token_id", "text_config", "vision_config"}
 TEXT = {
@@ -30,7 +29,6 @@ VISION = {
     *("supported_aspect_ratios",),
 }
 UNTIED = MUST_BE_FALSE | {"tie_word_embeddings"}
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read(raw: dict[str, Any], where: str) -> MllamaConfig:
@@ -41,9 +39,6 @@ def read(raw: dict[str, Any], where: str) -> MllamaConfig:
 def write(config: MllamaConfig, extra: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a configuration; `extra` goes into its text part."""
     text, vision = config.text, config.vision
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": text.rope.theta}
-    if (scaling := text.rope.scaling) is not None:
-        rope |= {"rope_type": "llama3"} | {name: getattr(scaling, name) for name in LLAMA3}
     kept = TEXT - {"rope_theta", "rope_scaling", "rope_parameters", "cross_attention_layers"}
     lists = {"vision_output_dim", "intermediate_layers_indices", "supported_aspect_ratios"}
     return {
@@ -53,7 +48,7 @@ def write(config: MllamaConfig, extra: dict[str, Any]) -> dict[str, Any]:
         "text_config": {
             "model_type": "mllama_text_model",
             **{name: getattr(text, name) for name in sorted(kept)},
-            "rope_parameters": rope,
+            "rope_parameters": write_rope(text.rope),
             "cross_attention_layers": list(text.cross_attention_layers),
             "tie_word_embeddings": False,
             "eos_token_id": None,
@@ -93,46 +88,14 @@ def _check(config: Any) -> list[str]:
 
 
 def _check_text(text: Any) -> list[str]:
-    problems = not_positive(
-        text,
-        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings"),
-    )
-    problems += check_activation(text.hidden_act)
-    if not problems:
-        width, heads, groups = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-        if width % heads or (width // heads) % 2:
-            problems.append(
-                f"hidden_size {width} does not split into {heads} heads of an even number of "
-                "channels"
-            )
-        if heads % groups:
-            problems.append(f"num_key_value_heads {groups} does not divide the {heads} heads")
+    problems = check_llama(text)
     layers, depth = list(text.cross_attention_layers), text.num_hidden_layers
     if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
         problems.append(
             f"cross_attention_layers is {layers}; wanted: one or more of the {depth} layers, "
             "rising, each once"
         )
-    return problems + _check_rope(text.rope_parameters)
-
-
-def _check_rope(rope: dict[str, Any]) -> list[str]:
-    kind = rope.get("rope_type")
-    if kind not in ("default", "llama3"):
-        return [f"rope_type is {kind!r}; supported: default, llama3"]
-    needed = {"rope_theta", *(LLAMA3 if kind == "llama3" else ())}
-    problems = [
-        f"rope_parameters.{key} is {rope.get(key)!r}; a positive number is wanted"
-        for key in sorted(needed)
-        if not is_positive(rope.get(key))
-    ]
-    if not problems and kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        problems.append("rope_parameters.high_freq_factor must be above low_freq_factor")
-    return problems + [
-        f"rope_parameters.{key} is unknown for rope_type {kind} (it is {short(rope[key])})"
-        for key in sorted(rope.keys() - needed - {"rope_type", "type"})
-    ]
+    return problems
 
 
 def _check_vision(vision: Any) -> list[str]:
@@ -175,19 +138,7 @@ def _check_vision(vision: Any) -> list[str]:
 
 
 def _build(config: Any) -> MllamaConfig:
-    text, vision, rope = (
-        config.text_config,
-        config.vision_config,
-        config.text_config.rope_parameters,
-    )
-    scaling = None
-    if rope["rope_type"] == "llama3":
-        scaling = Llama3Scaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-        )
+    text, vision = config.text_config, config.vision_config
     return MllamaConfig(
         vision=TiledVitConfig(
             hidden_size=vision.hidden_size,
@@ -212,7 +163,7 @@ def _build(config: Any) -> MllamaConfig:
             num_attention_heads=text.num_attention_heads,
             num_key_value_heads=text.num_key_value_heads,
             intermediate_size=text.intermediate_size,
-            rope=RopeConfig(float(rope["rope_theta"]), scaling),
+            rope=read_rope(text.rope_parameters),
             rms_norm_eps=text.rms_norm_eps,
             max_position_embeddings=text.max_position_embeddings,
             cross_attention_layers=tuple(text.cross_attention_layers),

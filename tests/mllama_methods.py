@@ -102,7 +102,7 @@ def masked_model(model: Mllama, inputs: Inputs, allowed: jax.Array, prompt: jax.
     is_first = True
     for layer in decoder.layers:
         if not isinstance(layer, CrossLayer):
-            x, _ = layer(x, decoder._rope(positions), causal)
+            x, _, _ = layer(x, decoder._rope(positions), causal)
             continue
         left = allowed[:, None, :] | (prompt[:, :, None] & is_first)
         mask, fallback = everywhere & left, real & left

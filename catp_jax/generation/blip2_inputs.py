@@ -1,4 +1,4 @@
-"""BLIP-2: from token lists and images to arrays of few shapes."""
+"""BLIP-2 and InstructBLIP: from token lists and images to arrays of few shapes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
-from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
+from catp_jax.models.blip2 import Blip2Inputs
+from catp_jax.models.instructblip import InstructBlipInputs
+from catp_jax.models.querying import QueryingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class KeptQueries:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], images: Sequence[np.ndarray], config: Blip2Config
+    prompts: Sequence[Sequence[int]], images: Sequence[np.ndarray], config: QueryingConfig
 ) -> Packed[Blip2Inputs]:
     """Arrays for the model; `images[b]` [3, height, width] belongs to `prompts[b]`.
 
@@ -47,6 +49,26 @@ def pack(
         slots=queries,
         longest=queries + max(len(tokens) for tokens in prompts),
     )
+
+
+def pack_instructions(
+    prompts: Sequence[Sequence[int]],
+    instructions: Sequence[Sequence[int]],
+    images: Sequence[np.ndarray],
+    config: QueryingConfig,
+) -> Packed[InstructBlipInputs]:
+    """What `pack` does, with the prompts in the Q-Former's tokens too: `instructions`."""
+    packed = pack(prompts, images, config)
+    text, valid = pad_prompts(instructions)
+    inputs = InstructBlipInputs(
+        pixels=packed.inputs.pixels,
+        image_index=packed.inputs.image_index,
+        tokens=packed.inputs.tokens,
+        token_valid=packed.inputs.token_valid,
+        instruction=jnp.asarray(text),
+        instruction_valid=jnp.asarray(valid),
+    )
+    return dataclasses.replace(packed, inputs=inputs)  # type: ignore[return-value]
 
 
 def stack_images(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,20 +26,18 @@ from jaxtyping import Array, Bool, Float, Int
 from catp_jax.contract import Attention, Keep, Site, View, keep_columns
 from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
 from catp_jax.models.layers import (
-    ACTIVATIONS,
     Llama3Scaling,
     RmsNorm,
     RopeConfig,
     attend,
     embedding,
     gate,
-    linear,
     merge_heads,
     rope_angles,
-    rotate,
     scaled,
     split_heads,
 )
+from catp_jax.models.llama import AttentionProjections, LlamaConfig, LlamaMlp, SelfLayer
 from catp_jax.struct import pytree, replace, static
 
 MaskMode = Literal["meta", "hf"]
@@ -48,25 +46,10 @@ EXTRA_EMBEDDINGS = 8  # rows of the embedding beyond the vocabulary; the image t
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossDecoderConfig:
+class CrossDecoderConfig(LlamaConfig):
     """`text_config` of an mllama checkpoint."""
 
-    vocab_size: int
-    hidden_size: int
-    hidden_act: str
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    rope: RopeConfig
-    rms_norm_eps: float
-    max_position_embeddings: int
     cross_attention_layers: tuple[int, ...]
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def llama_3_2_11b(cls) -> "CrossDecoderConfig":
@@ -159,49 +142,6 @@ def cross_mask(sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: Mask
     return CrossMask(mask=everything, attends=everything.any(axis=-1), feeds=has_image)
 
 
-class TextMlp(nnx.Module):
-    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = linear(width, inner, ("embed", "mlp"), rngs=rngs)
-        self.up_proj = linear(width, inner, ("embed", "mlp"), rngs=rngs)
-        self.down_proj = linear(inner, width, ("mlp", "embed"), rngs=rngs)
-        self.activation = config.hidden_act
-
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
-
-
-class AttentionProjections(nnx.Module):
-    """The four projections of grouped-query attention."""
-
-    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
-        width, head = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), rngs=rngs)
-        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
-        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
-        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), rngs=rngs)
-
-
-class SelfAttention(AttentionProjections):
-    """Rotary self-attention, over its own rows or over a cache that it writes them to."""
-
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
-        mask: Bool[Array, "b s n"],
-        past: Past | None,
-    ) -> tuple[Float[Array, "b s d"], LayerCache]:
-        queries = rotate(split_heads(self.q_proj(x), self.heads), *rope)
-        keys = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
-        cache = LayerCache(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
-        if past is not None:
-            cache = past.cache.write(cache, past.slot)
-        attended = attend(queries, cache.keys, cache.values, mask)
-        return self.o_proj(merge_heads(attended)), cache
-
-
 class CrossAttention(AttentionProjections):
     """Attention from text to visual features; queries and keys are normed per head, no RoPE."""
 
@@ -228,33 +168,12 @@ class CrossAttention(AttentionProjections):
         return self.o_proj(merge_heads(attended))
 
 
-class SelfLayer(nnx.Module):
-    """A Llama layer."""
-
-    def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
-        self.self_attn = SelfAttention(config, rngs=rngs)
-        self.mlp = TextMlp(config, rngs=rngs)
-        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
-        mask: Bool[Array, "b s n"],
-        past: Past | None = None,
-    ) -> tuple[Float[Array, "b s d"], LayerCache]:
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
-
-
 class CrossLayer(nnx.Module):
     """A gated cross-attention layer; both gates start at zero, where it is the identity."""
 
     def __init__(self, config: CrossDecoderConfig, *, rngs: nnx.Rngs):
         self.cross_attn = CrossAttention(config, rngs=rngs)
-        self.mlp = TextMlp(config, rngs=rngs)
+        self.mlp = LlamaMlp(config, rngs=rngs)
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn_attn_gate = gate(0.0)
@@ -327,7 +246,7 @@ class CrossDecoder(nnx.Module):
         rope, mask = self._rope(text.positions), causal_mask(text, text)
         before: list[LayerCache] = []
         for layer in self.layers[: self.first_cross]:
-            x, cache = layer(x, rope, mask)
+            x, _, cache = layer(x, rope, mask)
             before.append(cache)
         if visual is None:
             return Front(
@@ -380,7 +299,7 @@ class CrossDecoder(nnx.Module):
         masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
         for layer in self.layers[self.first_cross + 1 :]:
             if isinstance(layer, SelfLayer):
-                x, cache = layer(x, rope, mask)
+                x, _, cache = layer(x, rope, mask)
                 own.append(cache)
             elif visual is not None and masked is not None:
                 cross.append(layer.cross_attn.project(visual.features))
@@ -414,7 +333,7 @@ class CrossDecoder(nnx.Module):
         own, cross, written = iter(cache.own.layers), iter(cache.cross), []
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
-                x, past = layer(x, rope, mask, Past(cache=next(own), slot=slot))
+                x, _, past = layer(x, rope, mask, Past(cache=next(own), slot=slot))
                 written.append(past)
             elif masked is not None:
                 x = layer(x, next(cross), masked)

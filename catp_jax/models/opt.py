@@ -1,8 +1,5 @@
 """OPT, the decoder-only language model of BLIP-2 opt-2.7b and opt-6.7b.
 
-    embeddings + positions → layer 0 ─ LAYER ─ layer 1 ─ LAYER ─ … → norm → head
-                                        └ views: the layer before shows its queries and keys
-
 Learned positions count the tokens that are no padding, pre-norm layers, ReLU. OPT-350m, which is
 built otherwise, is not in any BLIP-2 and not supported.
 
@@ -10,13 +7,14 @@ Source: Zhang et al., "OPT", arXiv 2205.01068; Hugging Face transformers (`model
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Select, Site, View
-from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.cache import LayerCache, Past
+from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -24,10 +22,8 @@ from catp_jax.models.layers import (
     embedding,
     linear,
     merge_heads,
-    scaled,
     split_heads,
 )
-from catp_jax.struct import pytree, replace
 
 OFFSET = 2  # the first rows of the table of positions are unused
 NORM_EPS = 1e-5  # torch's default, which no config.json names
@@ -64,18 +60,6 @@ class OptConfig:
     def opt_6_7b(cls) -> "OptConfig":
         """OPT 6.7B as in BLIP-2."""
         return dataclasses.replace(cls.opt_2_7b(), hidden_size=4096, ffn_dim=16384)
-
-
-@pytree
-class OptCache:
-    """Segments in the order of the layers; after pruning between two layers a new one begins."""
-
-    segments: tuple[Segment, ...]
-    next_position: Int[Array, " b"]
-
-    def reorder(self, parents: Int[Array, " b"]) -> "OptCache":
-        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, segments=tuple(segment.reorder(parents) for segment in self.segments))
 
 
 class OptAttention(nnx.Module):
@@ -137,10 +121,8 @@ class OptModel(nnx.Module):
         self.decoder = OptDecoder(config, rngs=rngs)
 
 
-class Opt(nnx.Module):
+class Opt(Decoder):
     """`OPTForCausalLM`: `language_model` of a BLIP-2 checkpoint."""
-
-    sites = frozenset({Site.LAYER})
 
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -153,89 +135,19 @@ class Opt(nnx.Module):
         """Word embeddings, without positions."""
         return self.model.decoder.embed_tokens(tokens)
 
+    def placed(
+        self, x: Float[Array, "b s d"], positions: Int[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        """Embeddings of words and positions."""
+        return x + self.model.decoder.embed_positions(positions + OFFSET)
+
+    def layers_at(self, positions: Int[Array, "b s"]) -> Sequence[Layer]:
+        """The layers, which know nothing of positions."""
+        return list(self.model.decoder.layers)
+
     def logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s vocab"]:
         """Scores of the next token from the last layer's output."""
         x = self.model.decoder.final_layer_norm(x)
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         return jnp.einsum("bsd,vd->bsv", x, self.model.decoder.embed_tokens.embedding[...])
-
-    def prefill(
-        self,
-        x: Float[Array, "b n d"],
-        slots: Slots,
-        numbers: Int[Array, "b n"],
-        num_visual: int,
-        select: Select,
-        new_slots: int,
-    ) -> tuple[Float[Array, "b vocab"], OptCache]:
-        """Logits of each prompt's next token, and a cache with room for `new_slots` tokens.
-
-        `x` has embedded visual tokens, then text; `numbers` says which visual token an entry is,
-        -1 for text. `select` may prune between the layers.
-        """
-        next_position = slots.valid.sum(axis=1, dtype=jnp.int32)
-        x = x + self._positions(slots.positions)
-        mask = causal_mask(slots, slots)
-        segments: list[Segment] = []
-        caches: list[LayerCache] = []
-        before: Attention | None = None
-        for number, layer in enumerate(self.model.decoder.layers):
-            if before is not None:
-                view = View(
-                    site=Site.LAYER,
-                    layer=number,
-                    num_visual=num_visual,
-                    tokens=x,
-                    attention=before,
-                    values=caches[-1].values,
-                    evidence=None,
-                    numbers=numbers,
-                    valid=slots.valid,
-                    sees=mask & slots.valid[:, :, None],
-                )
-                if (keep := select(view)) is not None:
-                    segments.append(Segment.after_prompt(caches, slots, new_slots))
-                    caches = []
-                    num_visual -= x.shape[1] - keep.indices.shape[1]
-                    x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
-                    mask = causal_mask(slots, slots)
-            x, queries, cache = layer(x, mask)
-            before = Attention(queries=scaled(queries), keys=cache.keys)
-            caches.append(cache)
-        segments.append(Segment.after_prompt(caches, slots, new_slots))
-        last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        cache = OptCache(segments=tuple(segments), next_position=next_position)
-        return self.logits(x)[:, 0], cache
-
-    def step(
-        self, tokens: Int[Array, " b"], cache: OptCache
-    ) -> tuple[Float[Array, "b vocab"], OptCache]:
-        """Adds one token to every sample. The caller sees to it that a slot is left."""
-        position = cache.next_position[:, None]
-        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
-        x = self.embed(tokens[:, None]) + self._positions(position)
-        segments: list[Segment] = []
-        layers = iter(self.model.decoder.layers)
-        for segment in cache.segments:
-            slots = segment.slots.write(here, segment.next_slot)
-            mask, caches = causal_mask(here, slots), []
-            for past, layer in zip(segment.layers, layers, strict=False):
-                x, _, written = layer(x, mask, Past(cache=past, slot=segment.next_slot))
-                caches.append(written)
-            segments.append(
-                replace(segment, layers=tuple(caches), slots=slots, next_slot=segment.next_slot + 1)
-            )
-        cache = OptCache(segments=tuple(segments), next_position=cache.next_position + 1)
-        return self.logits(x)[:, 0], cache
-
-    def __call__(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n vocab"]:
-        """Logits of every row, nothing cached: for training and for comparison."""
-        x, mask = x + self._positions(slots.positions), causal_mask(slots, slots)
-        for layer in self.model.decoder.layers:
-            x, _, _ = layer(x, mask)
-        return self.logits(x)
-
-    def _positions(self, positions: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        return self.model.decoder.embed_positions(positions + OFFSET)

@@ -4,7 +4,8 @@
     text    ─ LayerNorm ─┘ (together)       (every second layer)       ─ feed-forward (text)      ┘
 
 Layers are post-norm. Text goes in only where the checkpoint has a branch for it (image-text
-retrieval). Everything here is float32 whatever the number type of the rest, as in transformers.
+retrieval, InstructBLIP). Numbers here have the type of the Q-Former's own weights, which may be
+wider than the rest: BLIP-2's stay float32, as in transformers.
 
 Source: Li et al., "BLIP-2", arXiv 2301.12597; Hugging Face transformers (`models/blip_2`).
 """
@@ -176,7 +177,7 @@ class QFormerEncoder(nnx.Module):
 
 
 class QFormer(nnx.Module):
-    """`qformer` of a BLIP-2 checkpoint."""
+    """`qformer` of a BLIP-2 or InstructBLIP checkpoint."""
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -195,8 +196,9 @@ class QFormer(nnx.Module):
         Returns the last hidden states, the self-attention by layer and the cross-attention by
         cross-attention layer.
         """
-        x = self.layernorm(x.astype(jnp.float32))
-        image = None if image is None else image.astype(jnp.float32)
+        dtype = self.layernorm.scale.dtype
+        x = self.layernorm(x.astype(dtype))
+        image = None if image is None else image.astype(dtype)
         mask = None
         if valid is not None:
             mask = jnp.broadcast_to(valid[:, None], (*valid.shape, valid.shape[1]))
@@ -220,6 +222,8 @@ class TextEmbeddings(nnx.Module):
         self.position_embeddings = embedding(places, width, axes=axes, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        last = self.position_embeddings.num_embeddings - 1
+        # padding, which nobody sees, may go on after the last position
+        places = jnp.minimum(jnp.arange(tokens.shape[1], dtype=jnp.int32), last)[None]
         x = self.word_embeddings(tokens) + self.position_embeddings(places)
         return x.astype(jnp.float32)

@@ -54,6 +54,11 @@ class T5Config:
     scale_decoder_outputs: bool
     decoder_start_token_id: int
 
+    @property
+    def hidden_size(self) -> int:
+        """Channels of an embedding, by the name that other language models have for it."""
+        return self.d_model
+
     @classmethod
     def flan_t5_xl(cls) -> "T5Config":
         """Flan-T5 XL as in BLIP-2, which has the exact gelu where Flan-T5 itself has gelu_new."""

@@ -7,7 +7,7 @@ al., "SpAtten", arXiv 2012.09852: attention received, summed over all layers, he
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Pruner, Reduction, Site, View
 from catp_jax.pruning.catp import queries_evidence
@@ -29,13 +29,18 @@ class SelfAttention(Pruner[tuple[()]]):
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        received = [received_by(layer) for layer in queries_evidence(view, "SelfAttention").among]
+        evidence = queries_evidence(view, "SelfAttention")
+        received = [received_by(layer, evidence.among_valid) for layer in evidence.among]
         score = jnp.take_along_axis(sum(received[1:], received[0]), view.numbers, axis=1)
         return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state
 
 
-def received_by(layer: Attention) -> Float[Array, "b q"]:
-    """Attention that each query receives in one layer, over all heads and rows."""
-    batch, queries = layer.keys.shape[:2]
-    seen = jnp.ones((batch, queries, queries), bool)
-    return attention_received(layer.queries, layer.keys, seen).sum(axis=1)
+def received_by(layer: Attention, valid: Bool[Array, "b m"] | None = None) -> Float[Array, "b q"]:
+    """Attention that each query receives from the queries in one layer, over all heads.
+
+    Text that they look at besides takes its share of a row; `valid` tells it from padding.
+    """
+    batch, queries, columns = *layer.queries.shape[:2], layer.keys.shape[1]
+    valid = jnp.ones((batch, columns), bool) if valid is None else valid
+    seen = jnp.broadcast_to(valid[:, None], (batch, queries, columns))
+    return attention_received(layer.queries, layer.keys, seen).sum(axis=1)[:, :queries]

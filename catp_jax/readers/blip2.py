@@ -1,4 +1,4 @@
-"""BLIP-2's readers: one square image a prompt, which stands in front of the text.
+"""BLIP-2's and InstructBLIP's readers: one square image a prompt, in front of the text.
 
 Checkpoints older than the `<image>` placeholder and newer ones are read alike: the placeholders are
 not made here, since the model puts its queries in front of the text by itself.
@@ -16,13 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from catp_jax.contract import Site
-from catp_jax.generation.blip2_inputs import KeptQueries, pack
+from catp_jax.generation.blip2_inputs import KeptQueries, pack, pack_instructions
 from catp_jax.generation.images import ImageLike, read_image
 from catp_jax.generation.inputs import Packed
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
-from catp_jax.models.opt import Opt, OptConfig
+from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
+from catp_jax.models.opt import OptConfig
+from catp_jax.models.querying import LANGUAGE_MODELS, QueryingConfig, QueryingInputs
 from catp_jax.models.retrieval import RetrievalConfig
-from catp_jax.models.t5 import T5
+from catp_jax.models.t5 import T5Config
 from catp_jax.models.vit import VitConfig
 from catp_jax.pruning.scores import attention
 from catp_jax.readers.reading import (
@@ -40,27 +42,13 @@ PLACEHOLDER = "<image>"
 
 
 @dataclasses.dataclass(frozen=True)
-class Blip2Reader:
-    """Reads for `Blip2ForConditionalGeneration`."""
+class QueryingReader:
+    """What the readers of models share whose language model reads a Q-Former's queries."""
 
-    config: Blip2Config
+    config: QueryingConfig
     processor: Any
 
-    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 2, "pad_token_id": 1}
-
-    @classmethod
-    def load(cls, folder: Path, config: Blip2Config) -> "Blip2Reader":
-        """Raises ValueError if the folder's processor makes other images or queries than the model
-        takes.
-        """
-        processor = load_processor(folder)
-        pairs = image_pairs(processor, config.vision)
-        if (queries := getattr(processor, "num_query_tokens", None)) is not None:
-            pairs["num_query_tokens"] = (queries, config.num_query_tokens)
-        check_processor(folder, pairs)
-        return (Blip2Reader if isinstance(config.text, OptConfig) else Blip2T5Reader)(
-            config, processor
-        )
+    name: ClassVar[str] = "BLIP-2"
 
     @property
     def tokenizer(self) -> Any:
@@ -71,18 +59,17 @@ class Blip2Reader:
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
         text = self.config.text
-        return text.max_position_embeddings if isinstance(text, OptConfig) else None
+        return None if isinstance(text, T5Config) else text.max_position_embeddings
 
     @property
     def sites(self) -> frozenset[Site]:
         """Where the model can be pruned."""
-        language_model = Opt if isinstance(self.config.text, OptConfig) else T5
-        return language_model.sites | {Site.ENTRY}
+        return LANGUAGE_MODELS[type(self.config.text)].sites | {Site.ENTRY}
 
     def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[np.ndarray]:
         """One prompt and its image. An empty prompt asks for a caption."""
         if len(images) != 1:
-            raise ValueError(f"BLIP-2 takes one image with each prompt, got {len(images)}")
+            raise ValueError(f"{self.name} takes one image with each prompt, got {len(images)}")
         process = partial(process_image, self.processor)
         tokens = tokenize(self.processor, prompt)
         return Question(tokens=tokens, images=[remember(done, images[0], process)])
@@ -95,12 +82,7 @@ class Blip2Reader:
         """How many visual tokens a question has, before any pruning."""
         return self.config.num_query_tokens
 
-    def pack(self, questions: Sequence[Question[np.ndarray]]) -> Packed[Blip2Inputs]:
-        """A batch of questions as arrays."""
-        tokens = [question.tokens for question in questions]
-        return pack(tokens, [question.images[0] for question in questions], self.config)
-
-    def locate(self, packed: Packed[Blip2Inputs], row: int, numbers: np.ndarray) -> KeptQueries:
+    def locate(self, packed: Packed[Any], row: int, numbers: np.ndarray) -> KeptQueries:
         """The queries `numbers` come from no one place; see `attention_map`."""
         return KeptQueries(number=numbers)
 
@@ -108,17 +90,38 @@ class Blip2Reader:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         return stretched(process_image(self.processor, source).transpose(1, 2, 0))
 
-    def attention_map(
-        self, network: Any, packed: Packed[Blip2Inputs], row: int, kept: Kept
-    ) -> np.ndarray:
+    def attention_map(self, network: Any, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
         """Where the kept queries look: their cross-attention, averaged over layers and heads, the
         sum over them stretched to 1.
         """
-        inputs = packed.inputs
-        looks = np.asarray(_looks(network, inputs.pixels[inputs.image_index[row]][None]))
+        looks = np.asarray(_looks(network, packed.inputs.alone(row)))
         grid = self.config.vision.grid
         out = looks[kept.number, 1:].sum(axis=0).reshape(grid, grid)
         return out / max(float(out.max()), 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blip2Reader(QueryingReader):
+    """Reads for `Blip2ForConditionalGeneration`."""
+
+    config: Blip2Config
+
+    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 2, "pad_token_id": 1}
+
+    @classmethod
+    def load(cls, folder: Path, config: Blip2Config) -> "Blip2Reader":
+        """Raises ValueError if the folder's processor makes other images or queries than the model
+        takes.
+        """
+        processor = load_checked(folder, config)
+        return (Blip2Reader if isinstance(config.text, OptConfig) else Blip2T5Reader)(
+            config, processor
+        )
+
+    def pack(self, questions: Sequence[Question[np.ndarray]]) -> Packed[Blip2Inputs]:
+        """A batch of questions as arrays."""
+        tokens = [question.tokens for question in questions]
+        return pack(tokens, [question.images[0] for question in questions], self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +132,84 @@ class Blip2T5Reader(Blip2Reader):
 
 
 @jax.jit
-def _looks(network: Any, pixels: Float[Array, "one c height width"]) -> Float[Array, "q n"]:
+def _looks(network: Any, inputs: QueryingInputs) -> Float[Array, "q n"]:
     """Cross-attention of every query over the image tokens, mean of all layers and heads."""
-    _, evidence = network.thaw().encode(pixels)
+    _, evidence = network.thaw().read_images(inputs)
     queries, columns = evidence.cross[0].queries.shape[1], evidence.cross[0].keys.shape[1]
     seen = jnp.ones((1, queries, columns), bool)
     maps = [attention(layer.queries, layer.keys, seen).mean(axis=1)[0] for layer in evidence.cross]
     return jnp.stack(maps).mean(axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction(Question[np.ndarray]):
+    """One prompt, read; `instruction` are its tokens for the Q-Former."""
+
+    instruction: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructBlipReader(QueryingReader):
+    """Reads for `InstructBlipForConditionalGeneration`, whose Q-Former has a tokenizer of its own.
+
+    With Vicuna; padding is the tokenizer's.
+    """
+
+    config: InstructBlipConfig
+
+    name: ClassVar[str] = "InstructBLIP"
+    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 2}
+
+    @classmethod
+    def load(cls, folder: Path, config: InstructBlipConfig) -> "InstructBlipReader":
+        """Raises ValueError if the folder's processor makes other images or queries than the model
+        takes, or has no tokenizer for the Q-Former.
+        """
+        processor = load_checked(folder, config)
+        has_folder = (
+            folder / "qformer_tokenizer"
+        ).is_dir()  # else transformers takes the other one
+        if not has_folder or getattr(processor, "qformer_tokenizer", None) is None:
+            raise ValueError(
+                f"{folder}: the processor has no tokenizer for the Q-Former; an "
+                "InstructBlipProcessor is wanted, with its qformer_tokenizer folder"
+            )
+        return (InstructBlipT5Reader if isinstance(config.text, T5Config) else InstructBlipReader)(
+            config, processor
+        )
+
+    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Instruction:
+        """One prompt and its image, the prompt in the tokens of both readers of it."""
+        question = super().read(images, prompt, done)
+        tokens = list(self.processor.qformer_tokenizer(prompt)["input_ids"])
+        qformer = self.config.qformer
+        if len(tokens) > qformer.max_position_embeddings:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens for the Q-Former; it takes "
+                f"{qformer.max_position_embeddings} at most"
+            )
+        if (highest := max(tokens, default=0)) >= qformer.vocab_size:
+            raise ValueError(
+                f"the Q-Former's tokenizer makes token {highest} of the prompt, but the Q-Former "
+                f"has embeddings for {qformer.vocab_size}; take the same checkpoint's"
+            )
+        return Instruction(question.tokens, question.images, tokens)
+
+    def pack(self, questions: Sequence[Any]) -> Packed[InstructBlipInputs]:
+        """A batch of questions as arrays."""
+        return pack_instructions(
+            [question.tokens for question in questions],
+            [question.instruction for question in questions],
+            [question.images[0] for question in questions],
+            self.config,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructBlipT5Reader(InstructBlipReader):
+    """Reads for an InstructBLIP with T5, whose special tokens have other numbers."""
+
+    tokens: ClassVar[dict[str, int]] = Blip2T5Reader.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +239,18 @@ class RetrievalReader:
         return tokens
 
 
+def load_checked(folder: Path, config: QueryingConfig) -> Any:
+    """A folder's processor. Raises ValueError unless it makes the images and queries that the model
+    takes.
+    """
+    processor = load_processor(folder)
+    pairs = image_pairs(processor, config.vision)
+    if (queries := getattr(processor, "num_query_tokens", None)) is not None:
+        pairs["num_query_tokens"] = (queries, config.num_query_tokens)
+    check_processor(folder, pairs)
+    return processor
+
+
 def image_pairs(processor: Any, vision: VitConfig) -> dict[str, tuple[Any, Any]]:
     """What image size the processor makes, and what the model wants."""
     size = processor.image_processor.size
@@ -183,7 +269,7 @@ def process_image(processor: Any, source: ImageLike) -> np.ndarray:
 def tokenize(processor: Any, prompt: Prompt) -> list[int]:
     """A prompt's tokens, those that the tokenizer adds included."""
     if not isinstance(prompt, str):
-        raise ValueError("BLIP-2 has no chat template; give the prompt as plain text")
+        raise ValueError("this model has no chat template; give the prompt as plain text")
     if PLACEHOLDER in prompt:
         raise ValueError(
             f"the prompt has {PLACEHOLDER} in it; leave it out, the image stands in front anyway"

@@ -84,7 +84,7 @@ def test_self_attention_layer(name: str):
     slots = Slots(positions=jnp.asarray(positions, jnp.int32), valid=jnp.asarray(valid))
     rope = rope_angles(slots.positions, config.text.rope, config.text.head_dim)
     layer = ours.language_model.layers[index]
-    result, _ = layer(jnp.asarray(x), rope, causal_mask(slots, slots))
+    result, _, _ = layer(jnp.asarray(x), rope, causal_mask(slots, slots))
     assert relative_difference(result, theirs) < TOLERANCE
 
 

@@ -1,0 +1,140 @@
+"""What decoder-only language models share: a prefill that can be pruned between two layers.
+
+visual tokens and text → layer 0 ─ LAYER ─ layer 1 ─ LAYER ─ … → norm → head
+                                   └ views: the layer before shows its queries and keys
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.contract import Attention, Select, Site, View
+from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.layers import scaled
+from catp_jax.struct import pytree, replace
+
+
+@pytree
+class DecoderCache:
+    """Segments in the order of the layers; after pruning between two layers a new one begins."""
+
+    segments: tuple[Segment, ...]
+    next_position: Int[Array, " b"]
+
+    def reorder(self, parents: Int[Array, " b"]) -> "DecoderCache":
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        return replace(self, segments=tuple(segment.reorder(parents) for segment in self.segments))
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """A layer that knows the positions of its rows: their output, their queries, its cache."""
+
+    def __call__(
+        self, x: Float[Array, "b s d"], *, mask: Bool[Array, "b s n"], past: Past | None = None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]: ...
+
+
+class Decoder(nnx.Module):
+    """A language model that reads embedded visual tokens, then text, and writes more text."""
+
+    sites = frozenset({Site.LAYER})
+
+    @abc.abstractmethod
+    def embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Word embeddings, without positions."""
+
+    @abc.abstractmethod
+    def placed(
+        self, x: Float[Array, "b s d"], positions: Int[Array, "b s"]
+    ) -> Float[Array, "b s d"]:
+        """Embeddings as the first layer takes them."""
+
+    @abc.abstractmethod
+    def layers_at(self, positions: Int[Array, "b s"]) -> Sequence[Layer]:
+        """All layers, for rows at these positions."""
+
+    @abc.abstractmethod
+    def logits(self, x: Float[Array, "b s d"]) -> Float[Array, "b s vocab"]:
+        """Scores of the next token from the last layer's output."""
+
+    def prefill(
+        self,
+        x: Float[Array, "b n d"],
+        slots: Slots,
+        numbers: Int[Array, "b n"],
+        num_visual: int,
+        select: Select,
+        new_slots: int,
+    ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
+        """Logits of each prompt's next token, and a cache with room for `new_slots` tokens.
+
+        `x` has embedded visual tokens, then text; `numbers` says which visual token an entry is,
+        -1 for text. `select` may prune between the layers.
+        """
+        next_position = slots.valid.sum(axis=1, dtype=jnp.int32)
+        x = self.placed(x, slots.positions)
+        layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
+        segments: list[Segment] = []
+        caches: list[LayerCache] = []
+        before: Attention | None = None
+        for number in range(len(layers)):
+            if before is not None:
+                view = View(
+                    site=Site.LAYER,
+                    layer=number,
+                    num_visual=num_visual,
+                    tokens=x,
+                    attention=before,
+                    values=caches[-1].values,
+                    evidence=None,
+                    numbers=numbers,
+                    valid=slots.valid,
+                    sees=mask & slots.valid[:, :, None],
+                )
+                if (keep := select(view)) is not None:
+                    segments.append(Segment.after_prompt(caches, slots, new_slots))
+                    caches = []
+                    num_visual -= x.shape[1] - keep.indices.shape[1]
+                    x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
+                    layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
+            x, queries, cache = layers[number](x, mask=mask)
+            before = Attention(queries=scaled(queries), keys=cache.keys)
+            caches.append(cache)
+        segments.append(Segment.after_prompt(caches, slots, new_slots))
+        last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        cache = DecoderCache(segments=tuple(segments), next_position=next_position)
+        return self.logits(x)[:, 0], cache
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: DecoderCache
+    ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
+        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        position = cache.next_position[:, None]
+        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
+        x = self.placed(self.embed(tokens[:, None]), position)
+        segments: list[Segment] = []
+        layers = iter(self.layers_at(position))
+        for segment in cache.segments:
+            slots = segment.slots.write(here, segment.next_slot)
+            mask, caches = causal_mask(here, slots), []
+            for past, layer in zip(segment.layers, layers, strict=False):
+                x, _, written = layer(x, mask=mask, past=Past(cache=past, slot=segment.next_slot))
+                caches.append(written)
+            segments.append(
+                replace(segment, layers=tuple(caches), slots=slots, next_slot=segment.next_slot + 1)
+            )
+        cache = DecoderCache(segments=tuple(segments), next_position=cache.next_position + 1)
+        return self.logits(x)[:, 0], cache
+
+    def __call__(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n vocab"]:
+        """Logits of every row, nothing cached: for training and for comparison."""
+        x, mask = self.placed(x, slots.positions), causal_mask(slots, slots)
+        for layer in self.layers_at(slots.positions):
+            x, _, _ = layer(x, mask=mask)
+        return self.logits(x)

@@ -1,0 +1,67 @@
+"""InstructBLIP: where each tensor of a checkpoint goes, with Flan-T5 and with Vicuna.
+
+The Q-Former's norm at the entrance stands with its text embeddings there; else all is as in BLIP-2.
+"""
+
+from functools import partial
+
+from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
+from convert import blip2
+from convert.blip2 import HEAD, HUB, TWINS
+from convert.family import Family
+from convert.instructblip_config import read, write
+from convert.rules import TRANSPOSE, Ignore, Rule
+
+RULES = [
+    *blip2.SHARED,
+    # What goes into the Q-Former.
+    Rule("qformer.embeddings.layernorm.weight", "qformer.layernorm.scale"),
+    Rule("qformer.embeddings.layernorm.bias", "qformer.layernorm.bias"),
+    Rule(
+        "qformer.embeddings.{word,position}_embeddings.weight",
+        "embeddings.{word,position}_embeddings.embedding",
+    ),
+    # Llama.
+    Rule("language_model.model.embed_tokens.weight", "language_model.model.embed_tokens.embedding"),
+    Rule(
+        "language_model.model.layers.*.self_attn.{q,k,v,o}_proj.weight",
+        "language_model.model.layers.*.self_attn.{q,k,v,o}_proj.kernel",
+        TRANSPOSE,
+    ),
+    Rule(
+        "language_model.model.layers.*.mlp.{gate,up,down}_proj.weight",
+        "language_model.model.layers.*.mlp.{gate,up,down}_proj.kernel",
+        TRANSPOSE,
+    ),
+    Rule(
+        "language_model.model.layers.*.{input,post_attention}_layernorm.weight",
+        "language_model.model.layers.*.{input,post_attention}_layernorm.scale",
+    ),
+    Rule("language_model.model.norm.weight", "language_model.model.norm.scale"),
+]
+
+IGNORES = [
+    *blip2.IGNORES,
+    Ignore(
+        "language_model.model.layers.*.self_attn.rotary_emb.inv_freq",
+        "frequencies of RoPE, which are computed",
+    ),
+]
+HINTS = {HEAD: blip2.HINTS[HEAD]}
+
+INSTRUCTBLIP = Family(
+    model_type="instructblip",
+    configs=(InstructBlipConfig,),
+    read=read,
+    write=write,
+    build=lambda config, rngs: InstructBlip(config, rngs=rngs),
+    rules=lambda config: RULES,
+    ignores=IGNORES,
+    hints=HINTS,
+    layouts={HUB.name: HUB},
+    detect=partial(blip2.detect, script="instructblip"),
+    twins=TWINS,
+    head=HEAD,
+    with_own_head=blip2.with_own_head,
+    float32=("query_tokens",),  # as in transformers, where the Q-Former goes with the rest
+)
