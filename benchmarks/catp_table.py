@@ -116,30 +116,22 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
             f"At {LEVELS[keep]} layer {best} votes best here, layer 1 in the paper; the order of "
             f"the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
         )
-    for baseline, paper in PAPER_RATIOS.items():
-        largest = max(ratio(by, "last", baseline, keep) for keep in BUDGETS)
-        lowest = min(ratio(by, "last", baseline, keep) for keep in BUDGETS)
-        if lowest > 1:
-            verdict = "agrees in direction"
-        elif largest < 1:
-            verdict = "does not agree: it is worse at every budget"
-        else:
-            verdict = "agrees at some budgets only"
-        out.append(
-            f"CATP against {baseline}: {lowest:.2f} to {largest:.2f} times its accuracy here, up "
-            f"to {paper} in the paper; {verdict}."
-        )
-    for method in ("random", "position"):
+    for other in (*PAPER_RATIOS, "random", "position"):
         signs = []
         for keep in BUDGETS:
-            catp, other = by[f"catp:layers={layers}", keep], by[method, keep]
+            catp, rival = by[f"catp:layers={layers}", keep], by[other, keep]
             signs.append(
-                "better" if catp.low > other.high else "worse" if catp.high < other.low else "equal"
+                "better" if catp.low > rival.high else "worse" if catp.high < rival.low else "equal"
             )
-        out.append(
-            f"CATP against {method} at 1/2, 1/4, 1/8: {', '.join(signs)} (equal: the 95 % "
-            "intervals overlap)."
+        ratios = [ratio(by, "last", other, keep) for keep in BUDGETS]
+        line = (
+            f"CATP against {other} at 1/2, 1/4, 1/8: {', '.join(signs)} (equal: the 95 % intervals "
+            f"overlap); {min(ratios):.2f} to {max(ratios):.2f} times its accuracy"
         )
+        if other in PAPER_RATIOS:
+            verdict = "agrees" if set(signs) == {"better"} else "does not agree"
+            line += f", up to {PAPER_RATIOS[other]} in the paper: {verdict}"
+        out.append(f"{line}.")
     return out
 
 

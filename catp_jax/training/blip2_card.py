@@ -36,7 +36,7 @@ or, in an environment with `catp-jax[demo]`,
     python -m catp_jax.training.mini_blip2 --kind {which} --out mini-blip2-{which} --seed {seed}
 
 {minutes:.0f} minutes of steps; a run that is cut off resumes when started again. Figures are in
-`training_log.jsonl`, the last line is the test. Four stages:
+`training_log.jsonl`, the last line is the test. Stages:
 
 1. *tower*, {tower}: every patch names the shape and the colour that cover it, or
    "background"; the class token those of the image.
@@ -46,13 +46,19 @@ or, in an environment with `catp-jax[demo]`,
 3. *reader*, {reader}, on the frozen Q-Former: the language model
    and the projection before it learn to answer questions without "no" or "not". They start where a
    query looks like the words for what it has seen.
-4. *answers*, {answers}: all questions.
+4. *answers*, {answers}: all questions.{moved}
 
 The first two are the same run for both kinds. Training images are composed: the shape of one
 training image in the colours of another, at a random place. Labels come from the training
 questions. Questions are drawn so that every answer to a question comes about equally often, "what"
 questions less often than "is there"; a quarter are put in the words of the BLIP-2 paper.
 """
+
+
+PLACES = """
+5. *places*, {steps} steps: the table of positions is set to zero and left there, and the rest learns
+   to do without. An OPT trained on texts knows them at all positions; this one would know its
+   questions at a single place, from which pruning moves them away."""
 
 
 def card(
@@ -68,8 +74,9 @@ def card(
     if isinstance(text, OptConfig):
         which, kind = "opt", "OPT"
         language = f"an OPT of {text.num_hidden_layers} layers"
+        moved = PLACES.format(steps=options["places_steps"])
     else:
-        which, kind = "t5", "T5"
+        which, kind, moved = "t5", "T5", ""
         language = f"a T5 of {text.num_layers} encoder and {text.num_decoder_layers} decoder layers"
     build = (
         f"A {vision.image_size}×{vision.image_size} image is {vision.tokens} tokens of a ViT of "
@@ -84,6 +91,7 @@ def card(
         reader=f"{options['reader_steps']} steps of {options['batch']} questions, {each} an image",
         answers=f"{options['answers_steps']} steps",
         which=which,
+        moved=moved,
         kind=kind,
         build=textwrap.fill(build, 100),
         millions=parameters / 1e6,

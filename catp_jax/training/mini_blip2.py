@@ -15,6 +15,11 @@ encoder, which the large models take ready-made:
    words are negated xor what is seen is red, and neither alone says anything about the answer.
 4. answers: all questions.
 
+5. places, with OPT only: its table of positions is set to zero and left there, and the rest learns
+   to do without; what order a question needs, causal attention gives. A language model trained on
+   texts knows them at all positions; this one would know its questions at a single place, right
+   after all the queries, from which pruning moves them away.
+
 Both kinds share stages 1 and 2: with the same --work the second kind finds them done.
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
 """
@@ -227,6 +232,7 @@ def main(
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2")] = 200,
     reader_steps: Annotated[int, typer.Option(help="steps of stage 3")] = 250,
     answers_steps: Annotated[int, typer.Option(help="steps of stage 4")] = 400,
+    places_steps: Annotated[int, typer.Option(help="steps of stage 5, OPT's")] = 300,
     batch: Annotated[int, typer.Option(help="questions in a step, or half as many images")] = 128,
     train_limit: Annotated[int | None, typer.Option(help="first so many train questions")] = None,
     test_limit: Annotated[int | None, typer.Option(help="first so many test questions")] = None,
@@ -244,6 +250,7 @@ def main(
         "qformer_steps": qformer_steps,
         "reader_steps": reader_steps,
         "answers_steps": answers_steps,
+        "places_steps": places_steps,
         "batch": batch,
         "train_limit": train_limit,
     }
@@ -292,18 +299,23 @@ def main(
     words = [text.answer(word)[0] for word in (*SHAPES, *COLOURS)]
     say_what_is_seen(model, trained, words)
 
-    graph, params, frozen = nnx.split(model, is_text, ...)
-    for name, steps, is_plain in (
-        ("reader", reader_steps, True),
-        ("answers", answers_steps, False),
-    ):
+    parts = [("reader", reader_steps, True), ("answers", answers_steps, False)]
+    if isinstance(model.language_model, Opt):
+        parts.append(("places", places_steps, False))
+    for name, steps, is_plain in parts:
+        is_learned = is_text
+        if name == "places":
+            table = model.language_model.model.decoder.embed_positions.embedding
+            table[...] = jnp.zeros_like(table[...])
+            is_learned = nnx.All(is_text, nnx.Not(nnx.PathContains("embed_positions")))
+        graph, params, frozen = nnx.split(model, is_learned, ...)
 
         def questions(step: int, is_plain: bool = is_plain) -> AskBatch:
             return composer.questions(step, batch // QUESTIONS, QUESTIONS, text, is_plain)
 
-        third = stage(name, steps, answer_loss(graph), questions, 2e-3)
-        params = train(third, params, work / f"{which}_{name}", own, frozen=frozen)
-    model = nnx.merge(graph, frozen, params)
+        next_stage = stage(name, steps, answer_loss(graph), questions, 2e-3)
+        params = train(next_stage, params, work / f"{which}_{name}", own, frozen=frozen)
+        model = nnx.merge(graph, frozen, params)
 
     log = work / f"{which}_whole_log.jsonl"
     log.write_text(shared.read_text() + own.read_text())

@@ -1,5 +1,6 @@
 """The mini BLIP-2s' training: batches, starts, losses, and the command from end to end."""
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from PIL import Image
 import convert
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
 from catp_jax.study.tasks import easy_vqa
+from catp_jax.training import mini_blip2
 from catp_jax.training.blip2_data import (
     PAPERS_PROMPT,
     TEXT_LENGTH,
@@ -37,6 +39,19 @@ from catp_jax.training.photos import COLOURS, SHAPES, normalise
 from catp_jax.training.tokenizer import load_processor, make_blip2_processor
 
 KINDS = ("opt", "t5")
+logits = jax.jit(answer_logits)
+
+
+def toy_config(kind):
+    """A mini BLIP-2 of fewer layers, which compile sooner."""
+    config = mini_config(kind)
+    layers = {"num_hidden_layers": 1} if kind == "opt" else {"num_layers": 1}
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_hidden_layers=1),
+        qformer=dataclasses.replace(config.qformer, num_hidden_layers=2),
+        text=dataclasses.replace(config.text, **layers),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +76,7 @@ def texts(tokenizers):
 
 @pytest.fixture(scope="module")
 def models():
-    return {kind: initialise(mini_config(kind), seed=1) for kind in KINDS}
+    return {kind: initialise(toy_config(kind), seed=1) for kind in KINDS}
 
 
 def equal(one, other) -> bool:
@@ -192,7 +207,7 @@ def test_at_the_start_a_query_looks_like_the_words_for_what_it_has_seen(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_gets_the_logits_it_gets_alone(kind, models, composer, texts):
     batch = composer.questions(0, 2, 3, texts[kind], False)
-    together = answer_logits(models[kind], batch)
+    together = logits(models[kind], batch)
     for row in (1, 5):
         inputs = Blip2Inputs(
             pixels=batch.inputs.pixels[row // 3][None],
@@ -202,7 +217,7 @@ def test_a_prompt_gets_the_logits_it_gets_alone(kind, models, composer, texts):
         )
         decoder = None if batch.decoder_tokens is None else batch.decoder_tokens[row][None]
         alone = AskBatch(inputs=inputs, decoder_tokens=decoder, targets=batch.targets[row][None])
-        np.testing.assert_allclose(together[row], answer_logits(models[kind], alone)[0], atol=2e-5)
+        np.testing.assert_allclose(together[row], logits(models[kind], alone)[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,8 +229,8 @@ def test_with_the_queries_zeroed_every_image_gets_the_same_answer(kind, models, 
     decoder = batch.decoder_tokens
     decoder = None if decoder is None else jnp.repeat(decoder[:1], 4, axis=0)
     batch = AskBatch(inputs=inputs, decoder_tokens=decoder, targets=batch.targets)
-    seen = np.asarray(answer_logits(models[kind], batch))
-    blind = np.asarray(answer_logits(without_queries(models[kind]), batch))
+    seen = np.asarray(logits(models[kind], batch))
+    blind = np.asarray(logits(without_queries(models[kind]), batch))
     assert np.abs(seen - seen[:1]).max() > 1e-3
     assert np.abs(blind - blind[:1]).max() < 1e-5
 
@@ -264,9 +279,10 @@ def test_evaluation_asks_every_question_once(kind, examples, models, texts):
     assert len(evaluate(models[kind], batches)) == len(some)
 
 
-def test_the_command_trains_writes_and_resumes_and_the_second_kind_shares_the_first_stages(
-    tmp_path,
+def test_the_command_trains_writes_and_resumes_and_kinds_share_the_first_stages(
+    tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(mini_blip2, "mini_config", toy_config)
     options = {
         "work": tmp_path / "work",
         "seed": 0,
@@ -285,7 +301,7 @@ def test_the_command_trains_writes_and_resumes_and_the_second_kind_shares_the_fi
     for kind, name in (("opt", "one"), ("t5", "t5")):
         network, config = convert.load(tmp_path / name)
         assert isinstance(network, Blip2)
-        assert config == mini_config(kind)
+        assert config == toy_config(kind)
         fronts.append(nnx.state(network.vision_model))
         processor = load_processor(tmp_path / name)
         assert processor.num_query_tokens == QUERIES
