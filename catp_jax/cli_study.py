@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
 
 RUN = "run"
 LEVELS = "50%,25%,12.5%"
+SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
 
@@ -100,12 +101,20 @@ def run(
         float, typer.Option(help="Beam search: above 0 favours long answers.")
     ] = 1.0,
     min_new_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
+    early_stopping: Annotated[
+        Literal["heuristic", "first", "never"],
+        typer.Option(
+            help="Beam search ends a question: by a guess of whether it can get better, with the "
+            "first BEAMS answers, or once it cannot."
+        ),
+    ] = "heuristic",
     dtype: Annotated[
         str | None,
         typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE"),
     ] = None,
 ) -> None:
     """Answer a task's questions unpruned and pruned; the figures go to a file."""
+    from catp_jax.generation.beam import beams as check_search
     from catp_jax.study.journal import Journal
     from catp_jax.study.sweep import Conditions
     from catp_jax.study.tasks import check_prompt, spread
@@ -113,6 +122,12 @@ def run(
     budgets = _budgets(keep)
     specs = _methods(methods)
     _check_numbers(batch_size, max_new_tokens, beams, min_new_tokens, seed)
+    check_search(
+        beams,
+        length_penalty=length_penalty,
+        min_new_tokens=min_new_tokens,
+        early_stopping=early_stopping,
+    )
     if prompt is not None:
         check_prompt(prompt)
     if not model.is_dir():
@@ -135,6 +150,7 @@ def run(
         num_beams=beams,
         length_penalty=length_penalty,
         min_new_tokens=min_new_tokens,
+        early_stopping=early_stopping,
         seed=seed,
     )
     journal.check(conditions.header(examples))
@@ -286,6 +302,8 @@ def _check_numbers(
     for option, (value, bound) in least.items():
         if value < bound:
             raise typer.BadParameter(f"{option} is at least {bound}, got {value}")
+    if seed >= SEEDS:
+        raise typer.BadParameter(f"--seed is below {SEEDS}, got {seed}")
     if min_new_tokens > max_new_tokens:
         raise typer.BadParameter(
             f"--min-new-tokens ({min_new_tokens}) is above --max-new-tokens ({max_new_tokens})"

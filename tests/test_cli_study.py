@@ -194,6 +194,9 @@ def test_the_model_is_loaded_once_all_else_is_right(no_model):
         (["--max-new-tokens", "0"], ["--max-new-tokens is at least 1"]),
         (["--min-new-tokens", "11"], ["--min-new-tokens (11) is above --max-new-tokens (10)"]),
         (["--seed", "-1"], ["--seed is at least 0"]),
+        (["--seed", str(2**31 - 1)], ["--seed is below"]),
+        (["--length-penalty", "nan"], ["length_penalty lies between -100 and 100"]),
+        (["--early-stopping", "soon"], ["soon"]),
         (["--data", "x.jsonl"], ["--task easy-vqa does not take --data"]),
         (["--fraction", "0.1"], ["--task easy-vqa does not take --fraction"]),
         (["--task", "vqav2"], ["--task vqav2 wants --questions, --annotations, --images too"]),
@@ -228,6 +231,13 @@ def test_budgets_and_methods_that_the_model_does_not_have_are_refused(tiny):
     said = refused(study(*words, "--methods", "l2", "--keep", "9"), "there are only 8")
     assert "give 1 to 8" in said
     refused(study(*words, "--methods", "trimmed_llama", "--keep", "2"), "trimmed_llama prunes")
+    assert not Path("x.jsonl").exists()
+
+
+@pytest.mark.parametrize("words", [["--length-penalty", "nan"], ["--max-new-tokens", "51"]])
+def test_a_number_that_does_not_fit_leaves_no_file(tiny, words):
+    data = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    refused(study(*data, "--methods", "l2", "--keep", "2", *words))
     assert not Path("x.jsonl").exists()
 
 

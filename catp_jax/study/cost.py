@@ -31,23 +31,36 @@ class Cost:
     token_spread: float | None = None
 
 
-def cache_bytes(network: Any, pruners: Any, inputs: Any, batch: int, new_slots: int) -> int:
-    """One question's share of everything that decoding keeps, with room for `new_slots` tokens."""
+def cache_bytes(
+    network: Any, pruners: Any, inputs: Any, batch: int, new_slots: int, num_beams: int = 1
+) -> int:
+    """One question's share of everything that decoding keeps, with room for `new_slots` tokens.
+
+    Every beam has a copy of the prompt's cache.
+    """
     program = partial(programs.prefill, new_slots=new_slots)
     cache = jax.eval_shape(program, network, pruners, inputs).cache
     leaves = jax.tree.leaves(cache)
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // batch
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return num_beams * size // batch
 
 
 def measure(
-    network: Any, pruned: Sequence[Any], inputs: Any, batch: int, new_slots: int
+    network: Any,
+    pruned: Sequence[Any],
+    inputs: Any,
+    batch: int,
+    new_slots: int,
+    num_beams: int = 1,
 ) -> list[Cost]:
     """The costs of each tuple of pruners on the same inputs.
 
     Everything is compiled first; then the settings take turns, so that what else the machine does
     meets all alike.
     """
-    sizes = [cache_bytes(network, pruners, inputs, batch, new_slots) for pruners in pruned]
+    sizes = [
+        cache_bytes(network, pruners, inputs, batch, new_slots, num_beams) for pruners in pruned
+    ]
     compiled = in_parallel(
         partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned
     )

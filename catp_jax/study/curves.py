@@ -8,16 +8,34 @@ from typing import Any
 from catp_jax.study.pictures import new_figure
 from catp_jax.study.results import UNPRUNED, Result
 
-ONE_LAYER = re.compile(r"catp:layers=(\d+)")
+ONE_LAYER = re.compile(r"catp(?::layers=(\d+|first|last))?")
 SIZE = (6.5, 4.6)  # inches of one model's curves
 MARKERS = "osD^vPX*"
 DODGE = 1.02  # neighbouring methods stand a little apart, so that their bars can be told apart
 
 
-def layer_of(result: Result) -> int | None:
-    """The one cross-attention layer, from 1 on, that CATP's vote is taken from; None if not so."""
-    match = ONE_LAYER.fullmatch(result.setting.method)
-    return int(match[1]) if match else None
+def layer_of(method: str, cross_layers: int | None = None) -> int | None:
+    """The one cross-attention layer, from 1 on, that CATP's vote is taken from; None if not so.
+
+    `cross_layers`: how many the model has. Without it `catp`, which takes the last one's, has none.
+    """
+    match = ONE_LAYER.fullmatch(method)
+    if not match:
+        return None
+    layer = match[1] or "last"
+    return cross_layers if layer == "last" else 1 if layer == "first" else int(layer)
+
+
+def by_layer(
+    results: Sequence[Result], cross_layers: int | None = None
+) -> list[tuple[int, Result]]:
+    """The results that one layer's vote decides, each with it; one a layer and budget."""
+    found = {
+        (layer, result.setting.keep): (layer, result)
+        for result in results
+        if (layer := layer_of(result.setting.method, cross_layers)) is not None
+    }
+    return list(found.values())
 
 
 def unpruned_of(results: Sequence[Result]) -> Result | None:
@@ -60,12 +78,17 @@ def draw_accuracy(
     figure.savefig(path, dpi=120)
 
 
-def draw_layers(panels: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """Accuracy by the one cross-attention layer that CATP's vote is taken from, a line a budget."""
+def draw_layers(
+    panels: Mapping[str, Sequence[Result]], path: Path, cross_layers: Mapping[str, int | None]
+) -> None:
+    """Accuracy by the one cross-attention layer that CATP's vote is taken from, a line a budget.
+
+    `cross_layers` says of each model how many it has, see `layer_of`.
+    """
     figure, grid = _figure(len(panels))
     for axes, (name, own) in zip(grid, panels.items(), strict=True):
         _draw_unpruned(axes, own)
-        layered = [(layer, result) for result in own if (layer := layer_of(result)) is not None]
+        layered = by_layer(own, cross_layers[name])
         budgets = sorted({result.visual_tokens for _, result in layered}, reverse=True)
         for number, kept in enumerate(budgets):
             mine = sorted(

@@ -17,6 +17,15 @@ from typing import Any
 
 Row = dict[str, Any]
 
+FIELDS = {
+    "header": ("name", "task", "data", "prompt", "batch", "generation", "seed", "versions"),
+    "cost": ("setting", "pruner", "cache_bytes"),
+    "picture": ("number", "question", "png"),
+    "answers": ("setting", "batch", "ms", "text", "score", "kl", "available", "kept", "maps"),
+    "result": ("setting", "questions", "images", "visual_tokens", "accuracy", "low", "high"),
+}
+"""What a row of each kind holds at least."""
+
 OPENING = '{"row": "header"'
 
 
@@ -26,7 +35,8 @@ class Journal:
     Reading changes nothing: a last line that was cut off is told to `report` and goes when the
     first row is added.
 
-    Raises ValueError if the file is not a sweep's, or is damaged elsewhere than at its end.
+    Raises ValueError if the file is not a sweep's, is damaged elsewhere than at its end, or has a
+    row that lacks its fields.
     """
 
     def __init__(
@@ -136,7 +146,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[Row], int]:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("row"), str):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             if not is_last:
                 raise ValueError(
                     f"line {number} of {path} is damaged; delete it from there on, and the sweep "
@@ -145,6 +155,11 @@ def _parse(data: bytes, path: Path) -> tuple[list[Row], int]:
             break
         if number == len(lines):  # whole, but its newline is missing
             break
+        if missing := [key for key in FIELDS.get(row["row"], ()) if key not in row]:
+            raise ValueError(
+                f"line {number} of {path} is {row['row']!r} without {', '.join(missing)}; delete "
+                f"it from there on, and the sweep goes on with what is before it"
+            )
         rows.append(row)
         end += len(line) + 1
     return rows, end

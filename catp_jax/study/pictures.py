@@ -1,17 +1,21 @@
 """Pictures of what was kept, for any model: patches that were dropped dimmed, or a heat map."""
 
+import base64
 import dataclasses
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 DIMMED = 0.12  # brightness of what was dropped
 MARGIN = 0.45  # inches around each panel, for its caption
 SIDE = 2.1  # inches of a panel
 LETTERS = 36  # of a caption's line
+PICTURE_SIDE = 448  # pixels, at most, of a picture that goes into the journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +102,12 @@ def _draw(axes: Any, panel: Panel) -> None:
         for part in textwrap.wrap(line, LETTERS, max_lines=2, placeholder=" …")
     ]
     axes.set_title("\n".join(lines), fontsize=8)
+
+
+def as_png(picture: np.ndarray) -> str:
+    """A picture [height, width, 3] in 0 … 1 as a PNG file in base64."""
+    image = Image.fromarray(np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8))
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    out = io.BytesIO()
+    image.save(out, "png")
+    return base64.b64encode(out.getvalue()).decode()

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from catp_jax.study.curves import draw_accuracy, draw_layers, layer_of, unpruned_of
+from catp_jax.study.curves import by_layer, draw_accuracy, draw_layers, unpruned_of
 from catp_jax.study.journal import Journal, Row
 from catp_jax.study.pictures import Panel, draw_kept
 from catp_jax.study.results import Result, Setting
@@ -25,11 +26,12 @@ NOTES = """\
   questions
 - agreement: share of the questions answered as the unpruned model answers them
 - KL: of the first answer token's distribution from the unpruned model's, mean over the questions
-- cache: all that decoding keeps of one question, a share of its batch
+- cache: all that decoding keeps of one question, a share of its batch; with beam search each beam
+  keeps its own, so it is their number times a prompt's
 - prefill FLOPs: of one question, as the compiler counts them in the compiled prefill of a batch;
   other programs count loops and kernels differently
-- times: medians ± half the interquartile range; prefill and token (a greedy step) of a whole batch,
-  question with everything around it, as a share of its batch
+- times: medians ± half the interquartile range; prefill and token (a greedy step, whatever the
+  beams) of a whole batch, question with everything around it, as a share of its batch
 """
 
 
@@ -45,6 +47,16 @@ class Study:
     results: tuple[Result, ...]
     pictures: tuple[Row, ...]
     unfinished: tuple[str, ...]
+
+    @property
+    def cross_layers(self) -> int | None:
+        """How many cross-attention layers can vote, if the model says so."""
+        return self.header.get("model", {}).get("cross_layers")
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether votes of at least two layers can be compared."""
+        return len({layer for layer, _ in by_layer(self.results, self.cross_layers)}) > 1
 
 
 def read_study(path: Path, said: list[str] | None = None) -> Study:
@@ -110,32 +122,32 @@ def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str
 
     written = [out / "results.csv", out / "accuracy.png"]
     write_csv({name: study.results for name, study in studies.items()}, written[0])
-    layered = {
-        name: study.results
-        for name, study in studies.items()
-        if any(layer_of(result) is not None for result in study.results)
-    }
-    draw_accuracy(
-        {
-            name: [result for result in study.results if layer_of(result) is None]
-            or list(study.results)
-            for name, study in studies.items()
-        },
-        written[1],
-    )
+    draw_accuracy({name: _curves(study) for name, study in studies.items()}, written[1])
+    layered = {name: study for name, study in studies.items() if study.is_layered}
     if layered:
         written.append(out / "layers.png")
-        draw_layers(layered, written[-1])
+        draw_layers(
+            {name: study.results for name, study in layered.items()},
+            written[-1],
+            {name: study.cross_layers for name, study in layered.items()},
+        )
     pictures = {}
     for number, (name, study) in enumerate(studies.items(), start=1):
         if rows := panels(study):
             pictures[name] = out / (f"kept-{number}.png" if len(studies) > 1 else "kept.png")
             draw_kept(rows, pictures[name])
     written += pictures.values()
-    text = markdown(studies, bool(layered), pictures)
+    text = markdown(studies, pictures)
     written.insert(0, out / "report.md")
     written[0].write_text(text, encoding="utf-8")
     return written, said
+
+
+def _curves(study: Study) -> list[Result]:
+    """What goes into the curves: not the layers by number, if they have a figure of their own."""
+    numbered = re.compile(r"catp:layers=\d+")
+    left = [r for r in study.results if not numbered.fullmatch(r.setting.method)]
+    return left if study.is_layered else list(study.results)
 
 
 def _named(studies: Sequence[Study], paths: Sequence[Path]) -> dict[str, Study]:
@@ -182,7 +194,7 @@ def _picture(row: Row) -> np.ndarray:
         return np.asarray(image.convert("RGB")) / 255
 
 
-def markdown(studies: dict[str, Study], has_layers: bool, pictures: dict[str, Path]) -> str:
+def markdown(studies: dict[str, Study], pictures: dict[str, Path]) -> str:
     """The report's text."""
     lines = ["# What pruning costs, and what it saves", ""]
     for name, study in studies.items():
@@ -193,31 +205,58 @@ def markdown(studies: dict[str, Study], has_layers: bool, pictures: dict[str, Pa
         if name in pictures:
             lines += [f"![What was kept of some images]({pictures[name].name})", ""]
     lines += ["## Accuracy over visual tokens kept", "", "![Accuracy](accuracy.png)", ""]
-    if has_layers:
-        lines += [
-            "## By the layer that votes",
-            "",
-            "CATP with the votes of one cross-attention layer (left out of the curves above).",
+    lines += _layers(studies)
+    return "\n".join([*lines, "## What the columns mean", "", NOTES])
+
+
+def _layers(studies: dict[str, Study]) -> list[str]:
+    """What compares the layers, or which methods would; nothing without CATP."""
+    catp = [
+        study
+        for study in studies.values()
+        if any(re.match(r"catp\b", result.setting.method) for result in study.results)
+    ]
+    if any(study.is_layered for study in catp):
+        said = [
+            "CATP with the votes of one cross-attention layer (those asked for by number are left "
+            "out of the curves above).",
             "",
             "![Accuracy by layer](layers.png)",
-            "",
         ]
-    return "\n".join([*lines, "## What the columns mean", "", NOTES])
+    elif catp:
+        count = catp[0].cross_layers
+        last = "catp:layers=last" if count else "catp:layers=2"
+        said = [
+            f"Not drawn: it wants CATP with the votes of at least two layers, such as `--methods "
+            f"catp:layers=first,{last}`"
+            f"{f', by number from 1 to {count}' if count else ''}."
+        ]
+    else:
+        return []
+    return ["## By the layer that votes", "", *said, ""]
 
 
 def _conditions(header: Row) -> str:
     data, generation = header["data"], header["generation"]
-    counted = ("questions", "images", "digest")
+    counted = ("questions", "images", "digest", "drawn", "left_out")
     source = ", ".join(f"{key} {value}" for key, value in data.items() if key not in counted)
     search = f"{generation['num_beams']} beams" if generation["num_beams"] > 1 else "greedy"
     packages = ", ".join(f"{key} {value}" for key, value in header["versions"].items())
-    beams = (
-        f", length penalty {generation['length_penalty']:g}" if generation["num_beams"] > 1 else ""
-    )
+    beams = ""
+    if generation["num_beams"] > 1:
+        stopping = generation.get("early_stopping", "heuristic")
+        beams = f", length penalty {generation['length_penalty']:g}, early stopping {stopping}"
+    left_out = ""
+    if "drawn" in data:
+        count = sum(data["left_out"].values())
+        kinds = ", ".join(f"{number} {kind}" for kind, number in data["left_out"].items())
+        left_out = f" Of {data['drawn']} questions drawn {count} left out"
+        left_out += f": {kinds}." if kinds else "."
     return (
         f"{data['questions']} questions about {data['images']} images of {header['task']}"
-        f"{f' ({source})' if source else ''}, asked as `{header['prompt']}`. {search.capitalize()}"
-        f"{beams}, {generation['min_new_tokens']} to {generation['max_new_tokens']} new tokens, "
+        f"{f' ({source})' if source else ''}, asked as `{header['prompt']}`.{left_out} "
+        f"{search.capitalize()}{beams}, {generation['min_new_tokens']} to "
+        f"{generation['max_new_tokens']} new tokens, "
         f"batches of {header['batch']}, seed {header['seed']}. On {header['device']}; {packages}."
     )
 

@@ -33,10 +33,10 @@ class Result:
     `kl`: mean KL divergence of the first answer token's distribution from the unpruned one, in
     nats.
 
-    `cache_bytes` and `prefill_flops` are of one question, a share of its batch. Times are medians,
-    their spread half the interquartile range: `milliseconds` of a question, prefill and answer, as
-    a share of its batch; `prefill_ms` and `token_ms` of a whole batch's prefill and of one greedy
-    step after it. None: not measured.
+    `cache_bytes` (of all beams) and `prefill_flops` are of one question, a share of its batch.
+    Times are medians, their spread half the interquartile range: `milliseconds` of a question,
+    prefill and answer, as a share of its batch; `prefill_ms` and `token_ms` of a whole batch's
+    prefill and of one greedy step after it. None: not measured.
 
     `answers` and `kept` (numbers of the visual tokens; None: everything) are one per question;
     `maps` shows where the kept tokens of some questions look, by the question's number.

@@ -6,11 +6,9 @@ disk a sweep can be stopped at any time and goes on from its last line; more met
 be added to it later.
 """
 
-import base64
 import dataclasses
 import enum
 import importlib.metadata
-import io
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +18,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from catp_jax.contract import Site
+from catp_jax.generation.beam import EarlyStopping
 from catp_jax.pruning import budget, make
 from catp_jax.struct import replace
 from catp_jax.study.cost import Cost, cache_bytes, in_parallel, measure
 from catp_jax.study.journal import Journal, Row
+from catp_jax.study.pictures import as_png
 from catp_jax.study.results import (
     UNPRUNED,
     Result,
@@ -38,7 +37,6 @@ from catp_jax.study.results import (
 from catp_jax.study.tasks import QUESTION, Example, Score, digest, exact_match, fill
 
 FORMAT = 1  # of the journal's rows
-PICTURE_SIDE = 448  # pixels, at most, of a picture that goes into the journal
 
 
 @runtime_checkable
@@ -69,6 +67,7 @@ class Answerer(Protocol):
         num_beams: int,
         length_penalty: float,
         min_new_tokens: int,
+        early_stopping: EarlyStopping,
     ) -> Any: ...
     def picture(self, source: Any) -> np.ndarray: ...
     def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
@@ -89,6 +88,7 @@ class Conditions:
     num_beams: int = 1
     length_penalty: float = 1.0
     min_new_tokens: int = 0
+    early_stopping: EarlyStopping = "heuristic"
     seed: int = 0
 
     @property
@@ -99,6 +99,7 @@ class Conditions:
             "num_beams": self.num_beams,
             "length_penalty": self.length_penalty,
             "min_new_tokens": self.min_new_tokens,
+            "early_stopping": self.early_stopping,
         }
 
     def header(self, examples: Sequence[Example]) -> Row:
@@ -153,8 +154,9 @@ def sweep(
     times are left out, and their programs not compiled. `report` is told what is being done,
     `progress` how many answers there are and will be.
 
-    Raises ValueError if a budget is larger than what there is to keep, or the journal is of other
-    conditions.
+    Raises ValueError if a budget is larger than what there is to keep, a question cannot be asked
+    (with its id and image), or the journal is of other conditions. What the first batch shows is
+    raised before anything is written.
     """
     if not examples:
         raise ValueError("a study wants at least one example")
@@ -188,6 +190,7 @@ class _Sweep:
         self.every, self.journal, self.report = every, journal, report
         starts = range(0, len(examples), conditions.batch)
         self.batches = [examples[start : start + conditions.batch] for start in starts]
+        self.compiled: set[tuple[Setting, str]] = set()
 
     def begin(self, header: Row, is_timed: bool) -> None:
         """The header, once it is known to fit, and what each setting costs on the first batch."""
@@ -199,13 +202,18 @@ class _Sweep:
         pruned = [self.pruners(setting, packed, 0) for setting in new]
         if packed is None:
             return
-        questions, slots = len(packed.available), self.conditions.max_new_tokens
+        self.compile(0, packed, dict(zip(new, pruned, strict=True)))
+        sizes = {
+            "inputs": packed.inputs,
+            "batch": len(packed.available),
+            "new_slots": self.conditions.max_new_tokens,
+            "num_beams": self.conditions.num_beams,
+        }
         if is_timed:
             self.report("compiling, timing")
-            costs = measure(self.model.network, pruned, packed.inputs, questions, slots)
+            costs = measure(self.model.network, pruned, **sizes)
         else:
-            size = partial(cache_bytes, self.model.network)
-            costs = [Cost(size(some, packed.inputs, questions, slots)) for some in pruned]
+            costs = [Cost(cache_bytes(self.model.network, some, **sizes)) for some in pruned]
         self.journal.begin(header)  # now that every setting has run once
         for setting, cost in zip(new, costs, strict=True):
             self.journal.append(
@@ -227,7 +235,6 @@ class _Sweep:
         done = sum(len(row["text"]) for (setting, _), row in rows.items() if setting in self.every)
         total = len(self.every) * len(self.examples)
         progress(done, total)
-        compiled: set[tuple[Setting, str]] = set()
         for number, some in enumerate(self.batches):
             missing = [setting for setting in self.every if (setting, number) not in rows]
             if not missing:
@@ -235,15 +242,13 @@ class _Sweep:
             packed = self.prepare(number)
             asked = list(dict.fromkeys([self.every[0], *missing]))  # KL wants the unpruned logits
             pruned = {setting: self.pruners(setting, packed, number) for setting in asked}
-            self.compile(packed, pruned, compiled)
+            self.compile(number, packed, pruned)
             self.pictures(number, pictured)  # before the answers, which say that a batch is done
             reference = np.empty(0)
             for setting in asked:
                 self.report(f"answering: {setting}")
                 started = time.perf_counter()
-                out = self.model.generate_packed(
-                    packed, pruned[setting], **self.conditions.generation
-                )
+                out = self.ask(pruned[setting], packed, number)
                 passed = 1000 * (time.perf_counter() - started) / len(packed.available)
                 logits = out.logits[: len(some)]
                 if setting == self.every[0]:
@@ -339,13 +344,33 @@ class _Sweep:
         return out
 
     def prepare(self, number: int) -> Any:
-        """A batch, filled up to the common size; a lone one keeps its own."""
+        """A batch, filled up to the common size; a lone one keeps its own.
+
+        Raises ValueError, with the id and the image, for a question that cannot be used.
+        """
         some = list(self.batches[number])
         filled = (some * self.conditions.batch)[: self.conditions.batch] if number else some
-        return self.model.prepare(
-            [example.image for example in filled],
-            [fill(self.conditions.prompt, example.question) for example in filled],
-        )
+        images = [example.image for example in filled]
+        prompts = [fill(self.conditions.prompt, example.question) for example in filled]
+        try:
+            return self.model.prepare(images, prompts)
+        except ValueError:
+            for example, prompt in zip(some, prompts, strict=False):
+                try:
+                    self.model.prepare([example.image], [prompt])
+                except ValueError as error:
+                    raise ValueError(
+                        f"question {example.id!r} about {str(example.image)!r}: {error}"
+                    ) from None
+            raise
+
+    def ask(self, pruners: tuple[Any, ...], packed: Any, number: int) -> Any:
+        """A batch's answers. Raises ValueError, with the questions' ids, if it does not fit."""
+        try:
+            return self.model.generate_packed(packed, pruners, **self.conditions.generation)
+        except ValueError as error:
+            first, last = self.batches[number][0].id, self.batches[number][-1].id
+            raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
 
     def pruners(self, setting: Setting, packed: Any, batch: int | None) -> tuple[Any, ...]:
         """The setting's pruner for a batch; one that draws does so anew for each batch.
@@ -375,20 +400,18 @@ class _Sweep:
             return {"class": type(pruner).__name__, **fields, "keep": setting.keep}
         return None
 
-    def compile(
-        self, packed: Any, pruned: dict[Setting, Any], compiled: set[tuple[Setting, str]]
-    ) -> None:
+    def compile(self, number: int, packed: Any, pruned: dict[Setting, Any]) -> None:
         """Runs what has not run for this batch's shapes, so that no compiling is timed."""
         keys = {
             setting: (setting, str(jax.tree.map(jnp.shape, (packed.inputs, pruners))))
             for setting, pruners in pruned.items()
         }
-        new = [setting for setting in pruned if keys[setting] not in compiled]
+        new = [setting for setting in pruned if keys[setting] not in self.compiled]
         if new:
             self.report(f"compiling {len(new)} programs")
-            ask = partial(self.model.generate_packed, packed, **self.conditions.generation)
+            ask = partial(self.ask, packed=packed, number=number)
             in_parallel(ask, [pruned[setting] for setting in new])
-            compiled |= {keys[setting] for setting in new}
+            self.compiled |= {keys[setting] for setting in new}
 
     def kept_map(self, packed: Any, index: int, kept: Any) -> list[list[float]]:
         """Where a prompt's kept tokens look, with as many digits as can be seen."""
@@ -406,7 +429,7 @@ class _Sweep:
                         "number": index,
                         "question": example.question,
                         "answers": list(dict.fromkeys(example.accepted)),
-                        "png": png(self.model.picture(example.image)),
+                        "png": as_png(self.model.picture(example.image)),
                     }
                 )
 
@@ -415,12 +438,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.name
     return np.asarray(value).tolist() if hasattr(value, "shape") else value
-
-
-def png(picture: np.ndarray) -> str:
-    """A picture [height, width, 3] in 0 … 1 as a PNG file in base64."""
-    image = Image.fromarray(np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8))
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    out = io.BytesIO()
-    image.save(out, "png")
-    return base64.b64encode(out.getvalue()).decode()

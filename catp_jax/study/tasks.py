@@ -121,12 +121,12 @@ def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]
 
 def read_json_lines(path: Path) -> list[Example]:
     """The questions of a JSON-lines file; see this module for its form."""
-    examples, lines, faults, images = [], {}, [], {}
+    examples, lines, faults, images, looked = [], {}, [], {}, {}
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            example = _example(line, number, path.parent, images)
+            example = _example(line, number, path.parent, images, looked)
         except ValueError as error:
             faults.append(f"line {number}: {error}")
             continue
@@ -141,10 +141,12 @@ def read_json_lines(path: Path) -> list[Example]:
     return examples
 
 
-def _example(line: str, number: int, folder: Path, images: dict[Path, int]) -> Example:
+def _example(
+    line: str, number: int, folder: Path, images: dict[Path, int], looked: dict[Path, str | None]
+) -> Example:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"an object is wanted, got {type(row).__name__}")
@@ -164,7 +166,9 @@ def _example(line: str, number: int, folder: Path, images: dict[Path, int]) -> E
     if not isinstance(own, str | int) or isinstance(own, bool):
         raise ValueError(f"'id' is a text or a whole number, got {own!r}")
     image = folder / row["image"]
-    if fault := image_fault(image):
+    if image not in looked:
+        looked[image] = image_fault(image)
+    if fault := looked[image]:
         raise ValueError(fault)
     return Example(
         image=image,
@@ -177,11 +181,13 @@ def _example(line: str, number: int, folder: Path, images: dict[Path, int]) -> E
 
 
 def image_fault(path: Path) -> str | None:
-    """Why a file cannot be an image, as far as its first bytes tell; None if they are fine."""
+    """Why a file cannot be used as an image; None if all of it can be decoded."""
     if not path.is_file():
         return f"image {str(path)!r} is not a file"
     try:
-        with Image.open(path):
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # a JPEG's pixels are not wanted, only that they are there
+            image.load()
             return None
     except Exception as error:  # decoders raise nearly anything on damaged data
         return f"image {str(path)!r} cannot be read: {error}"
@@ -191,10 +197,8 @@ def read_json(path: Path, what: str) -> Any:
     """A JSON file's content; `what` names the file in messages."""
     try:
         return json.loads(_text(path))
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise ValueError(f"{what} {path} is no JSON file: {error}") from None
-        raise
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} {path} is no JSON file: {error}") from None
 
 
 def _text(path: Path) -> str:

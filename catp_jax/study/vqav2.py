@@ -31,8 +31,8 @@ def vqav2_task(
 ) -> Task:
     """A random `fraction` of VQAv2's questions, the same ones for the same seed.
 
-    What doesn't fit (an image or an annotation that is missing, an entry of the wrong form) is left
-    out and counted in `problems`.
+    What doesn't fit (an image or an annotation that is missing or damaged, an entry of the wrong
+    form) is left out and counted in `problems` and in `source`.
 
     Raises ValueError if the files are not of the official form or of different splits, if ids
     stand twice, or if nothing is left.
@@ -82,6 +82,8 @@ def vqav2_task(
             "annotations": annotations.name,
             "fraction": fraction,
             "seed": seed,
+            "drawn": len(chosen),
+            "left_out": {kind: len(own) for kind, own in faults.items()},
         },
         problems=tuple(problems),
     )

@@ -16,6 +16,7 @@ from catp_jax.study.tasks import Example
 
 WORDS = ("yes", "no", "red", "2")
 TOKENS = 8
+POSITIONS = 50  # most new tokens
 
 
 def examples(number, image_of=lambda n: n // 2):
@@ -98,8 +99,18 @@ class Tiny:
         )
 
     def generate_packed(
-        self, packed, pruners, *, max_new_tokens, num_beams, length_penalty, min_new_tokens
+        self,
+        packed,
+        pruners,
+        *,
+        max_new_tokens,
+        num_beams,
+        length_penalty,
+        min_new_tokens,
+        early_stopping,
     ):
+        if max_new_tokens > POSITIONS:
+            raise ValueError(f"{max_new_tokens} new tokens do not fit")
         self.batches.append((packed.prompts, tuple(pruners)))
         out = programs.prefill(
             self.network, tuple(pruners), packed.inputs, new_slots=max_new_tokens

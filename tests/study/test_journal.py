@@ -6,7 +6,12 @@ import pytest
 
 from catp_jax.study.journal import Journal, differences
 
-HEADER = {"task": "easy-vqa", "generation": {"num_beams": 1}, "name": "mini"}
+HEADER = {
+    "task": "easy-vqa",
+    "generation": {"num_beams": 1},
+    "name": "mini",
+    **dict.fromkeys(("data", "prompt", "batch", "seed", "versions")),
+}
 
 
 @pytest.fixture
@@ -15,18 +20,16 @@ def path(tmp_path):
     path = tmp_path / "runs" / "sweep.jsonl"
     journal = Journal(path)
     journal.begin(HEADER)
-    journal.append({"row": "answers", "batch": 0, "text": ["é", "b\nc"]})
-    journal.append({"row": "answers", "batch": 1, "maps": {3: (1.0, 0.5)}})
+    journal.append({"row": "note", "batch": 0, "text": ["é", "b\nc"]})
+    journal.append({"row": "note", "batch": 1, "maps": {3: (1.0, 0.5)}})
     return path
 
 
 def test_rows_come_back_as_they_were_written(path):
     journal = Journal(path)
     assert journal.header == {"row": "header", **HEADER}
-    assert journal.find("answers", batch=0) == [
-        {"row": "answers", "batch": 0, "text": ["é", "b\nc"]}
-    ]
-    assert journal.find("answers", batch=1)[0]["maps"] == {"3": [1.0, 0.5]}
+    assert journal.find("note", batch=0) == [{"row": "note", "batch": 0, "text": ["é", "b\nc"]}]
+    assert journal.find("note", batch=1)[0]["maps"] == {"3": [1.0, 0.5]}
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -73,6 +76,20 @@ def test_a_damaged_line_in_the_middle_is_named(path):
         Journal(path)
 
 
+def test_a_line_that_nests_too_deep_is_damaged(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "[" * 100_000 + "\n", lines[2]]))
+    with pytest.raises(ValueError, match=r"line 2 of .* is damaged"):
+        Journal(path)
+
+
+def test_a_row_that_lacks_its_fields_is_named(path):
+    with path.open("a") as file:
+        file.write('{"row": "picture", "number": 3}\n')
+    with pytest.raises(ValueError, match=r"line 4 of .* is 'picture' without question, png"):
+        Journal(path)
+
+
 @pytest.mark.parametrize("content", ["notes", "notes\n", "[]\n", '{"row": "answers"}\n', "{}"])
 def test_another_kind_of_file_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "notes.txt"
@@ -95,7 +112,7 @@ def test_an_empty_file_is_a_new_one(tmp_path):
 
 
 def test_another_sweep_is_refused_with_every_difference(path):
-    other = {"task": "vqav2", "generation": {"num_beams": 5, "seed": 1}, "name": "mini"}
+    other = {**HEADER, "task": "vqav2", "generation": {"num_beams": 5, "seed": 1}}
     before = path.read_bytes()
     with pytest.raises(ValueError, match="another sweep") as refusal:
         Journal(path).begin(other)

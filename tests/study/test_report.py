@@ -1,6 +1,7 @@
 """A report holds the figures of its files, and its pictures are pictures."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from catp_jax.study.curves import draw_accuracy, layer_of, unpruned_of
+from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
 from catp_jax.study.journal import Journal
 from catp_jax.study.report import (
+    markdown,
     markdown_table,
     panels,
     read_study,
@@ -173,20 +175,57 @@ def test_the_layer_figure_is_drawn_where_there_are_single_layers(finished, tmp_p
     assert is_drawn(tmp_path / "report" / "layers.png")
     assert "](layers.png)" in written[0].read_text()
     study = read_study(path)
-    assert [layer_of(r) for r in study.results] == [None, 1, 1, 2]
+    assert [layer_of(r.setting.method) for r in study.results] == [None, 1, 1, 2]
+
+
+def with_methods(study, names, cross_layers=None):
+    """The study, as if these methods had been run in a model with so many cross layers."""
+    results = tuple(renamed(result, names) for result in study.results)
+    header = {**study.header, "model": {"cross_layers": cross_layers}}
+    return dataclasses.replace(study, header=header, results=results)
+
+
+def test_the_first_and_the_last_layer_are_layers_to_compare(finished):
+    study = with_methods(
+        read_study(finished[0]), {"position": "catp", "l2": "catp:layers=first"}, cross_layers=6
+    )
+    assert study.is_layered
+    assert [layer for layer, _ in by_layer(study.results, 6)] == [6, 6, 1]
+    assert "](layers.png)" in markdown({"mini": study}, {})
+
+
+def test_without_two_layers_the_report_says_which_methods_would_do(finished):
+    names = {"position": "catp", "l2": "catp:layers=last"}
+    study = with_methods(read_study(finished[0]), names, cross_layers=6)
+    text = markdown({"mini": study}, {})
+    assert "Not drawn" in text
+    assert "catp:layers=first,catp:layers=last" in text
+    assert "](layers.png)" not in text
+    assert "Not drawn" not in markdown({"mini": read_study(finished[0])}, {})
+
+
+def test_what_was_left_out_stands_in_the_conditions(finished):
+    study = read_study(finished[0])
+    data = {**study.header["data"], "drawn": 9, "left_out": {"without an annotation": 2}}
+    text = markdown({"mini": dataclasses.replace(study, header={**study.header, "data": data})}, {})
+    assert "Of 9 questions drawn 2 left out: 2 without an annotation." in text
 
 
 @pytest.mark.parametrize(
-    ("method", "layer"),
+    ("method", "of", "layer"),
     [
-        ("catp:layers=6", 6),
-        ("catp:layers=first", None),
-        ("catp", None),
-        ("catp:layers=1:image_weights", None),
+        ("catp:layers=6", None, 6),
+        ("catp:layers=first", None, 1),
+        ("catp:layers=last", 6, 6),
+        ("catp", 6, 6),
+        ("catp", None, None),
+        ("catp:layers=all", 6, None),
+        ("catp:layers=1:image_weights", 6, None),
+        ("position", 6, None),
     ],
 )
-def test_a_single_layer_goes_by_its_number(finished, method, layer):
-    assert layer_of(renamed(finished[1][1], {"position": method})) == layer
+def test_a_single_layer_goes_by_its_number(method, of, layer):
+    assert layer_of(method, of) == layer
 
 
 def test_an_unfinished_study_shows_what_it_has(finished, tmp_path):

@@ -12,6 +12,7 @@ from catp_jax.study.journal import Journal
 from catp_jax.study.results import UNPRUNED, Setting
 from catp_jax.study.sweep import Answerer, Conditions, sweep
 from tests.study.answerer import (
+    POSITIONS,
     TOKENS,
     WORDS,
     Tiny,
@@ -94,6 +95,32 @@ def test_costs_are_of_one_question():
     assert first.pruner == {"class": "Position", "site": "ENTRY", "keep": 4}
     assert whole.pruner is None
     assert {"jax", "python", "catp-jax"} <= set(first.versions)
+
+
+def test_every_beam_has_its_own_cache():
+    one, many = (
+        run(is_timed=False, settings=[], conditions=dataclasses.replace(CONDITIONS, num_beams=n))
+        for n in (1, 5)
+    )
+    assert many[0].cache_bytes == 5 * one[0].cache_bytes
+
+
+def test_generation_that_does_not_fit_leaves_no_file(tmp_path):
+    conditions = dataclasses.replace(CONDITIONS, max_new_tokens=POSITIONS + 1)
+    with pytest.raises(ValueError, match="questions 'id-0' to 'id-2': 51 new tokens do not fit"):
+        run(tmp_path / "x.jsonl", conditions=conditions)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_question_that_cannot_be_used_is_named_with_its_image():
+    class Picky(Tiny):
+        def prepare(self, images, prompts):
+            if "question 4?" in prompts:
+                raise ValueError("prompt 1: cut off")
+            return super().prepare(images, prompts)
+
+    with pytest.raises(ValueError, match=r"question 'id-4' about 'image-2.png': .*cut off"):
+        run(model=Picky())
 
 
 def test_without_timing_only_the_bytes_are_counted():

@@ -114,7 +114,14 @@ def folder(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "broken.png").write_text("no image")
+    cut_off(tmp_path / "half.jpg")
     return tmp_path
+
+
+def cut_off(path):
+    """A JPEG whose first half alone is there."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def written(folder, *lines):
@@ -149,6 +156,7 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
     ("line", "said"),
     [
         ("{oh", "no JSON"),
+        ("[" * 100_000, "no JSON"),
         ("[1]", "an object is wanted, got list"),
         ({"question": "what?", "answer": "cat"}, "'image' is a text"),
         ({**GOOD, "question": " "}, "'question' is a text"),
@@ -161,6 +169,7 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
         ({**GOOD, "id": 1.5}, "'id' is a text or a whole number"),
         ({**GOOD, "image": "c.png"}, "c.png' is not a file"),
         ({**GOOD, "image": "broken.png"}, "broken.png' cannot be read"),
+        ({**GOOD, "image": "half.jpg"}, "half.jpg' cannot be read"),
     ],
 )
 def test_a_line_that_is_no_question_is_refused_with_its_number(folder, line, said):

@@ -98,10 +98,14 @@ def test_plain_image_names_and_the_folder_above_do(files):
 def test_missing_and_broken_images_are_counted_and_left_out(files):
     files.image(100).unlink()
     files.image(101).write_text("no image")
+    Image.effect_noise((64, 64), 50).convert("RGB").save(files.image(102))
+    files.image(102).write_bytes(files.image(102).read_bytes()[:-200])
     task = files.task()
-    assert [e.id for e in task.examples] == [str(n) for n in range(14, 20)]
+    assert [e.id for e in task.examples] == [str(n) for n in range(16, 20)]
+    kind = "without an image that can be read"
+    assert (task.source["drawn"], task.source["left_out"]) == (10, {kind: 6})
     (problem,) = task.problems
-    assert problem.startswith("4 of 10 questions left out, without an image that can be read")
+    assert problem.startswith("6 of 10 questions left out, without an image that can be read")
     assert "COCO_val2014_000000000100.jpg' is not there" in problem
     assert "COCO_val2014_000000000101.jpg' cannot be read" in problem
 
