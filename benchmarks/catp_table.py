@@ -111,10 +111,15 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
     for column, keep in enumerate(BUDGETS):
         ours = [by[f"catp:layers={layer}", keep].accuracy for layer in range(1, layers + 1)]
         theirs = [PAPER_LAYERS[layer][column] for layer in range(1, layers + 1)]
-        best = int(np.argmax(ours)) + 1
+        own = [by[f"catp:layers={layer}", keep] for layer in range(1, layers + 1)]
+        best = int(np.argmax(ours))
+        if all(own[best].low <= other.high for other in own):
+            told = "no layer votes better here than another that can be told"
+        else:
+            told = f"layer {best + 1} votes best here"
         out.append(
-            f"At {LEVELS[keep]} layer {best} votes best here, layer 1 in the paper; the order of "
-            f"the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
+            f"At {LEVELS[keep]} {told}, layer {int(np.argmax(theirs)) + 1} in the paper; the order "
+            f"of the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
         )
     for other in (*PAPER_RATIOS, "random", "position"):
         signs = []

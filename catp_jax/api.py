@@ -21,7 +21,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import EarlyStopping, beams, generate_beam
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.images import ImageLike
-from catp_jax.generation.inputs import Packed, pad_prompts, round_up
+from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cross_decoder import MaskMode
@@ -33,7 +33,17 @@ from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
 from catp_jax.readers.mllama import MllamaReader
-from catp_jax.readers.reading import Done, Kept, Prompt, Question, Reader, special_tokens
+from catp_jax.readers.reading import (
+    Done,
+    Kept,
+    Prompt,
+    Question,
+    Reader,
+    remember,
+    special_tokens,
+)
+
+PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +97,13 @@ class Model:
         for array in self.network.arrays:
             some = jax.device_get(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
             checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
+        network = self.network.thaw()
+        qformer = getattr(network, "qformer", None)
+        layers = {} if qformer is None else {"cross_layers": len(qformer.config.cross_layers)}
         return {
-            "model": type(self.network.thaw()).__name__,
-            "language_model": type(self.network.thaw().language_model).__name__,
+            "model": type(network).__name__,
+            "language_model": type(network.language_model).__name__,
+            **layers,
             "parameters": sum(array.size for array in self.network.arrays),
             "dtype": str(self.dtype),
             "checksum": checksum.hexdigest()[:16],
@@ -203,8 +217,11 @@ class Model:
             min_new_tokens=min_new_tokens,
             early_stopping=early_stopping,
         )
-        if num_beams > 1 and temperature > 0:
-            raise ValueError("beam search draws nothing: give num_beams or a temperature, not both")
+        if num_beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
+            raise ValueError(
+                "beam search draws nothing: give num_beams or a temperature (with top_k, top_p), "
+                "not both"
+            )
         ends = jnp.asarray(self.end_tokens, jnp.int32)
         pad = jnp.asarray(self.pad_token, jnp.int32)
         if any(pruner.keep is None for pruner in pruners):
@@ -323,13 +340,22 @@ class Matcher:
             )
         pixels, index = self._images(images)
         tokens, valid = self._texts(texts)
-        logits = _itm(self.network, pixels[index], tokens, valid)
-        return np.asarray(jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1])
+        image = _image_tokens(self.network, pixels)
+        scores = []
+        for start in range(0, len(texts), PAIRS_AT_ONCE):
+            # the last pairs are filled up, so that all are scored in one shape
+            some = np.arange(start, start + min(PAIRS_AT_ONCE, round_up(len(texts), IMAGE_COUNTS)))
+            some = np.minimum(some, len(texts) - 1)
+            logits = _match(self.network, image[index[some]], tokens[some], valid[some])
+            fits = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1]
+            scores.append(np.asarray(fits)[: len(texts) - start])
+        return np.concatenate(scores)
 
     def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
         if not images:
             raise ValueError("at least one image is wanted")
-        return stack_images([self.reader.read_image(image) for image in images])
+        done: Done = {}
+        return stack_images([remember(done, image, self.reader.read_image) for image in images])
 
     def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts or isinstance(texts, str):
@@ -343,8 +369,13 @@ def _itc(network: Frozen, pixels: Any, tokens: Any, valid: Any) -> jax.Array:
 
 
 @jax.jit
-def _itm(network: Frozen, pixels: Any, tokens: Any, valid: Any) -> jax.Array:
-    return network.thaw().itm(pixels, tokens, valid)
+def _image_tokens(network: Frozen, pixels: Any) -> jax.Array:
+    return network.thaw().image_tokens(pixels)
+
+
+@jax.jit
+def _match(network: Frozen, image: Any, tokens: Any, valid: Any) -> jax.Array:
+    return network.thaw().match(image, tokens, valid)
 
 
 def _as_list(own: Any) -> list[ImageLike]:

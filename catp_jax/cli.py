@@ -84,6 +84,13 @@ def generate(
         float,
         typer.Option(help="Beam search: above 0 favours long answers, 0 does not look at length."),
     ] = 1.0,
+    early_stopping: Annotated[
+        Literal["heuristic", "first", "never"],
+        typer.Option(
+            help="Beam search ends when no better answer is likely, with the first --beams "
+            "answers, or when none could be better."
+        ),
+    ] = "heuristic",
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
@@ -121,8 +128,16 @@ def generate(
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
     sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
-    if beams > 1 and temperature > 0:
-        raise typer.BadParameter("beam search draws nothing: give --beams or --temperature")
+    if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
+        raise typer.BadParameter(
+            "beam search draws nothing: give --beams, or --temperature, --top-k, --top-p"
+        )
+    if beams == 1 and (length_penalty != 1 or early_stopping != "heuristic"):
+        raise typer.BadParameter("--length-penalty and --early-stopping want --beams of 2 or more")
+    if min_new_tokens > max_new_tokens:
+        raise typer.BadParameter(
+            f"--min-new-tokens {min_new_tokens} is more than --max-new-tokens {max_new_tokens}"
+        )
     from catp_jax import api  # here, so that --help does not wait for it
 
     loaded = api.load(model, dtype, vision_mode=vision_mode, mask_mode=mask_mode)
@@ -162,6 +177,7 @@ def generate(
             min_new_tokens=min_new_tokens,
             num_beams=beams,
             length_penalty=length_penalty,
+            early_stopping=early_stopping,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -277,7 +293,7 @@ def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
     if not path.is_file():
         raise ValueError(f"batch file {str(path)!r} is not a file")
     requests, problems = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text().split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -287,7 +303,7 @@ def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
                 raise TypeError
             own = [path.parent / image for image in images]
             requests.append(Request(prompt, own, number - 1, number))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
             problems.append(
                 f'line {number} of {path} is not {{"prompt": text, "images": [paths]}}: {line[:80]}'
             )

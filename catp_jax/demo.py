@@ -40,7 +40,11 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder for the demo's figures")
-    models = {folder.resolve().name: api.load(folder) for folder in folders or minis()}
+    folders = folders or minis()
+    names = [folder.resolve().name for folder in folders]
+    if len({*names}) < len(names):
+        names = [str(folder) for folder in folders]
+    models = {name: api.load(folder) for name, folder in zip(names, folders, strict=True)}
     examples = spread_out(list(tasks.easy_vqa("test")), questions)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -73,6 +73,21 @@ def test_scores_are_those_of_transformers_however_texts_are_batched(folder, pict
     assert np.ptp(itm) > 1e-3
 
 
+def test_many_pairs_are_matched_in_one_shape_and_each_image_read_once(
+    folder, pictures, expected, monkeypatch
+):
+    matcher = catp_jax.load_matcher(folder)
+    read = []
+    process = type(matcher.reader).read_image
+    monkeypatch.setattr(
+        type(matcher.reader), "read_image", lambda self, x: read.append(x) or process(self, x)
+    )
+    pairs = [(n % 2, n % 3) for n in range(41)]
+    scores = matcher.itm([pictures[i] for i, _ in pairs], [TEXTS[t] for _, t in pairs])
+    np.testing.assert_allclose(scores, [expected[1][pair] for pair in pairs], atol=1e-5)
+    assert len(read) == 2
+
+
 def test_the_command_prints_every_image_with_every_text(folder, pictures, expected, tmp_path):
     paths = []
     for number, picture in enumerate(pictures):

@@ -4,7 +4,8 @@
               candidates, of which those that end join the finished ones and the rest go on
     finished  the `num_beams` best ended answers, by log-probability / length ** length_penalty
 
-Rows of one prompt share its cache as it is; a step moves only what the beams themselves wrote.
+Every beam has a copy of its prompt's cache, so `num_beams` times the memory; a step moves only what
+the beams themselves wrote.
 
 The rules, and which candidates count, are those of Hugging Face transformers
 (`GenerationMixin._beam_search`), so that both find the same answers. Each sample has its own end:

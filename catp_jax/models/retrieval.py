@@ -93,7 +93,19 @@ class Blip2Retrieval(nnx.Module):
         valid: Bool[Array, "i s"],
     ) -> Float[Array, "i two"]:
         """Image-text matching logits (fits not, fits) of each image with its own text."""
-        image, _ = self.vision_model(pixels)
+        return self.match(self.image_tokens(pixels), tokens, valid)
+
+    def image_tokens(self, pixels: Float[Array, "i c height width"]) -> Float[Array, "i n d"]:
+        """What `match` reads of an image, the same for all texts."""
+        return self.vision_model(pixels)[0]
+
+    def match(
+        self,
+        image: Float[Array, "i n d"],
+        tokens: Int[Array, "i s"],
+        valid: Bool[Array, "i s"],
+    ) -> Float[Array, "i two"]:
+        """`itm` from image tokens."""
         queries = self._queries(image.shape[0])
         number = queries.shape[1]
         x = jnp.concatenate([queries, self.embeddings(tokens)], axis=1)

@@ -75,6 +75,8 @@ def make(
         if key not in types or key in NOT_OPTIONS or (not separator and types[key] != (bool,)):
             takes = ", ".join(_usage(types)) or "no options"
             raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
+        if key in values:
+            raise ValueError(f"{name} got the option {key!r} twice")
         values[key] = _value(text if separator else "true", types[key], f"{name}:{key}")
     if keep is None and type(None) not in types["keep"]:
         raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")

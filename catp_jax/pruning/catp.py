@@ -55,6 +55,8 @@ class CATP(Pruner[tuple[()]]):
                 f"CATP takes the votes of layers 'last', 'first', 'all' or a number from 1 on, "
                 f"got {self.layers!r}"
             )
+        if isinstance(self.weights, list | tuple):
+            raise ValueError("CATP takes its weights as an array: jnp.asarray([…])")
         if self.weights is not None and self.layers != "last":
             raise ValueError("CATP takes layers or weights, not both")
 

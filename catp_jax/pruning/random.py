@@ -3,7 +3,8 @@
 from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Int, UInt32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
 
 from catp_jax.contract import Pruner, Reduction, Site, View
 from catp_jax.pruning.scores import keep_visual
@@ -16,6 +17,7 @@ class Random(Pruner[tuple[()]]):
 
     The draw depends on `seed` and on a token's number alone, so a sample keeps the same tokens
     whatever else is in its batch, and a smaller budget keeps a part of what a larger one keeps.
+    A seed for each sample gives each a draw of its own.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY, Site.CROSS)
@@ -23,7 +25,7 @@ class Random(Pruner[tuple[()]]):
     site: Site = static(default=Site.CROSS)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
-    seed: int | Int[Array, ""] | UInt32[Array, ""] = 0
+    seed: int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"] = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**31:
@@ -33,9 +35,10 @@ class Random(Pruner[tuple[()]]):
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        key = jax.random.key(self.seed)
-        draw = jax.vmap(
-            jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))
-        )
-        drawn = draw(view.numbers)
+        seeds = jnp.broadcast_to(jnp.asarray(self.seed, jnp.uint32), view.numbers.shape[:1])
+
+        def draw(seed: UInt32[Array, ""], which: Int[Array, ""]) -> Float[Array, ""]:
+            return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), which))
+
+        drawn = jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, view.numbers)
         return Reduction(tokens=keep_visual(view, self.keep, drawn, self.limit)), state

@@ -135,15 +135,15 @@ def special_tokens(folder: Path, defaults: dict[str, int]) -> tuple[tuple[int, .
     """End and padding tokens: generation_config.json's word counts before config.json's, and that
     before the model's own defaults.
     """
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    text = {k: v for k, v in settings.get("text_config", {}).items() if v is not None}
-    settings = {**defaults, **settings, **text}
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    found = [defaults, config, config.get("text_config") or {}]
     own = folder / "generation_config.json"
     if own.is_file():
         try:
-            settings |= json.loads(own.read_text())
+            found.append(dict(json.loads(own.read_text())))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{own} cannot be read: {error}") from None
+    settings = {key: value for part in found for key, value in part.items() if value is not None}
     ends = settings.get("eos_token_id")
     if ends is None:
         raise ValueError(f"{folder} names no eos_token_id in its config or generation config")

@@ -141,5 +141,7 @@ def say_what_is_seen(model: Blip2, heads: dict[str, Array], words: list[int]) ->
             attention.k.kernel[...] = attention.q.kernel[...]
     seen = reading @ embeddings[jnp.array(words)]
     projection.kernel[...] = seen / 8 + 0.1 * embeddings.std() * projection.kernel[...]
-    noise = jax.random.normal(jax.random.key(len(words)), projection.bias.shape)
-    projection.bias[...] = embeddings.std() * noise
+    projection.bias = nnx.Param(  # its type allows None, so that it cannot be written into
+        embeddings.std() * jax.random.normal(jax.random.key(len(words)), embeddings.shape[1:]),
+        axes=("embed",),
+    )

@@ -304,7 +304,7 @@ def main(
         parts.append(("places", places_steps, False))
     for name, steps, is_plain in parts:
         is_learned = is_text
-        if name == "places":
+        if name == "places" and isinstance(model.language_model, Opt):
             table = model.language_model.model.decoder.embed_positions.embedding
             table[...] = jnp.zeros_like(table[...])
             is_learned = nnx.All(is_text, nnx.Not(nnx.PathContains("embed_positions")))

@@ -1,0 +1,184 @@
+"""BLIP-2 from the shipped folders: answers, pruning, errors, up to transformers end to end."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+import catp_jax
+from catp_jax.contract import Site
+from catp_jax.pruning import CATP, FastV, L2Norm, Random, TrimmedLlama
+from catp_jax.study.tasks import easy_vqa
+
+ASSETS = Path(catp_jax.__file__).parent / "assets"
+CIRCLE = ASSETS / "blue-circle.png"
+COLOR, SHAPE = "what color is the shape?", "what shape is present?"
+MINIS = ("mini-blip2-opt", "mini-blip2-t5")
+
+
+@pytest.fixture(scope="module", params=MINIS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return ASSETS / request.param
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path):
+    return catp_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Questions of different lengths about different images."""
+    every = list(easy_vqa("test"))
+    return every[:: len(every) // 12][:12]
+
+
+def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model):
+    out = model.generate([CIRCLE, CIRCLE], [COLOR, SHAPE], max_new_tokens=6)
+    assert out.text == ["blue", "circle"]
+    assert out.available == (32, 32)
+    assert out.kept is None
+    assert out.slots == 32
+    assert out.logits.shape == (2, model.config.text.vocab_size)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_those_of_transformers(folder, model, questions, beams):
+    hf = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    processor = Blip2Processor.from_pretrained(folder)
+    inputs = processor(
+        images=[Image.open(q.image) for q in questions],
+        text=[q.question for q in questions],
+        padding=True,
+        return_tensors="pt",
+    )
+    options = {"num_beams": beams, "length_penalty": 0.0, "max_new_tokens": 6}
+    out = hf.generate(**inputs, **options, do_sample=False)
+    if folder.name == "mini-blip2-opt":
+        out = out[:, inputs["input_ids"].shape[1] :]
+    expected = [t.strip() for t in processor.batch_decode(out, skip_special_tokens=True)]
+    ours = model.generate([q.image for q in questions], [q.question for q in questions], **options)
+    assert ours.text == expected
+    assert len({*expected}) > 2
+
+
+def test_logits_are_those_of_transformers(folder, model, questions):
+    hf = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    processor = Blip2Processor.from_pretrained(folder)
+    ours = model.generate(
+        [q.image for q in questions[:3]], [q.question for q in questions[:3]], max_new_tokens=1
+    )
+    for row, question in enumerate(questions[:3]):
+        inputs = processor(
+            images=Image.open(question.image), text=question.question, return_tensors="pt"
+        )
+        if folder.name == "mini-blip2-t5":
+            inputs["decoder_input_ids"] = torch.zeros((1, 1), dtype=torch.long)
+        with torch.no_grad():
+            logits = hf(**inputs).logits[0, -1].numpy()
+        np.testing.assert_allclose(ours.logits[row], logits, atol=1e-4 * np.abs(logits).max())
+
+
+def test_a_prompt_answers_in_a_batch_as_alone(model, questions):
+    images, prompts = [q.image for q in questions], [q.question for q in questions]
+    together = model.generate(images, prompts, [CATP(keep=8)], max_new_tokens=4, num_beams=2)
+    for row in (0, 5, 11):
+        alone = model.generate(
+            images[row : row + 1],
+            prompts[row : row + 1],
+            [CATP(keep=8)],
+            max_new_tokens=4,
+            num_beams=2,
+        )
+        assert alone.tokens[0] == together.tokens[row]
+        np.testing.assert_array_equal(alone.kept[0].number, together.kept[row].number)
+
+
+def test_kept_queries_come_back_in_order_and_take_as_many_slots(model, questions):
+    out = model.generate([q.image for q in questions], [COLOR] * 12, [CATP(keep=8)])
+    assert out.slots == 8
+    for kept in out.kept:
+        assert kept.number.tolist() == sorted({*kept.number.tolist()})
+        assert len(kept.number) == 8
+        assert 0 <= kept.number.min() <= kept.number.max() < 32
+        assert kept.as_rows() == [{"query": number} for number in kept.number.tolist()]
+
+
+def test_an_image_of_several_prompts_is_encoded_once(model):
+    packed = model.prepare([CIRCLE] * 4, [COLOR, SHAPE, COLOR, "is there a circle?"])
+    assert packed.inputs.pixels.shape[0] == 1
+    assert packed.inputs.image_index.tolist() == [0] * 4
+
+
+def test_an_empty_prompt_asks_for_a_caption(model):
+    assert len(model.generate([CIRCLE], [""], max_new_tokens=3).text) == 1
+
+
+def test_the_map_shows_where_kept_queries_look(model):
+    packed = model.prepare([CIRCLE], [COLOR])
+    out = model.generate_packed(packed, [CATP(keep=4)], max_new_tokens=1)
+    grid = model.config.vision.grid
+    shown = model.kept_map(packed, 0, out.kept[0])
+    assert shown.shape == (grid, grid)
+    assert shown.max() == pytest.approx(1)
+    assert shown.min() >= 0
+    side = model.config.vision.image_size
+    assert model.picture(CIRCLE).shape == (side, side, 3)
+
+
+def test_a_model_describes_itself_in_json_apart_from_others(model, folder):
+    mine = model.describe()
+    assert json.loads(json.dumps(mine)) == mine
+    assert mine == catp_jax.load(folder).describe()
+    other = catp_jax.load(ASSETS / next(name for name in MINIS if name != folder.name))
+    assert other.describe() != mine
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "says"),
+    [
+        ([None], [COLOR], "takes one image with each prompt, got 0"),
+        ([[CIRCLE, CIRCLE]], [COLOR], "takes one image with each prompt, got 2"),
+        ([CIRCLE], [f"<image>{COLOR}"], "leave it out"),
+        ([CIRCLE], [[{"role": "user", "content": COLOR}]], "no chat template"),
+        ([CIRCLE, None], [COLOR, COLOR], "prompt 1: BLIP-2 takes one image"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused(model, images, prompts, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate(images, prompts)
+
+
+@pytest.mark.parametrize(
+    ("pruners", "says"),
+    [
+        ([CATP(keep=33)], "keep is 33, but there are only 32 visual tokens"),
+        ([CATP(keep=8), L2Norm(keep=9)], "keep is 9, but there are only 8 visual tokens"),
+        ([CATP(keep=8, weights=jnp.ones(5))], r"got 5 layer weights, but this model has 6"),
+        ([CATP(keep=8, layers=7)], "layers=7, but this model's cross-attention layers are 1 to 6"),
+        ([TrimmedLlama(keep=8)], "site CROSS.*does not have"),
+        ([Random(keep=8)], "give Random site=Site.ENTRY"),
+    ],
+)
+def test_pruners_that_do_not_fit_are_refused(model, pruners, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate([CIRCLE], [COLOR], pruners)
+
+
+def test_fastv_works_between_opt_layers_that_exist():
+    model = catp_jax.load(ASSETS / "mini-blip2-opt")
+    depth = model.config.text.num_hidden_layers
+    out = model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=1)])
+    assert len(out.kept[0].number) == 8
+    with pytest.raises(ValueError, match=f"FastV works at layer {depth}, which this model does"):
+        model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=depth)])
+
+
+def test_beams_and_a_temperature_do_not_go_together(model):
+    with pytest.raises(ValueError, match="num_beams or a temperature"):
+        model.generate([CIRCLE], [COLOR], num_beams=2, temperature=0.5)
