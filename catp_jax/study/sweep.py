@@ -77,7 +77,7 @@ class Answerer(Protocol):
 class Conditions:
     """How every question is asked: what must not change within one file.
 
-    `seed` draws the bootstrap and, with the batch's number, what random methods keep.
+    `seed` draws the bootstrap and, with a question's number, what random methods keep of it.
     """
 
     task: str = "questions"
@@ -373,7 +373,7 @@ class _Sweep:
             raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
 
     def pruners(self, setting: Setting, packed: Any, batch: int | None) -> tuple[Any, ...]:
-        """The setting's pruner for a batch; one that draws does so anew for each batch.
+        """The setting's pruner for a batch; one that draws does so anew for each question.
 
         A count is the same for every prompt, a percentage leaves each prompt its own.
         """
@@ -387,7 +387,9 @@ class _Sweep:
         limit = None if keep.percent is None else jnp.asarray(limits, jnp.int32)
         pruner = make(setting.method, max(limits), self.model.sites, limit=limit)
         if hasattr(pruner, "seed") and batch is not None:
-            pruner = replace(pruner, seed=pruner.seed + self.conditions.seed + batch)
+            first = pruner.seed + self.conditions.seed + batch * self.conditions.batch
+            rows = np.arange(len(packed.available), dtype=np.uint32)
+            pruner = replace(pruner, seed=jnp.asarray(np.uint32(first) + rows))
         return (pruner,)
 
     def as_data(self, setting: Setting, packed: Any) -> dict[str, Any] | None:

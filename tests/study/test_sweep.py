@@ -146,11 +146,13 @@ def test_the_model_is_asked_by_the_prompt():
     assert model.batches[0][0][0] == "Question: question 0? Short answer:"
 
 
-def test_random_methods_draw_anew_for_each_batch_and_seed():
+def test_random_methods_draw_anew_for_each_question_and_seed():
     model = Tiny()
-    run(model=model, settings=[Setting("random:seed=100", 2)])
-    seeds = [pruners[0].seed for _, pruners in model.batches if pruners]
-    assert seeds == [105, 105, 106, 107]  # the first once more, before it is timed
+    drawn = run(model=model, settings=[Setting("random:seed=100", 2)])[1]
+    seeds = [pruners[0].seed.tolist() for _, pruners in model.batches if pruners]
+    # the first once more, before it is timed; the last batch is filled up
+    assert seeds == [[105, 106, 107], [105, 106, 107], [108, 109, 110], [111, 112, 113]]
+    assert len({tuple(kept) for kept in drawn.kept[:3]}) > 1  # of one batch
     assert all(isinstance(p[0], Random) for _, p in model.batches if p)
 
 
