@@ -289,7 +289,7 @@ def test_the_command_trains_writes_and_resumes_and_kinds_share_the_first_stages(
         "batch": 16,
         "train_limit": 1500,
         "test_limit": 12,
-        **{f"{name}_steps": 2 for name in ("tower", "qformer", "reader", "answers")},
+        **{f"{name}_steps": 2 for name in ("tower", "qformer", "reader", "answers", "places")},
     }
     main(out=tmp_path / "one", which="opt", **options)
     main(out=tmp_path / "two", which="opt", **options)  # everything is there already
@@ -310,7 +310,11 @@ def test_the_command_trains_writes_and_resumes_and_kinds_share_the_first_stages(
         np.testing.assert_allclose(found["pixel_values"][0], normalise(pixels), atol=1e-6)
         log = (tmp_path / name / "training_log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in log]
-        assert [line["stage"] for line in log] == ["tower", "qformer", "reader", "answers", "test"]
+        own = ["reader", "answers", "places"] if kind == "opt" else ["reader", "answers"]
+        assert [line["stage"] for line in log] == ["tower", "qformer", *own, "test"]
+        if kind == "opt":
+            places = network.language_model.model.decoder.embed_positions.embedding[...]
+            assert (places == 0).all()
         assert all(math.isfinite(line["loss"]) for line in log[:-1])
         assert log[-1]["questions"] == 12
         assert f"--kind {kind} " in (tmp_path / name / "README.md").read_text()
