@@ -10,7 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait for a core
 
+from collections.abc import Iterator
+
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,3 +26,12 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # Checks the shapes in our signatures at each call. It has to be in place before either is imported.
 install_import_hook(["catp_jax", "convert"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs() -> Iterator[None]:
+    """Each file compiles its own: thousands of programs in one process take gigabytes, and run into
+    the kernel's limit of memory maps, where the next compilation crashes.
+    """
+    yield
+    jax.clear_caches()
