@@ -31,7 +31,7 @@ ROOMS = {
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,
     "demo": BELOW_API | {"api"},
-    "cli_study": BELOW_GENERATION | {"study", "api"},
+    "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
     "cli": BELOW_API | {"api", "demo", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},

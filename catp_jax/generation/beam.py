@@ -20,7 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Pruners
-from catp_jax.generation.generate import Generated, Prefillable, Prefilled, prefill_with
+from catp_jax.generation.generate import (
+    Generated,
+    Prefillable,
+    Prefilled,
+    conclude,
+    prefill_with,
+)
 from catp_jax.struct import pytree, static
 
 NEVER = -1.0e9  # the score of what must not be chosen, as transformers has it
@@ -217,12 +223,4 @@ def _search(
     carry = advanced(state, spread(start.logits), cache)
     state, _, _ = jax.lax.while_loop(going, add, carry)
 
-    tokens = state.finished[:, 0]
-    ended = (tokens[:, :, None] == ends[None, None]).any(axis=-1)
-    lengths = jnp.where(ended.any(axis=1), ended.argmax(axis=1) + 1, max_new_tokens)
-    return Generated(
-        tokens=tokens,
-        lengths=lengths.astype(jnp.int32),
-        logits=start.logits,
-        selection=start.selection,
-    )
+    return conclude(start, state.finished[:, 0], ends)

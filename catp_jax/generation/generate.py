@@ -111,6 +111,7 @@ class Selector:
 
 
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
+    """`prefill` as a part of a larger program."""
     front, select = model.front(inputs), Selector(pruners)
     keep = None if front.view is None else select(front.view)
     logits, cache = model.back(front, keep, select, new_slots)
@@ -148,8 +149,15 @@ def _decode(
     carry = (jnp.asarray(1, jnp.int32), tokens, first, is_end(first), start.cache)
     _, tokens, _, _, _ = jax.lax.while_loop(going, add, carry)
 
+    return conclude(start, tokens, ends)
+
+
+def conclude(start: Prefilled, tokens: Int[Array, "b new"], ends: Int[Array, " e"]) -> Generated:
+    """What came of a prompt, from its new tokens; each answer is as long as its first end token
+    says.
+    """
     ended = (tokens[:, :, None] == ends[None, None]).any(axis=-1)
-    lengths = jnp.where(ended.any(axis=1), ended.argmax(axis=1) + 1, max_new_tokens)
+    lengths = jnp.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
     return Generated(
         tokens=tokens,
         lengths=lengths.astype(jnp.int32),
