@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,10 @@ def test_bad_input_is_refused(folder, pictures, tmp_path):
         matcher.itc([], TEXTS)
     with pytest.raises(ValueError, match="the model takes 26 at most"):
         matcher.itc(pictures, ["a " * 40])
+    config = matcher.reader.config
+    small = replace(config, qformer=replace(config.qformer, vocab_size=8))
+    with pytest.raises(ValueError, match=r"token 10 of the prompt, .* embeddings for 8"):
+        replace(matcher.reader, config=small).read_text("two")
     with pytest.raises(ValueError, match="load_matcher"):
         catp_jax.load(folder)
     with pytest.raises(ValueError, match="generates text; load it with load"):

@@ -21,15 +21,15 @@ them *before* ranking, which cannot change a rank; here they weigh the votes.
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from catp_jax.contract import Attention, Evidence, Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import attention, attention_received, keep_visual
+from catp_jax.contract import Attention, Evidence, Site, View
+from catp_jax.pruning.scores import Scored, attention, attention_received
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class CATP(Pruner[tuple[()]]):
+class CATP(Scored):
     """Keeps the `keep` queries with most votes. Whose votes count, by cross-attention layer:
 
         CATP(keep=8)                        # the last layer's: the released default
@@ -43,8 +43,6 @@ class CATP(Pruner[tuple[()]]):
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY,)
 
     site: Site = static(default=Site.ENTRY)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
     layers: Literal["last", "first", "all"] | int = static(default="last")
     weights: Float[Array, " layers"] | None = None
     image_weights: bool = static(default=False)
@@ -60,15 +58,11 @@ class CATP(Pruner[tuple[()]]):
         if self.weights is not None and self.layers != "last":
             raise ValueError("CATP takes layers or weights, not both")
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+    def score(self, view: View) -> Float[Array, "b n"]:
         evidence = queries_evidence(view, "CATP")
         image = image_token_weights(evidence.vision) if self.image_weights else None
         points = [weight * votes(layer, image) for weight, layer in self._voters(evidence)]
-        score = jnp.take_along_axis(sum(points[1:], points[0]), view.numbers, axis=1)
-        return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state
+        return jnp.take_along_axis(sum(points[1:], points[0]), view.numbers, axis=1)
 
     def _voters(
         self, evidence: Evidence

@@ -12,31 +12,25 @@ text speaks of the attention received from all tokens).
 
 from typing import ClassVar
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float
 
-from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_visual, last_row_attention
+from catp_jax.contract import Site, View
+from catp_jax.pruning.scores import Scored, last_row_attention
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class FastV(Pruner[tuple[()]]):
+class FastV(Scored):
     """Keeps the `keep` visual tokens with most attention from the last row that sees any."""
 
     sites: ClassVar[tuple[Site, ...]] = (Site.LAYER, Site.CROSS)
 
     site: Site = static(default=Site.CROSS)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
     layer: int = static(default=2)
 
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ValueError(f"FastV wants the number of a layer from 1 on, got {self.layer}")
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        score = last_row_attention(view).mean(axis=1)
-        return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state
+    def score(self, view: View) -> Float[Array, "b n"]:
+        return last_row_attention(view).mean(axis=1)

@@ -10,26 +10,21 @@ what its learned scale makes of their directions.
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float
 
-from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import evidence_of, keep_visual
+from catp_jax.contract import Site, View
+from catp_jax.pruning.scores import Scored, evidence_of
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class KNorm(Pruner[tuple[()]]):
+class KNorm(Scored):
     """Keeps the `keep` visual tokens with the smallest mean key norm."""
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CROSS,)
 
     site: Site = static(default=Site.CROSS)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+    def score(self, view: View) -> Float[Array, "b n"]:
         norms = jnp.linalg.norm(evidence_of(view).keys.astype(jnp.float32), axis=-1).mean(axis=-1)
-        return Reduction(tokens=keep_visual(view, self.keep, -norms, self.limit)), state
+        return -norms

@@ -6,26 +6,20 @@ Source: Liao et al., "CATP", arXiv 2404.08567, and its released code.
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float
 
-from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_visual
+from catp_jax.contract import Site, View
+from catp_jax.pruning.scores import Scored
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class Position(Pruner[tuple[()]]):
+class Position(Scored):
     """Keeps the first `keep` visual tokens."""
 
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY,)
 
     site: Site = static(default=Site.ENTRY)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        score = -view.numbers.astype(jnp.float32)
-        return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state
+    def score(self, view: View) -> Float[Array, "b n"]:
+        return -view.numbers.astype(jnp.float32)

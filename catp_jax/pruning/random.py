@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from catp_jax.contract import Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import keep_visual
+from catp_jax.contract import Site, View
+from catp_jax.pruning.scores import Scored
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class Random(Pruner[tuple[()]]):
+class Random(Scored):
     """Keeps `keep` visual tokens at random.
 
     The draw depends on `seed` and on a token's number alone, so a sample keeps the same tokens
@@ -23,22 +23,16 @@ class Random(Pruner[tuple[()]]):
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY, Site.CROSS)
 
     site: Site = static(default=Site.CROSS)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
     seed: int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"] = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**31:
             raise ValueError(f"Random wants a seed between 0 and 2**31 - 1, got {self.seed}")
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+    def score(self, view: View) -> Float[Array, "b n"]:
         seeds = jnp.broadcast_to(jnp.asarray(self.seed, jnp.uint32), view.numbers.shape[:1])
 
         def draw(seed: UInt32[Array, ""], which: Int[Array, ""]) -> Float[Array, ""]:
             return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), which))
 
-        drawn = jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, view.numbers)
-        return Reduction(tokens=keep_visual(view, self.keep, drawn, self.limit)), state
+        return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, view.numbers)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, View
+from catp_jax.contract import Attention, Keep, Pruner, Reduction, View
+from catp_jax.struct import pytree, static
 
 ROWS_AT_ONCE = 128  # bounds the memory of a pass over long prompts; results don't depend on it
 
@@ -128,3 +129,25 @@ def keep_visual(
         indices=jnp.concatenate([best.indices, text], axis=1),
         valid=jnp.concatenate([best.valid, view.valid[:, view.num_visual :]], axis=1),
     )
+
+
+@pytree
+class Scored(Pruner[tuple[()]]):
+    """A method that scores each visual token, without a state, and keeps the `keep` highest.
+
+    A method of this kind has `sites`, `site` and `score`. `limit` leaves fewer to a sample, so that
+    each may keep a share of its own tokens.
+    """
+
+    keep: int = static()
+    limit: Int[Array, " b"] | None = None
+
+    def score(self, view: View) -> Float[Array, "b n"]:
+        """A number for every entry of the view; what stands at text is not read."""
+        raise NotImplementedError
+
+    def start(self, view: View) -> tuple[()]:
+        return ()
+
+    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+        return Reduction(tokens=keep_visual(view, self.keep, self.score(view), self.limit)), state

@@ -7,32 +7,26 @@ al., "SpAtten", arXiv 2012.09852: attention received, summed over all layers, he
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from catp_jax.contract import Attention, Pruner, Reduction, Site, View
+from catp_jax.contract import Attention, Site, View
 from catp_jax.pruning.catp import queries_evidence
-from catp_jax.pruning.scores import attention_received, keep_visual
+from catp_jax.pruning.scores import Scored, attention_received
 from catp_jax.struct import pytree, static
 
 
 @pytree
-class SelfAttention(Pruner[tuple[()]]):
+class SelfAttention(Scored):
     """Keeps the `keep` queries that receive most self-attention in the Q-Former."""
 
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY,)
 
     site: Site = static(default=Site.ENTRY)
-    keep: int = static()
-    limit: Int[Array, " b"] | None = None
 
-    def start(self, view: View) -> tuple[()]:
-        return ()
-
-    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+    def score(self, view: View) -> Float[Array, "b n"]:
         evidence = queries_evidence(view, "SelfAttention")
         received = [received_by(layer, evidence.among_valid) for layer in evidence.among]
-        score = jnp.take_along_axis(sum(received[1:], received[0]), view.numbers, axis=1)
-        return Reduction(tokens=keep_visual(view, self.keep, score, self.limit)), state
+        return jnp.take_along_axis(sum(received[1:], received[0]), view.numbers, axis=1)
 
 
 def received_by(layer: Attention, valid: Bool[Array, "b m"] | None = None) -> Float[Array, "b q"]:

@@ -33,6 +33,7 @@ from catp_jax.readers.reading import (
     Prompt,
     Question,
     check_processor,
+    check_tokens,
     load_processor,
     remember,
     stretched,
@@ -72,6 +73,7 @@ class QueryingReader:
             raise ValueError(f"{self.name} takes one image with each prompt, got {len(images)}")
         process = partial(process_image, self.processor)
         tokens = tokenize(self.processor, prompt)
+        check_tokens(tokens, self.config.text.vocab_size, "the language model")
         return Question(tokens=tokens, images=[remember(done, images[0], process)])
 
     def length(self, question: Question[np.ndarray]) -> int:
@@ -188,11 +190,7 @@ class InstructBlipReader(QueryingReader):
                 f"a prompt of {len(tokens)} tokens for the Q-Former; it takes "
                 f"{qformer.max_position_embeddings} at most"
             )
-        if (highest := max(tokens, default=0)) >= qformer.vocab_size:
-            raise ValueError(
-                f"the Q-Former's tokenizer makes token {highest} of the prompt, but the Q-Former "
-                f"has embeddings for {qformer.vocab_size}; take the same checkpoint's"
-            )
+        check_tokens(tokens, qformer.vocab_size, "the Q-Former")
         return Instruction(question.tokens, question.images, tokens)
 
     def pack(self, questions: Sequence[Any]) -> Packed[InstructBlipInputs]:
@@ -236,6 +234,7 @@ class RetrievalReader:
         places = self.config.qformer.max_position_embeddings
         if len(tokens) > places:
             raise ValueError(f"a text of {len(tokens)} tokens; the model takes {places} at most")
+        check_tokens(tokens, self.config.qformer.vocab_size, "the Q-Former")
         return tokens
 
 

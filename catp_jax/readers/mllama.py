@@ -25,6 +25,7 @@ from catp_jax.readers.reading import (
     Prompt,
     Question,
     check_processor,
+    check_tokens,
     load_processor,
     remember,
     stretched,
@@ -79,6 +80,8 @@ class MllamaReader:
         processed = [remember(done, image, self.process_image) for image in images]
         tokens = self._tokenize(prompt, len(processed))
         check_marks(tokens, len(processed), self.config.image_token_index)
+        text = [token for token in tokens if token != self.config.image_token_index]
+        check_tokens(text, self.config.text.vocab_size, "the language model")
         return Question(tokens=tokens, images=processed)
 
     def length(self, question: Question[ProcessedImage]) -> int:

@@ -131,6 +131,17 @@ def check_processor(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
         raise ValueError(f"{folder}: the processor does not fit config.json ({'; '.join(wrong)})")
 
 
+def check_tokens(tokens: Sequence[int], embeddings: int, who: str) -> None:
+    """Raises ValueError for a token that `who`, with so many embeddings, does not know; a gather
+    would read the last embedding in its place.
+    """
+    if (highest := max(tokens, default=0)) >= embeddings:
+        raise ValueError(
+            f"{who}'s tokenizer makes token {highest} of the prompt, but {who} has embeddings for "
+            f"{embeddings}; take the same checkpoint's"
+        )
+
+
 def special_tokens(folder: Path, defaults: dict[str, int]) -> tuple[tuple[int, ...], int | None]:
     """End and padding tokens: generation_config.json's word counts before config.json's, and that
     before the model's own defaults.
