@@ -57,6 +57,18 @@ def embedding(
     return table
 
 
+class VisionMlp(nnx.Module):
+    """The feed-forward part of a vision tower's layer."""
+
+    def __init__(self, width: int, inner: int, activation: str, *, rngs: nnx.Rngs):
+        self.fc1 = linear(width, inner, ("vision_embed", "mlp"), bias=True, rngs=rngs)
+        self.fc2 = linear(inner, width, ("mlp", "vision_embed"), bias=True, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "i n d"]) -> Float[Array, "i n d"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
 class RmsNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32; scaled in the input's dtype."""
 

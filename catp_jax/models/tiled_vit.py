@@ -27,8 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.models.layers import (
-    ACTIVATIONS,
     LayerNorm,
+    VisionMlp,
     attend,
     embedding,
     gate,
@@ -155,23 +155,13 @@ class VisionAttention(nnx.Module):
         return self.o_proj(merge_heads(attend(queries, keys, values, mask)))
 
 
-class VisionMlp(nnx.Module):
-    def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.fc1 = linear(width, inner, ("vision_embed", "mlp"), bias=True, rngs=rngs)
-        self.fc2 = linear(inner, width, ("mlp", "vision_embed"), bias=True, rngs=rngs)
-        self.activation = config.hidden_act
-
-    def __call__(self, x: Float[Array, "i n d"]) -> Float[Array, "i n d"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
 class VisionLayer(nnx.Module):
     """Pre-norm transformer layer; in the global encoder both branches are gated."""
 
     def __init__(self, config: TiledVitConfig, is_gated: bool, *, rngs: nnx.Rngs):
         self.self_attn = VisionAttention(config, rngs=rngs)
-        self.mlp = VisionMlp(config, rngs=rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.mlp = VisionMlp(width, inner, config.hidden_act, rngs=rngs)
         self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
         self.is_gated = is_gated

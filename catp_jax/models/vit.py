@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from catp_jax.contract import Attention
 from catp_jax.models.layers import (
-    ACTIVATIONS,
     LayerNorm,
+    VisionMlp,
     attend,
     linear,
     merge_heads,
@@ -104,24 +104,14 @@ class VitAttention(nnx.Module):
         return attended, Attention(queries=scaled(queries), keys=keys)
 
 
-class VitMlp(nnx.Module):
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.fc1 = linear(width, inner, ("vision_embed", "mlp"), bias=True, rngs=rngs)
-        self.fc2 = linear(inner, width, ("mlp", "vision_embed"), bias=True, rngs=rngs)
-        self.activation = config.hidden_act
-
-    def __call__(self, x: Float[Array, "i n d"]) -> Float[Array, "i n d"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
-
-
 class VitLayer(nnx.Module):
     """A pre-norm transformer layer."""
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         self.self_attn = VitAttention(config, rngs=rngs)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = VitMlp(config, rngs=rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.mlp = VisionMlp(width, inner, config.hidden_act, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, x: Float[Array, "i n d"]) -> tuple[Float[Array, "i n d"], Attention]:

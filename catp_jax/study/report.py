@@ -279,7 +279,12 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
         ("prefill, MFLOPs", False, lambda r: _number(r.prefill_flops, 1e-6), "prefill_flops"),
         ("prefill, ms", False, lambda r: _time(r.prefill_ms, r.prefill_spread), "prefill_ms"),
         ("token, ms", False, lambda r: _time(r.token_ms, r.token_spread), "token_ms"),
-        ("question, ms", True, lambda r: _time(r.milliseconds, r.spread), None),
+        (
+            "question, ms",
+            True,
+            lambda r: _number(r.milliseconds) if is_narrow else _time(r.milliseconds, r.spread),
+            None,
+        ),
     ]
     return [
         (title, [cell(result) for result in results])
@@ -289,7 +294,7 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
     ]
 
 
-def _number(value: float | None, factor: float) -> str:
+def _number(value: float | None, factor: float = 1.0) -> str:
     return "–" if value is None else f"{factor * value:,.2f}"
 
 

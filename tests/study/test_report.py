@@ -271,7 +271,11 @@ def test_the_terminal_shows_the_same_cells(finished):
 
 
 def test_a_narrow_terminal_gets_the_main_columns_whole(finished):
-    results = [renamed(r, {"position": "catp:image_weights"}) for r in finished[1]]
+    wide = {"cache_bytes": 12_178_470, "milliseconds": 1234.5, "accuracy": 1.0, "high": 1.0}
+    results = [
+        dataclasses.replace(renamed(r, {"position": "catp:image_weights"}), **wide)
+        for r in finished[1]
+    ]
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(table(results, "mini"))
     text = console.export_text()
