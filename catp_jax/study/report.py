@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
 from rich.table import Table
 
 from catp_jax.study.curves import by_layer, draw_accuracy, draw_layers, unpruned_of
@@ -275,14 +276,19 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
         ),
         ("agreement", True, lambda r: f"{r.agreement:.1%}", None),
         ("KL, nats", False, lambda r: f"{r.kl:.3f}", None),
-        ("cache, bytes", True, lambda r: f"{r.cache_bytes:,}", None),
+        (
+            "cache" if is_narrow else "cache, bytes",
+            True,
+            lambda r: decimal(r.cache_bytes) if is_narrow else f"{r.cache_bytes:,}",
+            None,
+        ),
         ("prefill, MFLOPs", False, lambda r: _number(r.prefill_flops, 1e-6), "prefill_flops"),
         ("prefill, ms", False, lambda r: _time(r.prefill_ms, r.prefill_spread), "prefill_ms"),
         ("token, ms", False, lambda r: _time(r.token_ms, r.token_spread), "token_ms"),
         (
             "question, ms",
             True,
-            lambda r: _number(r.milliseconds) if is_narrow else _time(r.milliseconds, r.spread),
+            lambda r: f"{r.milliseconds:.4g}" if is_narrow else _time(r.milliseconds, r.spread),
             None,
         ),
     ]
@@ -294,7 +300,7 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
     ]
 
 
-def _number(value: float | None, factor: float = 1.0) -> str:
+def _number(value: float | None, factor: float) -> str:
     return "–" if value is None else f"{factor * value:,.2f}"
 
 
