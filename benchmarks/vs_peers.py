@@ -119,6 +119,7 @@ def write_checkpoint(size: str, kind: str, folder: Path, dtype: str) -> int:
         text_config=text,
         num_query_tokens=QUERIES,
         image_token_index=vocabulary - 1,
+        tie_word_embeddings=text.get("tie_word_embeddings", True),
     )
     model = Blip2ForConditionalGeneration(config).eval()
     torch.nn.init.normal_(model.query_tokens, std=0.02)

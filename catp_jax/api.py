@@ -7,6 +7,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from catp_jax.readers.reading import (
     remember,
     special_tokens,
 )
+from catp_jax.sharding import place
+from catp_jax.sharding.mesh import MeshLike, make_mesh
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
@@ -69,7 +72,7 @@ class Answers:
 class Model:
     """A checkpoint with its processor, ready to answer."""
 
-    network: Frozen
+    network: Frozen | place.Sharded
     reader: Reader
     end_tokens: tuple[int, ...]
     pad_token: int
@@ -95,7 +98,7 @@ class Model:
         """
         checksum = hashlib.sha256()
         for array in self.network.arrays:
-            some = jax.device_get(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
+            some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
             checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
         network = self.network.thaw()
         qformer = getattr(network, "qformer", None)
@@ -224,10 +227,17 @@ class Model:
             )
         ends = jnp.asarray(self.end_tokens, jnp.int32)
         pad = jnp.asarray(self.pad_token, jnp.int32)
+        inputs = packed.inputs
+        if isinstance(self.network, place.Sharded):
+            mesh = self.network.mesh
+            inputs = place.place_inputs(inputs, mesh)
+            pruners, choice, search, ends, pad = place.everywhere(
+                (pruners, choice, search, ends, pad), mesh
+            )
         if any(pruner.keep is None for pruner in pruners):
             if num_beams > 1:
                 raise ValueError("a method that finds its own number goes with one beam only")
-            front, keep, selection = programs.look(self.network, pruners, packed.inputs)
+            front, keep, selection = programs.look(self.network, pruners, inputs)
             if keep is not None:
                 keep, selection = programs.cut(keep, selection, self._capacity(keep))
             out = programs.go_on(
@@ -244,7 +254,7 @@ class Model:
             out = generate_beam(
                 self.network,
                 pruners,
-                packed.inputs,
+                inputs,
                 search,
                 ends,
                 pad,
@@ -254,13 +264,13 @@ class Model:
             out = programs.generate(
                 self.network,
                 pruners,
-                packed.inputs,
+                inputs,
                 choice,
                 ends,
                 pad,
                 max_new_tokens=max_new_tokens,
             )
-        return self._answers(jax.device_get(out), packed)
+        return self._answers(place.fetch(out), packed)
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
@@ -388,13 +398,16 @@ def load(
     folder: str | Path,
     dtype: str | None = None,
     *,
+    mesh: MeshLike | None = None,
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
     by `catp-jax convert`.
 
-    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. The modes are
+    `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
+    model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads only the
+    bytes of its own devices. The modes are
     Llama 3.2 Vision's: which states of the tower the decoder gets ("hf", see
     `tiled_vit.VisionMode`), and what text does that sees no image ("meta", see
     `cross_decoder.MaskMode`).
@@ -402,7 +415,7 @@ def load(
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
-    network, _ = convert.load(folder, dtype)
+    network, _ = convert.load(folder, dtype, None if mesh is None else partial(_spread, mesh))
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or "hf"
         reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")
@@ -417,12 +430,18 @@ def load(
     ends, pad = special_tokens(folder, reader.tokens)
     if pad is None:
         pad = reader.tokenizer.pad_token_id
+    frozen = freeze(network)
     return Model(
-        network=freeze(network),
+        network=frozen if mesh is None else place.sharded(frozen),
         reader=reader,
         end_tokens=ends,
         pad_token=ends[0] if pad is None else pad,
     )
+
+
+def _spread(mesh: MeshLike, model: Any) -> Any:
+    """An abstract model on a mesh of all devices."""
+    return place.place(model, make_mesh(mesh, place.kv_heads(model)))
 
 
 def load_matcher(folder: str | Path, dtype: str | None = None) -> Matcher:

@@ -12,7 +12,7 @@ from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2_config import read, with_own_head, write
 from convert.family import Family, Layout
-from convert.rules import TRANSPOSE, Ignore, Rule, Twin, patches
+from convert.rules import THREE, THREE_BIASES, TRANSPOSE, Ignore, Rule, Twin, patches
 
 SHARED = [
     # Vision model.
@@ -30,13 +30,23 @@ SHARED = [
         "vision_model.embeddings.patch_embedding.bias",
     ),
     Rule(
-        "vision_model.encoder.layers.*.self_attn.{qkv,projection}.weight",
-        "vision_model.encoder.layers.*.self_attn.{qkv,projection}.kernel",
+        "vision_model.encoder.layers.*.self_attn.qkv.weight",
+        "vision_model.encoder.layers.*.self_attn.qkv.kernel",
+        THREE,
+    ),
+    Rule(
+        "vision_model.encoder.layers.*.self_attn.qkv.bias",
+        "vision_model.encoder.layers.*.self_attn.qkv.bias",
+        THREE_BIASES,
+    ),
+    Rule(
+        "vision_model.encoder.layers.*.self_attn.projection.weight",
+        "vision_model.encoder.layers.*.self_attn.projection.kernel",
         TRANSPOSE,
     ),
     Rule(
-        "vision_model.encoder.layers.*.self_attn.{qkv,projection}.bias",
-        "vision_model.encoder.layers.*.self_attn.{qkv,projection}.bias",
+        "vision_model.encoder.layers.*.self_attn.projection.bias",
+        "vision_model.encoder.layers.*.self_attn.projection.bias",
     ),
     Rule(
         "vision_model.encoder.layers.*.mlp.{fc1,fc2}.weight",

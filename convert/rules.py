@@ -48,18 +48,27 @@ def patches(channels: int) -> Transform:
     return Transform("flattened, transposed", lambda x: x.reshape(x.shape[0], -1).T, inverse)
 
 
+# one projection for queries, keys and values; torch: [3 out, in], ours: [in, 3, out]
+THREE = Transform(
+    "split in three, transposed",
+    lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),
+    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
+)
+THREE_BIASES = Transform("split in three", lambda x: x.reshape(3, -1), lambda x: x.reshape(-1))
+
+
 def copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """What a transform shows, as an array of its own, contiguous and of type `dtype`.
 
     A transposed matrix goes by blocks that fit a processor's cache: 4 × as fast as at one go.
     """
     out = np.empty(view.shape, dtype)
-    if view.ndim != 2 or view.flags.c_contiguous:
+    if view.ndim < 2 or view.flags.c_contiguous:
         out[...] = view
         return out
-    for start in range(0, view.shape[1], 128):
+    for start in range(0, view.shape[-1], 128):
         block = slice(start, start + 128)
-        out[:, block] = view[:, block]
+        out[..., block] = view[..., block]
     return out
 
 

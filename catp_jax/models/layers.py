@@ -26,24 +26,35 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 """Activations by their Hugging Face name."""
 
+HEADS = ("heads", "kv_heads", "vision_heads")
+"""Axes that are made of attention heads, which belong together."""
+
 
 def linear(
-    inputs: int, outputs: int, axes: tuple[str, str], *, rngs: nnx.Rngs, bias: bool = False
+    inputs: int,
+    outputs: int,
+    axes: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+    heads: int | None = None,
 ) -> nnx.Linear:
-    """`x @ kernel (+ bias)`; `axes` names the kernel's input and output axis."""
+    """`x @ kernel (+ bias)`; `axes` names the kernel's input and output axis. One of `HEADS` has
+    room for `heads` of them.
+    """
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=bias,
         kernel_init=nnx.initializers.normal(0.02),
-        kernel_metadata={"axes": axes},
-        bias_metadata={"axes": axes[1:]},
+        kernel_metadata={"axes": axes, "heads": heads},
+        bias_metadata={"axes": axes[1:], "heads": heads},
         rngs=rngs,
     )
 
 
 def embedding(
-    rows: int, features: int, *, rngs: nnx.Rngs, axes: tuple[str, str] = ("vocab", "embed")
+    rows: int, features: int, *, rngs: nnx.Rngs, axes: tuple[str, str] = ("rows", "channels")
 ) -> nnx.Embed:
     """A table looked up by row; what comes out has the table's dtype."""
     table = nnx.Embed(

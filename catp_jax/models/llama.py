@@ -9,6 +9,7 @@ Source: Touvron et al., "LLaMA", arXiv 2302.13971; Hugging Face transformers (`m
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -96,10 +97,12 @@ class AttentionProjections(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), rngs=rngs)
-        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
-        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), rngs=rngs)
-        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), rngs=rngs)
+        own: dict[str, Any] = {"heads": self.kv_heads, "rngs": rngs}
+        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **own)
+        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **own)
+        own = {"heads": self.heads, "rngs": rngs}
+        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), **own)
+        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), **own)
 
 
 class SelfAttention(AttentionProjections):

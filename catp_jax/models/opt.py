@@ -8,6 +8,7 @@ Source: Zhang et al., "OPT", arXiv 2205.01068; Hugging Face transformers (`model
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -65,10 +66,11 @@ class OptConfig:
 class OptAttention(nnx.Module):
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         width, self.heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
-        self.k_proj = linear(width, width, ("embed", "kv_heads"), bias=True, rngs=rngs)
-        self.v_proj = linear(width, width, ("embed", "kv_heads"), bias=True, rngs=rngs)
-        self.out_proj = linear(width, width, ("heads", "embed"), bias=True, rngs=rngs)
+        options: dict[str, Any] = {"bias": True, "heads": self.heads, "rngs": rngs}
+        self.q_proj = linear(width, width, ("embed", "heads"), **options)
+        self.k_proj = linear(width, width, ("embed", "kv_heads"), **options)
+        self.v_proj = linear(width, width, ("embed", "kv_heads"), **options)
+        self.out_proj = linear(width, width, ("heads", "embed"), **options)
 
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"], past: Past | None
@@ -110,7 +112,7 @@ class OptDecoder(nnx.Module):
     def __init__(self, config: OptConfig, *, rngs: nnx.Rngs):
         width, places = config.hidden_size, config.max_position_embeddings + OFFSET
         self.embed_tokens = embedding(config.vocab_size, width, rngs=rngs)
-        self.embed_positions = embedding(places, width, axes=("positions", "embed"), rngs=rngs)
+        self.embed_positions = embedding(places, width, rngs=rngs)
         self.final_layer_norm = LayerNorm(width, NORM_EPS)
         layers = range(config.num_hidden_layers)
         self.layers = nnx.List([OptLayer(config, rngs=rngs) for _ in layers])

@@ -75,9 +75,9 @@ class QFormerProjections(nnx.Module):
 
     def __init__(self, config: QFormerConfig, source: int, *, rngs: nnx.Rngs):
         width, self.heads = config.hidden_size, config.num_attention_heads
-        axes = ("qformer_embed", "heads")
+        axes = ("qformer_embed", "qformer_inner")
         self.query = linear(width, width, axes, bias=True, rngs=rngs)
-        axes = axes if source == width else ("vision_embed", "heads")
+        axes = axes if source == width else ("vision_embed", "qformer_inner")
         self.key = linear(source, width, axes, bias=True, rngs=rngs)
         self.value = linear(source, width, axes, bias=True, rngs=rngs)
 
@@ -101,7 +101,7 @@ class AddAndNorm(nnx.Module):
 
     def __init__(self, inputs: int, config: QFormerConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.dense = linear(inputs, width, ("mlp", "qformer_embed"), bias=True, rngs=rngs)
+        self.dense = linear(inputs, width, ("qformer_inner", "qformer_embed"), bias=True, rngs=rngs)
         self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
 
     def __call__(
@@ -128,7 +128,7 @@ class QFormerAttention(nnx.Module):
 class Intermediate(nnx.Module):
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
-        self.dense = linear(width, inner, ("qformer_embed", "mlp"), bias=True, rngs=rngs)
+        self.dense = linear(width, inner, ("qformer_embed", "qformer_inner"), bias=True, rngs=rngs)
         self.activation = config.hidden_act
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s m"]:
@@ -216,9 +216,9 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: QFormerConfig, *, rngs: nnx.Rngs):
         width, places = config.hidden_size, config.max_position_embeddings
-        axes = ("vocab", "qformer_embed")
+        axes = ("rows", "channels")
         self.word_embeddings = embedding(config.vocab_size, width, axes=axes, rngs=rngs)
-        axes = ("positions", "qformer_embed")
+        axes = ("rows", "channels")
         self.position_embeddings = embedding(places, width, axes=axes, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:

@@ -93,7 +93,7 @@ class QueryingModel(nnx.Module):
             axes=("one", "queries", "qformer_embed"),
         )
         self.qformer = QFormer(config.qformer, rngs=rngs)
-        axes = ("qformer_embed", "embed")
+        axes = ("qformer_out", "embed")
         self.language_projection = linear(width, text.hidden_size, axes, bias=True, rngs=rngs)
         language_model: Any = LANGUAGE_MODELS[type(text)]
         self.language_model = language_model(text, rngs=rngs)

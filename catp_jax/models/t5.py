@@ -122,10 +122,11 @@ class T5Attention(nnx.Module):
     ):
         width, inner = config.d_model, config.num_heads * config.d_kv
         self.heads, self.config = config.num_heads, config
-        self.q = linear(width, inner, ("embed", "heads"), rngs=rngs)
-        self.k = linear(width, inner, ("embed", "kv_heads"), rngs=rngs)
-        self.v = linear(width, inner, ("embed", "kv_heads"), rngs=rngs)
-        self.o = linear(inner, width, ("heads", "embed"), rngs=rngs)
+        options: dict[str, Any] = {"heads": self.heads, "rngs": rngs}
+        self.q = linear(width, inner, ("embed", "heads"), **options)
+        self.k = linear(width, inner, ("embed", "kv_heads"), **options)
+        self.v = linear(width, inner, ("embed", "kv_heads"), **options)
+        self.o = linear(inner, width, ("heads", "embed"), **options)
         if has_relative_attention_bias:
             rows = config.relative_attention_num_buckets
             axes = ("buckets", "heads")

@@ -20,7 +20,7 @@ In a third one implementations differ: what `intermediate_layers_indices` counts
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -140,10 +140,11 @@ class PositionEmbedding(nnx.Module):
 class VisionAttention(nnx.Module):
     def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
         width, self.heads = config.hidden_size, config.attention_heads
-        self.q_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
-        self.k_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
-        self.v_proj = linear(width, width, ("vision_embed", "heads"), rngs=rngs)
-        self.o_proj = linear(width, width, ("heads", "vision_embed"), rngs=rngs)
+        options: dict[str, Any] = {"heads": self.heads, "rngs": rngs}
+        self.q_proj = linear(width, width, ("vision_embed", "vision_heads"), **options)
+        self.k_proj = linear(width, width, ("vision_embed", "vision_heads"), **options)
+        self.v_proj = linear(width, width, ("vision_embed", "vision_heads"), **options)
+        self.o_proj = linear(width, width, ("vision_heads", "vision_embed"), **options)
 
     def __call__(
         self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]

@@ -92,14 +92,23 @@ class VitAttention(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         width, self.heads = config.hidden_size, config.num_attention_heads
-        axes = ("vision_embed", "heads")
-        self.qkv = linear(width, 3 * width, axes, bias=config.qkv_bias, rngs=rngs)
-        self.projection = linear(width, width, ("heads", "vision_embed"), bias=True, rngs=rngs)
+        axes = ("vision_embed", "qkv", "vision_heads")
+        # side by side and not one after the other, so that heads can be split over devices
+        self.qkv = nnx.LinearGeneral(
+            width,
+            (3, width),
+            use_bias=config.qkv_bias,
+            kernel_init=nnx.initializers.normal(0.02),
+            kernel_metadata={"axes": axes, "heads": self.heads},
+            bias_metadata={"axes": axes[1:], "heads": self.heads},
+            rngs=rngs,
+        )
+        axes, heads = ("vision_heads", "vision_embed"), self.heads
+        self.projection = linear(width, width, axes, bias=True, heads=heads, rngs=rngs)
 
     def __call__(self, x: Float[Array, "i n d"]) -> tuple[Float[Array, "i n d"], Attention]:
-        queries, keys, values = (
-            split_heads(part, self.heads) for part in jnp.split(self.qkv(x), 3, axis=-1)
-        )
+        x = self.qkv(x)
+        queries, keys, values = (split_heads(x[:, :, part], self.heads) for part in range(3))
         attended = self.projection(merge_heads(attend(queries, keys, values, None)))
         return attended, Attention(queries=scaled(queries), keys=keys)
 

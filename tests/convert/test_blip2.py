@@ -75,7 +75,7 @@ def test_parameters_are_transformers_own(name: str):
         ),
         (
             ours.vision_model.encoder.layers[1].self_attn.qkv.kernel,
-            vision.encoder.layers[1].self_attn.qkv.weight.T,
+            vision.encoder.layers[1].self_attn.qkv.weight.unflatten(0, (3, -1)).permute(2, 0, 1),
         ),
         (
             ours.qformer.encoder.layer[0].crossattention.attention.key.kernel,

@@ -1,0 +1,61 @@
+"""Meshes of devices, from what a user says: "data=2,tensor=4"."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from catp_jax.sharding.rules import divisors
+
+AXES = ("data", "fsdp", "tensor")
+
+MeshLike = str | Mapping[str, int]
+"""Sizes of some of `AXES`, as a mapping or as "data=2,tensor=4"; those left out are 1."""
+
+
+def parse_mesh(mesh: MeshLike) -> dict[str, int]:
+    """The size of each of `AXES`. Raises ValueError for other axes and for sizes below 1."""
+    given: dict[str, Any] = {}
+    if isinstance(mesh, str):
+        for part in mesh.split(","):
+            name, _, size = part.strip().partition("=")
+            if name in given:
+                raise ValueError(f"a mesh names each axis once, got {mesh!r}")
+            given[name] = int(size) if size.isdecimal() else size
+    else:
+        given = dict(mesh)
+    wrong = [
+        f"{name}={size}"
+        for name, size in given.items()
+        if name not in AXES or not isinstance(size, int) or size < 1
+    ]
+    if wrong:
+        raise ValueError(
+            f"a mesh is sizes of {', '.join(AXES)}, such as 'data=2,tensor=4'; "
+            f"got {', '.join(wrong)}"
+        )
+    return {name: given.get(name, 1) for name in AXES}
+
+
+def make_mesh(mesh: MeshLike, kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these devices (all there are), for a language model of so many key-value heads.
+
+    Raises ValueError if the devices are more or fewer than the mesh has places.
+    """
+    sizes = parse_mesh(mesh)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes.values()) != len(devices):
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the mesh {text} has {math.prod(sizes.values())} places, but there are "
+            f"{len(devices)} devices; the sizes' product has to be one of {divisors(len(devices))} "
+            "and the devices as many: choose other sizes, or show JAX fewer devices "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
+    kv = math.gcd(sizes["tensor"], kv_heads)
+    shape = (sizes["data"], sizes["fsdp"], kv, sizes["tensor"] // kv)
+    grid = np.asarray(devices, dtype=object).reshape(shape)
+    return Mesh(grid, ("data", "fsdp", "kv", "group"), axis_types=(AxisType.Auto,) * 4)

@@ -1,0 +1,71 @@
+"""Tiny random models whose axes divide by 8, and fewer KV heads than that."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from catp_jax.generation.blip2_inputs import pack as pack_blip2
+from catp_jax.generation.mllama_inputs import pack as pack_mllama
+from catp_jax.models.blip2 import Blip2, Blip2Config
+from catp_jax.models.frozen import freeze
+from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.sharding.place import Sharded, place, sharded
+from tests import random_blip2 as blip2
+from tests import random_mllama as mllama
+
+VIT = dataclasses.replace(blip2.VISION, hidden_size=24, intermediate_size=40, num_attention_heads=8)
+QFORMER = dataclasses.replace(blip2.QFORMER, hidden_size=24, encoder_hidden_size=24)  # 3 heads
+OPT = dataclasses.replace(
+    blip2.OPT, vocab_size=72, hidden_size=32, num_attention_heads=8, ffn_dim=48
+)
+T5 = dataclasses.replace(blip2.T5, vocab_size=72, d_model=32, num_heads=8, d_kv=6, d_ff=40)
+MLLAMA = MllamaConfig(
+    vision=dataclasses.replace(
+        mllama.VISION, hidden_size=24, attention_heads=8, intermediate_size=40
+    ),
+    text=dataclasses.replace(
+        mllama.TEXT,
+        vocab_size=80,  # and 88 rows in the embedding
+        hidden_size=32,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=48,
+    ),
+    image_token_index=80,
+)
+CONFIGS: dict[str, Any] = {
+    "mllama": MLLAMA,
+    "opt": Blip2Config(VIT, QFORMER, OPT, blip2.QUERIES, 71),
+    "t5": Blip2Config(VIT, QFORMER, T5, blip2.QUERIES, 71),
+}
+
+
+@functools.cache
+def model(kind: str) -> Any:
+    """The model, every parameter drawn."""
+    build = Mllama if kind == "mllama" else Blip2
+    return mllama.randomized(build(CONFIGS[kind], rngs=nnx.Rngs(0)), seed=3)
+
+
+def inputs(kind: str) -> Any:
+    """Eight prompts of different lengths about eight images, or some."""
+    if kind != "mllama":
+        photos = [blip2.photo(seed) for seed in range(8)]
+        prompts = [tuple(range(3, 5 + seed)) for seed in range(8)]
+        return pack_blip2(prompts, photos, CONFIGS[kind]).inputs
+    rows = [0, 1, 2, 4, 0, 1, 2, 4]  # two without an image
+    swap = {mllama.IMAGE: MLLAMA.image_token_index}
+    prompts = [tuple(swap.get(token, token) for token in mllama.PROMPTS[row]) for row in rows]
+    return pack_mllama(prompts, [mllama.PICTURES[row] for row in rows], MLLAMA).inputs
+
+
+def on_mesh(kind: str, mesh: Mesh) -> Sharded:
+    """The model with its parameters where the rules want them."""
+    network = model(kind)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network)
+    shardings = jax.tree.map(lambda struct: struct.sharding, place(abstract, mesh))
+    return sharded(freeze(jax.device_put(network, shardings)))

@@ -1,0 +1,94 @@
+"""The same tokens on every mesh of up to eight devices, pruned and not, as on one device."""
+
+import math
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from catp_jax.contract import Site
+from catp_jax.generation import generate as programs
+from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.sampling import sampling
+from catp_jax.models.frozen import freeze
+from catp_jax.pruning import make, methods_for
+from catp_jax.sharding.mesh import AXES, make_mesh
+from catp_jax.sharding.place import everywhere, fetch, kv_heads, place_inputs
+from tests.sharding.models import CONFIGS, inputs, model, on_mesh
+
+SIZES = [sizes for sizes in product((1, 2, 4, 8), repeat=3) if math.prod(sizes) in (2, 4, 8)]
+SITES = {
+    "mllama": frozenset({Site.CROSS}),
+    "opt": frozenset({Site.ENTRY, Site.LAYER}),
+    "t5": frozenset({Site.ENTRY}),
+}
+CASES = [(kind, method) for kind in CONFIGS for method in (None, *methods_for(SITES[kind]))]
+NEW = 3
+ENDS, PAD = jnp.asarray([79], jnp.int32), jnp.asarray(0, jnp.int32)
+
+
+def name_of(sizes) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+
+
+def run(network, batch, kind, method, mesh=None):
+    """Greedy tokens, first logits and kept numbers."""
+    option = ":layer=1" if method == "fastv" and kind == "opt" else ""
+    pruners = () if method is None else (make(method + option, 4, SITES[kind]),)
+    rest = (pruners, sampling(8), ENDS, PAD)
+    pruners, choice, ends, pad = rest if mesh is None else everywhere(rest, mesh)
+    out = programs.generate(network, pruners, batch, choice, ends, pad, max_new_tokens=NEW)
+    return fetch(out)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device makes of each case."""
+    done = {}
+
+    def find(kind, method):
+        if (kind, method) not in done:
+            done[kind, method] = run(freeze(model(kind)), inputs(kind), kind, method)
+        return done[kind, method]
+
+    return find
+
+
+def same(ours, alone):
+    np.testing.assert_array_equal(ours.tokens, alone.tokens)
+    scale = np.abs(alone.logits).max()
+    np.testing.assert_allclose(ours.logits, alone.logits, atol=1e-4 * scale)
+    if alone.selection.kept is not None:
+        np.testing.assert_array_equal(ours.selection.kept.indices, alone.selection.kept.indices)
+
+
+# Each mesh meets a case and each case a mesh; `benchmarks/mesh_matrix.py` has them all.
+SOME = [(sizes, CASES[5 * number % len(CASES)]) for number, sizes in enumerate(SIZES)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "case"), SOME, ids=[f"{name_of(s)}-{k}-{m}" for s, (k, m) in SOME]
+)
+def test_tokens_are_those_of_one_device(sizes, case, alone):
+    kind, method = case
+    mesh = make_mesh(name_of(sizes), kv_heads(model(kind)), jax.devices()[: math.prod(sizes)])
+    ours = run(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), kind, method, mesh)
+    same(ours, alone(kind, method))
+
+
+def test_every_case_is_among_them():
+    assert {case for _, case in SOME} == {*CASES}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_beam_search_too(kind):
+    def search(network, batch, mesh=None):
+        rest = (beams(3), ENDS, PAD)
+        how, ends, pad = rest if mesh is None else everywhere(rest, mesh)
+        return fetch(generate_beam(network, (), batch, how, ends, pad, max_new_tokens=NEW))
+
+    mesh = make_mesh("data=2,tensor=4", kv_heads(model(kind)))
+    ours = search(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), mesh)
+    np.testing.assert_array_equal(ours.tokens, search(freeze(model(kind)), inputs(kind)).tokens)
