@@ -165,7 +165,11 @@ class Model:
 
     def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
         """A batch of questions as arrays."""
-        return self.reader.pack(questions)
+        packed = self.reader.pack(questions)
+        if not isinstance(self.network, place.Sharded):
+            return packed
+        inputs = place.place_inputs(packed.inputs, self.network.mesh)
+        return dataclasses.replace(packed, inputs=inputs)
 
     def generate(
         self,
@@ -227,17 +231,14 @@ class Model:
             )
         ends = jnp.asarray(self.end_tokens, jnp.int32)
         pad = jnp.asarray(self.pad_token, jnp.int32)
-        inputs = packed.inputs
         if isinstance(self.network, place.Sharded):
-            mesh = self.network.mesh
-            inputs = place.place_inputs(inputs, mesh)
             pruners, choice, search, ends, pad = place.everywhere(
-                (pruners, choice, search, ends, pad), mesh
+                (pruners, choice, search, ends, pad), self.network.mesh
             )
         if any(pruner.keep is None for pruner in pruners):
             if num_beams > 1:
                 raise ValueError("a method that finds its own number goes with one beam only")
-            front, keep, selection = programs.look(self.network, pruners, inputs)
+            front, keep, selection = programs.look(self.network, pruners, packed.inputs)
             if keep is not None:
                 keep, selection = programs.cut(keep, selection, self._capacity(keep))
             out = programs.go_on(
@@ -254,7 +255,7 @@ class Model:
             out = generate_beam(
                 self.network,
                 pruners,
-                inputs,
+                packed.inputs,
                 search,
                 ends,
                 pad,
@@ -264,7 +265,7 @@ class Model:
             out = programs.generate(
                 self.network,
                 pruners,
-                inputs,
+                packed.inputs,
                 choice,
                 ends,
                 pad,

@@ -1,10 +1,11 @@
-"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `demo`.
+"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `plan`, `demo`.
 
 Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong).
 """
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ from catp_jax.contract import Site
 from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
 from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import METHODS, budget, make
+from catp_jax.pruning import METHODS, budget, make, methods_for
+from catp_jax.sharding.distributed import HEARTBEAT, give_up, is_first
+from catp_jax.sharding.distributed import start as start_processes
+from catp_jax.sharding.mesh import parse_mesh
 
 AUTO = "auto"  # --keep for methods that find their own number
 
@@ -37,6 +41,45 @@ ModelFolder = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE")
 ]
+
+
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over all devices: sizes of data, fsdp and tensor, whose product is "
+        "their number (data=2,tensor=4). `catp-jax plan` says what fits.",
+        metavar="SIZES",
+    ),
+]
+
+
+@app.callback()
+def start(
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Run on several hosts, which JAX finds (Slurm, Kubernetes, Open MPI). Every host "
+            "runs the same command; the first one prints.",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="Several hosts, told by hand: process 0's.", metavar="HOST:PORT"),
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many processes there are.")] = None,
+    process_id: Annotated[
+        int | None, typer.Option(help="Which of them this one is, from 0.")
+    ] = None,
+    heartbeat: Annotated[
+        int, typer.Option(help="Seconds after which a silent process counts as dead.")
+    ] = HEARTBEAT,
+) -> None:
+    told = (coordinator, num_processes, process_id)
+    if distributed or any(word is not None for word in told):
+        start_processes(*told, heartbeat=heartbeat)
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it lives as long as the process
 
 
 @app.command()
@@ -109,6 +152,7 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in transformers (hf), or Meta's code."),
     ] = None,
     dtype: Dtype = None,
+    mesh: MeshOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
@@ -126,6 +170,8 @@ def generate(
             read_image(path)  # before a model is loaded, which may take minutes
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
+    if mesh is not None:
+        parse_mesh(mesh)
     sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
     if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
@@ -140,7 +186,7 @@ def generate(
         )
     from catp_jax import api  # here, so that --help does not wait for it
 
-    loaded = api.load(model, dtype, vision_mode=vision_mode, mask_mode=mask_mode)
+    loaded = api.load(model, dtype, mesh=mesh, vision_mode=vision_mode, mask_mode=mask_mode)
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):
@@ -203,6 +249,58 @@ def convert(
     from convert.__main__ import run
 
     run(source, out, to_hf=to_hf, dtype=dtype)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A folder with a config.json, or a published checkpoint's name.")
+    ],
+    mesh: Annotated[
+        str, typer.Option(help="Sizes of data, fsdp and tensor.", metavar="SIZES")
+    ] = "tensor=1",
+    batch: Annotated[int, typer.Option(help="Prompts at a time, with an image each.")] = 1,
+    tiles: Annotated[
+        int | None, typer.Option(help="Llama Vision: tiles of an image; all, if not given.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="A pruning method; the model's first, if only --keep is given."),
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Visual tokens to keep.", metavar="N|P%")] = None,
+    dtype: Annotated[str, typer.Option(help="Number type of the weights.")] = "bfloat16",
+    memory: Annotated[float, typer.Option(help="Memory of a device, in GB of 10⁹ bytes.")] = 80.0,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What each device of a mesh would hold, compute and send; nothing of the model is loaded."""
+    if prune and not keep:
+        raise typer.BadParameter("--prune wants --keep")
+    if memory <= 0:
+        raise typer.BadParameter(f"--memory is above 0, got {memory:g}")
+    from catp_jax import plan as planning
+
+    sizes = parse_mesh(mesh)
+    planning.force_devices(math.prod(sizes.values()))
+
+    def pruner(visual: int, sites: frozenset[Site]) -> Any:
+        return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
+
+    made = planning.make_plan(
+        model,
+        mesh,
+        batch=batch,
+        tiles=tiles,
+        prompt=prompt_tokens,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        pruner=pruner if keep else None,
+    )
+    if json_output:
+        print(json.dumps(made.as_json(int(memory * 1e9))))
+    else:
+        Console(highlight=False).print(planning.table(made, int(memory * 1e9)))
 
 
 @app.command()
@@ -379,6 +477,8 @@ def main() -> None:
         sys.exit(1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
+            if jax.process_count() > 1:
+                give_up(error)
             raise
         print(
             "catp-jax: the device's memory is full; lower --batch-size or use --dtype bfloat16",

@@ -112,9 +112,14 @@ def run(
         str | None,
         typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE"),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Spread the model over all devices: data=2,tensor=4.", metavar="SIZES"),
+    ] = None,
 ) -> None:
     """Answer a task's questions unpruned and pruned; the figures go to a file."""
     from catp_jax.generation.beam import beams as check_search
+    from catp_jax.sharding.distributed import is_first
     from catp_jax.study.journal import Journal
     from catp_jax.study.sweep import Conditions
     from catp_jax.study.tasks import check_prompt, spread
@@ -134,7 +139,7 @@ def run(
         raise ValueError(f"model {str(model)!r} is not a folder")
     name = model.resolve().name
     out = out or Path("runs") / f"{name}-{task}.jsonl"
-    journal = Journal(out, report=_say)
+    journal = Journal(out, report=_say, is_written=is_first())
 
     given = {"questions": questions, "annotations": annotations, "images": images, "data": data}
     found = _task(task, given, fraction, seed)
@@ -159,7 +164,7 @@ def run(
     from catp_jax.pruning import make, methods_for
     from catp_jax.study.results import Setting
 
-    loaded = api.load(model, dtype)
+    loaded = api.load(model, dtype, mesh=mesh)
     specs = specs or methods_for(loaded.sites)
     for spec in specs:
         make(spec, 1, loaded.sites)

@@ -31,8 +31,9 @@ ROOMS = {
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,
     "demo": BELOW_API | {"api"},
+    "plan": BELOW_GENERATION | {"generation", "convert"},
     "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
-    "cli": BELOW_API | {"api", "demo", "cli_study", "catp_jax"},
+    "cli": BELOW_API | {"api", "demo", "plan", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }
@@ -159,7 +160,7 @@ def test_arrows_have_no_cycle():
     assert "models" not in ROOMS["pruning"]
     assert "pruning" not in ROOMS["models"]
     importers = {room for room, below in ROOMS.items() if "convert" in below}
-    assert importers == {"api", "cli", "demo", "training", "catp_jax"}
+    assert importers == {"api", "cli", "demo", "plan", "training", "catp_jax"}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from catp_jax.readers.reading import (
     remember,
     stretched,
 )
+from catp_jax.sharding.place import fetch
 
 PLACEHOLDER = "<image>"
 
@@ -96,7 +97,7 @@ class QueryingReader:
         """Where the kept queries look: their cross-attention, averaged over layers and heads, the
         sum over them stretched to 1.
         """
-        looks = np.asarray(_looks(network, packed.inputs.alone(row)))
+        looks = fetch(_looks(network, packed.inputs.alone(row)))
         grid = self.config.vision.grid
         out = looks[kept.number, 1:].sum(axis=0).reshape(grid, grid)
         return out / max(float(out.max()), 1e-12)

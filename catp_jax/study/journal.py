@@ -33,16 +33,19 @@ class Journal:
     """The rows of a sweep, in memory and, with a path, in a file.
 
     Reading changes nothing: a last line that was cut off is told to `report` and goes when the
-    first row is added.
+    first row is added. Of several processes that run one sweep, all read the file and one writes.
 
     Raises ValueError if the file is not a sweep's, is damaged elsewhere than at its end, or has a
     row that lacks its fields.
     """
 
     def __init__(
-        self, path: Path | None = None, report: Callable[[str], None] = lambda said: None
+        self,
+        path: Path | None = None,
+        report: Callable[[str], None] = lambda said: None,
+        is_written: bool = True,
     ) -> None:
-        self.path = path
+        self.path, self.is_written = path, is_written
         self.rows: list[Row] = []
         self._end: int | None = None  # where the file is to be cut before anything is added
         if path is None or not path.exists():
@@ -83,14 +86,14 @@ class Journal:
         if self.header is not None:
             self.check({key: value for key, value in header.items() if key != "name"})
             return
-        if self.path is not None:
+        if self.path is not None and self.is_written:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.append(header)
 
     def append(self, row: Row) -> Row:
         """Adds a row and hands it to the system at once; returns it as it will be read."""
         row = _plain(row)
-        if self.path is not None:
+        if self.path is not None and self.is_written:
             if self._end is not None:
                 with self.path.open("r+b") as file:
                     file.truncate(self._end)

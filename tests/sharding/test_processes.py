@@ -1,0 +1,134 @@
+"""Two processes of four devices each: the tokens of one process, and an end when one is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import catp_jax
+from catp_jax.sharding.distributed import start
+
+ASSETS = Path(catp_jax.__file__).parent / "assets"
+CIRCLE, MINI = ASSETS / "blue-circle.png", ASSETS / "mini-blip2-opt"
+HEARTBEAT = 10  # seconds
+PRUNED = ["--prune", "catp", "--keep", "8", "--max-new-tokens", "4"]
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start_two(words: list[str], err: Path) -> list[subprocess.Popen]:
+    """The same command in two processes; what they say besides answers goes to files."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    processes = []
+    for number in range(2):
+        told = ["--coordinator", coordinator, "--num-processes", "2", "--process-id", f"{number}"]
+        with (err / f"{number}.txt").open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "catp_jax",
+                        *told,
+                        "--heartbeat",
+                        f"{HEARTBEAT}",
+                        *words,
+                    ],
+                    env=environment(4),
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
+                )
+            )
+    return processes
+
+
+def answers(text: str) -> list[dict]:
+    """The JSON lines; the CPU's transport between processes prints lines of its own."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_two_processes_answer_as_one_and_the_first_one_speaks(tmp_path):
+    words = ["generate", str(MINI), "--json", *PRUNED]
+    for prompt in ("what color is the shape?", "is there a triangle?"):
+        words += ["--image", str(CIRCLE), "--prompt", prompt]
+    alone = subprocess.run(
+        [sys.executable, "-m", "catp_jax", *words],
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
+    said, silence = first.communicate(timeout=300)[0], second.communicate(timeout=300)[0]
+    assert (first.returncode, second.returncode) == (0, 0), (tmp_path / "0.txt").read_text()
+    expected = answers(alone.stdout)
+    assert [row["text"] for row in expected] == ["blue", "no"]
+    assert answers(said) == expected
+    assert answers(silence) == []
+
+
+def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
+    requests = tmp_path / "requests.jsonl"
+    line = json.dumps({"prompt": "is there a circle?", "images": [str(CIRCLE)]}) + "\n"
+    requests.write_text(line * 20_000)
+    words = ["generate", str(MINI), "--batch", str(requests), "--batch-size", "2", "--json"]
+    first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
+    assert first.stdout is not None
+    next(line for line in first.stdout if line.startswith("{"))
+    second.send_signal(signal.SIGKILL)
+    first.communicate(timeout=3 * HEARTBEAT)
+    assert first.returncode == 1
+    said = (tmp_path / "0.txt").read_text()
+    assert "process 0 of 2 lost another one and ends" in said
+    assert "Traceback" not in said
+    second.communicate()
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"coordinator": "host:1"}, "missing: num_processes, process_id"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"coordinator": "host:99999", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "got 2 of 2 processes"),
+        ({"heartbeat": 0}, "at least 1 second"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused(told, says):
+    with pytest.raises(ValueError, match=says):
+        start(**told)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--distributed"], "no cluster was found"),
+        (["--process-id", "0"], "missing: coordinator, num_processes"),
+    ],
+)
+def test_the_command_says_so_too(words, says):
+    run = subprocess.run(
+        [sys.executable, "-m", "catp_jax", *words, "generate", str(MINI), "--prompt", "x"],
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert says in run.stderr
+    assert "Traceback" not in run.stderr
