@@ -1,4 +1,5 @@
-"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `plan`, `demo`.
+"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `plan`, `doctor`,
+`demo`.
 
 Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong).
 """
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from catp_jax import cli_study
 from catp_jax.contract import Site
@@ -301,6 +303,31 @@ def plan(
         print(json.dumps(made.as_json(int(memory * 1e9))))
     else:
         Console(highlight=False).print(planning.table(made, int(memory * 1e9)))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
+    ] = None,
+    mesh: MeshOption = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
+    from catp_jax import doctor as practice
+
+    console, has_failed = Console(highlight=False, soft_wrap=True), False
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for one in practice.examine(model, mesh):
+        has_failed |= one.level == "fail"
+        if json_output:
+            print(json.dumps(dataclasses.asdict(one)))
+        else:
+            level = f"[{colours[one.level]}]{one.level:4}[/]"
+            console.print(f"{level}  {one.subject:9}  {escape(one.text)}")
+    if has_failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -73,8 +73,8 @@ class Plan:
     """What one device holds and does; sizes in bytes.
 
     `temporaries` is the larger of the prefill's and a step's. `prefill_flops` and `token_flops` are
-    of all devices together, the second for one more token of every prompt. `kept` are a prompt's visual tokens
-    that are left.
+    of all devices together, the second for one more token of every prompt. `kept` are a prompt's
+    visual tokens that are left.
     """
 
     model: str

@@ -32,8 +32,9 @@ ROOMS = {
     "api": BELOW_API,
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "convert"},
+    "doctor": BELOW_GENERATION | {"convert", "plan"},
     "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
-    "cli": BELOW_API | {"api", "demo", "plan", "cli_study", "catp_jax"},
+    "cli": BELOW_API | {"api", "demo", "plan", "doctor", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }
@@ -160,7 +161,7 @@ def test_arrows_have_no_cycle():
     assert "models" not in ROOMS["pruning"]
     assert "pruning" not in ROOMS["models"]
     importers = {room for room, below in ROOMS.items() if "convert" in below}
-    assert importers == {"api", "cli", "demo", "plan", "training", "catp_jax"}
+    assert importers == {"api", "cli", "demo", "doctor", "plan", "training", "catp_jax"}
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_fsdp_divides_the_weights_and_gathers_them():
         ("Llama-3.2-11B-Vision", {"tiles": 5}, "an image has 1 to 4 tiles, got 5"),
         ("Llama-3.2-11B-Vision", {"dtype": "int8"}, "dtype is int8; wanted"),
         ("Llama-3.2-11B-Vision", {"batch": 0}, "batch is at least 1, got 0"),
-        ("Llama-3.2-11B-Vision", {"mesh": "tensor=4"}, "4 places, but there are 8 devices"),
+        ("Llama-3.2-11B-Vision", {"mesh": "tensor=4"}, "4 places, and JAX sees 8 devices"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, options, says):

@@ -1,4 +1,4 @@
-"""What README tells a reader to type: every command runs, in the order of the page.
+"""What README and docs/ tell a reader to type: every command runs, in the order of the page.
 
 Blocks fenced `sh` and `python` are tested; output and commands that need other people's weights
 stand in `text` blocks. All blocks share one folder that looks like a clone, since a reader's do.
@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
 RUN = {"catp-jax", "python"}
 PASSED_OVER = {"git", "cd", "source", "."}  # getting the code and entering it
@@ -86,8 +87,9 @@ def is_run(command: str) -> bool:
 
 
 STEPS = [
-    pytest.param(language, step, id=f"line-{line}-{number}")
-    for line, language, body in blocks(README.read_text() if README.exists() else "")
+    pytest.param(language, step, id=f"{page.stem}-line-{line}-{number}")
+    for page in PAGES
+    for line, language, body in blocks(page.read_text())
     for number, step in enumerate(commands(body) if language == "sh" else [body], start=1)
 ]
 

@@ -8,8 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from catp_jax.sharding.rules import divisors
-
 AXES = ("data", "fsdp", "tensor")
 
 MeshLike = str | Mapping[str, int]
@@ -50,9 +48,8 @@ def make_mesh(mesh: MeshLike, kv_heads: int, devices: Sequence[Any] | None = Non
     if math.prod(sizes.values()) != len(devices):
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"the mesh {text} has {math.prod(sizes.values())} places, but there are "
-            f"{len(devices)} devices; the sizes' product has to be one of {divisors(len(devices))} "
-            "and the devices as many: choose other sizes, or show JAX fewer devices "
+            f"the mesh {text} has {math.prod(sizes.values())} places, and JAX sees {len(devices)} "
+            "devices; choose sizes whose product is their number, or show JAX other devices "
             "(CUDA_VISIBLE_DEVICES)"
         )
     kv = math.gcd(sizes["tensor"], kv_heads)

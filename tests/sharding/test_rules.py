@@ -36,7 +36,7 @@ def test_other_meshes_are_refused(text, said):
 
 
 def test_a_mesh_of_another_size_than_the_devices_is_refused():
-    with pytest.raises(ValueError, match=r"has 6 places, but there are 8 devices.* 1, 2, 4, 8 "):
+    with pytest.raises(ValueError, match="has 6 places, and JAX sees 8 devices"):
         make_mesh("data=2,tensor=3", 4, DEVICES)
 
 

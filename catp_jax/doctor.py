@@ -1,0 +1,295 @@
+"""Looks at an installation, a machine and a model before a job is sent: one line a question.
+
+Every check gives findings; a later one does not depend on an earlier one. What fails would stop
+`generate`; what is warned of makes it slow, or only might.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+import convert
+from catp_jax import checkpoint
+from catp_jax.models.layers import attend
+from catp_jax.plan import find_config
+from catp_jax.pruning.scores import keep_best
+from catp_jax.sharding.mesh import AXES, make_mesh, parse_mesh
+from catp_jax.sharding.place import kv_heads, place
+from convert.report import readable
+
+Level = Literal["ok", "warn", "fail"]
+
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy", "safetensors")
+
+CLUSTERS = {
+    "Slurm": ("SLURM_JOB_ID", "SLURM_NTASKS"),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+}
+"""Schedulers that JAX knows, and what they leave in a process's environment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is, and — unless ok — what to do."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+Findings = Iterator[Finding]
+
+
+def examine(model: str | Path | None = None, mesh: str | None = None) -> Findings:
+    """All findings, in order. A check that itself breaks is a finding that fails."""
+    checks: dict[str, Callable[[], Findings]] = {
+        "versions": lambda: versions(installed()),
+        "devices": devices,
+        "processes": lambda: processes(os.environ),
+        "mesh": lambda: meshes(model, mesh),
+        "attention": lambda: backends(head_sizes(model)),
+        "top-k": top_k,
+        "room": lambda: room(model, mesh),
+    }
+    for subject, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # whatever it is, the other lines are wanted too
+            text = (str(error).strip() or type(error).__name__).replace("\n", " ")
+            yield Finding("fail", subject, text)
+
+
+def installed() -> dict[str, str]:
+    """Versions of what is needed; of a package that is missing, an empty text."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def versions(found: Mapping[str, str]) -> Findings:
+    """Whether the packages are there and known to work with each other."""
+
+    def number(package: str) -> tuple[int, ...]:
+        parts = found[package].split(".")[:3]
+        return tuple(int(part) for part in parts if part.isdecimal())
+
+    text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    yield Finding("ok", "versions", text)
+    for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy"):
+        if not found[package]:
+            yield Finding("fail", "versions", f"{package} is missing: pip install catp-jax")
+            return
+    if number("jax") != number("jaxlib"):
+        yield Finding(
+            "warn",
+            "versions",
+            f"jax {found['jax']} goes with jaxlib {found['jax']}, not {found['jaxlib']}: "
+            f"pip install -U jax jaxlib",
+        )
+    if number("flax") < (0, 12, 12) and number("jax") >= (0, 11, 1):
+        yield Finding(
+            "fail",
+            "versions",
+            f"flax {found['flax']} breaks on jax {found['jax']}: pip install 'flax>=0.12.12' "
+            "(Python 3.12), or 'jax<0.11'",
+        )
+    if number("orbax-checkpoint")[:2] != (0, 12):
+        yield Finding(
+            "fail",
+            "versions",
+            f"conversion is written for orbax-checkpoint 0.12, not {found['orbax-checkpoint']}: "
+            "pip install 'orbax-checkpoint>=0.12,<0.13'",
+        )
+
+
+def devices() -> Findings:
+    """What JAX sees, and how much memory each device has."""
+    found = jax.devices()
+    memory = device_memory()
+    size = f", {readable(memory)} each" if memory else ""
+    text = f"{len(found)} × {found[0].device_kind} ({found[0].platform}){size}"
+    if found[0].platform != "cpu":
+        yield Finding("ok", "devices", text)
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            "fail",
+            "devices",
+            f"{text}; there is an NVIDIA driver, but JAX has no CUDA: "
+            "pip install 'catp-jax[cuda]', or [cuda12] for drivers before release 580",
+        )
+    else:
+        yield Finding("warn", "devices", f"{text}; no accelerator: real models will be slow here")
+
+
+def device_memory() -> int | None:
+    """Bytes of memory that JAX may use on a device; of the host's for a CPU."""
+    try:
+        if jax.devices()[0].platform == "cpu":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def processes(environment: Mapping[str, str]) -> Findings:
+    """Whether several hosts are there, or could be."""
+    if jax.process_count() > 1:
+        yield Finding(
+            "ok", "processes", f"this is {jax.process_index()} of {jax.process_count()}, connected"
+        )
+        return
+    for name, (there, several) in CLUSTERS.items():
+        if there in environment and several in environment and environment[several] != "1":
+            yield Finding(
+                "warn",
+                "processes",
+                f"{name} started this one among others ({several}={environment[several]}), but "
+                "they are not connected: catp-jax --distributed …",
+            )
+            return
+    yield Finding("ok", "processes", "one, by itself")
+
+
+def meshes(model: str | Path | None, mesh: str | None) -> Findings:
+    """The mesh that was asked for, or the one that would be made, and whether it divides."""
+    sizes = choose(model, mesh)
+    if model is None:
+        make_mesh(sizes, 1)
+        yield Finding("ok", "mesh", f"{in_words(sizes)}; name a model to see whether it divides")
+        return
+    abstract = convert.abstract(find_config(model))
+    place(abstract, make_mesh(sizes, kv_heads(abstract)))
+    yield Finding("ok", "mesh", f"{in_words(sizes)} divides {model}")
+
+
+def choose(model: str | Path | None, mesh: str | None) -> dict[str, int]:
+    """The mesh that was asked for; else of all devices, with the largest `tensor` that the model
+    allows.
+    """
+    number = jax.device_count()
+    if mesh is not None or model is None:
+        return parse_mesh(mesh or {"data": number})
+    abstract, sizes = convert.abstract(find_config(model)), parse_mesh({"data": number})
+    for tensor in sorted((n for n in range(1, number + 1) if number % n == 0), reverse=True):
+        sizes = parse_mesh({"data": number // tensor, "tensor": tensor})
+        with contextlib.suppress(ValueError):
+            place(abstract, make_mesh(sizes, kv_heads(abstract)))
+            break
+    return sizes
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """A mesh as --mesh takes it."""
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "tensor=1"
+
+
+def head_sizes(model: str | Path | None) -> set[int]:
+    """Channels of an attention head in each part of a model; two common ones without a model."""
+    if model is None:
+        return {64, 128}
+    abstract = convert.abstract(find_config(model))
+    leaves = jax.tree.leaves(abstract, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return {
+        leaf.get_value().shape[-1] // own["heads"]
+        for leaf in leaves
+        for own in [leaf.get_metadata()]
+        if own.get("heads") and own["axes"][-1].endswith("heads")
+    }
+
+
+def backends(sizes: set[int]) -> Findings:
+    """Which kernels compute attention as NumPy does, for heads of these sizes."""
+    for size in sorted(sizes):
+        rng = np.random.default_rng(size)
+        queries, keys, values = (
+            rng.normal(size=(2, 16, heads, size)).astype(np.float32) for heads in (4, 2, 2)
+        )
+        logits = np.einsum("bshd,bnhd->bhsn", queries, np.repeat(keys, 2, axis=2)) * size**-0.5
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        expected = np.einsum("bhsn,bnhd->bshd", weights, np.repeat(values, 2, axis=2))
+        arrays = [jnp.asarray(x, jnp.bfloat16) for x in (queries, keys, values)]
+        own = np.asarray(attend(arrays[0], arrays[1], arrays[2], None), np.float32)
+        good = np.abs(own - expected).max() < 0.1
+        text = f"heads of {size} channels: XLA's kernel {'works' if good else 'is wrong'}"
+        if jax.devices()[0].platform == "gpu":
+            text += f", cuDNN's {_cudnn(arrays, expected)}"
+        advice = "" if good else "; report it with these versions"
+        yield Finding("ok" if good else "fail", "attention", text + advice)
+
+
+def _cudnn(arrays: list[Any], expected: np.ndarray) -> str:
+    try:
+        out = jax.nn.dot_product_attention(*arrays, implementation="cudnn")
+        return "works" if np.abs(np.asarray(out, np.float32) - expected).max() < 0.1 else "is wrong"
+    except Exception as error:  # no such kernel, or none for this size
+        return f"does not ({str(error).strip().splitlines()[0]})"
+
+
+def top_k() -> Findings:
+    """Whether tokens chosen on all devices are those that NumPy chooses."""
+    number = jax.device_count()
+    mesh = make_mesh({"data": number}, 1)
+    scores = np.random.default_rng(0).permutation(number * 2 * 50).reshape(number * 2, 50)
+    expected = np.sort(np.argsort(-scores, axis=1)[:, :7], axis=1)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.make_array_from_callback(
+        scores.shape, split, lambda index: scores[index].astype(np.float32)
+    )
+    keep = jax.jit(lambda x: keep_best(7, jnp.ones(x.shape, bool), x))(batch)
+    wrong = [
+        device
+        for shard in keep.indices.addressable_shards
+        if not np.array_equal(np.asarray(shard.data), expected[shard.index])
+        for device in [shard.device]
+    ]
+    if wrong:
+        text = f"{', '.join(map(str, wrong))} chose other tokens than NumPy; update jax and drivers"
+        yield Finding("fail", "top-k", text)
+    else:
+        yield Finding("ok", "top-k", f"the same tokens as NumPy's, devices: {number}")
+
+
+def room(model: str | Path | None, mesh: str | None) -> Findings:
+    """Whether a model's weights, in bfloat16, go into memory and a converted copy onto the disk."""
+    if model is None:
+        return
+    abstract = convert.abstract(find_config(model))
+    parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.names(abstract).values())
+    sizes = choose(model, mesh)
+    each = 2 * parameters // (sizes["fsdp"] * sizes["tensor"])
+    memory = device_memory()
+    text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} of bfloat16 on each device"
+    if memory is None:
+        yield Finding("warn", "memory", f"{text}; JAX does not say how much memory there is")
+    elif each * (len(jax.local_devices()) if jax.devices()[0].platform == "cpu" else 1) > memory:
+        advice = "more devices, or a mesh with larger tensor or fsdp; see catp-jax plan"
+        yield Finding("fail", "memory", f"{text}, but it has {readable(memory)}: {advice}")
+    else:
+        yield Finding("ok", "memory", f"{text}, of {readable(memory)}; see catp-jax plan for all")
+    where = Path(model) if Path(model).is_dir() else Path.cwd()
+    free = shutil.disk_usage(where).free
+    copy = readable(2 * parameters)
+    text = f"{readable(free)} free in {where.resolve()}, a converted copy takes {copy}"
+    if free < 2 * parameters:
+        yield Finding("warn", "disk", f"{text}: load the Hugging Face folder as it is")
+    else:
+        yield Finding("ok", "disk", text)

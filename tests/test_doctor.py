@@ -1,0 +1,116 @@
+"""What `catp-jax doctor` finds: known-bad versions, meshes, kernels, room; and its exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import catp_jax
+from catp_jax import doctor
+from catp_jax.contract import Keep
+from catp_jax.doctor import examine, head_sizes, processes, versions
+
+MINI = Path(catp_jax.__file__).parent / "assets" / "mini-blip2-opt"
+GOOD = {
+    "python": "3.12.1",
+    "jax": "0.12.0",
+    "jaxlib": "0.12.0",
+    "flax": "0.12.12",
+    "orbax-checkpoint": "0.12.8",
+    "transformers": "5.23.0",
+    "numpy": "2.4.0",
+    "safetensors": "",
+}
+
+
+def test_a_good_installation_is_one_line():
+    (one,) = versions(GOOD)
+    assert (one.level, "jax 0.12.0" in one.text) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "level", "says"),
+    [
+        ({"jaxlib": "0.11.0"}, "warn", "goes with jaxlib 0.12.0, not 0.11.0"),
+        ({"flax": "0.12.8"}, "fail", "flax 0.12.8 breaks on jax 0.12.0"),
+        ({"orbax-checkpoint": "0.13.0"}, "fail", "orbax-checkpoint 0.12, not 0.13.0"),
+        ({"transformers": ""}, "fail", "transformers is missing"),
+    ],
+)
+def test_pairs_that_are_known_to_be_bad(changed, level, says):
+    found = list(versions(GOOD | changed))
+    assert [one.level for one in found] == ["ok", level]
+    assert says in found[1].text
+
+
+def test_processes_that_are_not_connected_are_noticed():
+    (one,) = processes({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
+    assert (one.level, "--distributed" in one.text) == ("warn", True)
+    assert [one.level for one in processes({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"})] == ["ok"]
+    assert [one.level for one in processes({})] == ["ok"]
+
+
+def test_every_subject_of_a_model_on_this_machine():
+    found = list(examine(MINI))
+    assert [one.subject for one in found if one.level == "fail"] == []
+    subjects = {one.subject for one in found}
+    assert subjects == {
+        *("versions", "devices", "processes", "mesh", "attention", "top-k", "memory", "disk")
+    }
+    text = {one.subject: one.text for one in found}
+    assert text["mesh"].startswith("data=4,tensor=2 divides")  # 4 heads in the tower, 6 elsewhere
+    assert "devices: 8" in text["top-k"]
+
+
+def test_heads_of_every_part_are_tried():
+    assert head_sizes("Llama-3.2-11B-Vision") == {80, 128}
+    assert head_sizes("blip2-opt-2.7b") == {80, 88}
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
+    def broken(sizes):
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(doctor, "backends", broken)
+    found = list(examine())
+    (failed,) = [one for one in found if one.level == "fail"]
+    assert (failed.subject, failed.text) == ("attention", "no such kernel")
+    assert found[-1].subject == "top-k"
+
+
+def test_a_wrong_choice_of_tokens_is_noticed(monkeypatch):
+    def first(keep, member, scores):
+        return Keep(indices=jnp.zeros((scores.shape[0], keep), jnp.int32), valid=member[:, :keep])
+
+    monkeypatch.setattr(doctor, "keep_best", first)
+    (one,) = doctor.top_k()
+    assert (one.level, "chose other tokens" in one.text) == ("fail", True)
+
+
+def test_memory_that_does_not_do_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "device_memory", lambda: 10**9)
+    found = {one.subject: one for one in examine("Llama-3.2-90B-Vision", "tensor=8")}
+    assert found["memory"].level == "fail"
+    assert "but it has 1 GB" in found["memory"].text
+
+
+def test_the_command_says_so_in_its_exit_code():
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "catp_jax", "doctor", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    good = run(str(MINI), "--json")
+    assert good.returncode == 0, good.stdout
+    assert {json.loads(line)["level"] for line in good.stdout.splitlines()} <= {"ok", "warn"}
+    bad = run(str(MINI), "--mesh", "tensor=8")
+    assert bad.returncode == 1
+    assert "fail  mesh" in bad.stdout
+    assert "axis vision_heads has 4 heads" in bad.stdout
+    assert "Traceback" not in bad.stderr
