@@ -1,42 +1,29 @@
 """The same tokens on every mesh of up to eight devices, pruned and not, as on one device."""
 
 import math
-from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import Site
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams, generate_beam
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
-from catp_jax.pruning import make, methods_for
-from catp_jax.sharding.mesh import AXES, make_mesh
+from catp_jax.pruning import make
+from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import everywhere, fetch, kv_heads, place_inputs
+from tests.sharding.cases import CASES, SITES, SIZES, name_of
 from tests.sharding.models import CONFIGS, inputs, model, on_mesh
 
-SIZES = [sizes for sizes in product((1, 2, 4, 8), repeat=3) if math.prod(sizes) in (2, 4, 8)]
-SITES = {
-    "mllama": frozenset({Site.CROSS}),
-    "opt": frozenset({Site.ENTRY, Site.LAYER}),
-    "t5": frozenset({Site.ENTRY}),
-}
-CASES = [(kind, method) for kind in CONFIGS for method in (None, *methods_for(SITES[kind]))]
 NEW = 3
 ENDS, PAD = jnp.asarray([79], jnp.int32), jnp.asarray(0, jnp.int32)
 
 
-def name_of(sizes) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-
-
 def run(network, batch, kind, method, mesh=None):
     """Greedy tokens, first logits and kept numbers."""
-    option = ":layer=1" if method == "fastv" and kind == "opt" else ""
-    pruners = () if method is None else (make(method + option, 4, SITES[kind]),)
+    pruners = () if method is None else (make(method, 4, SITES[kind]),)
     rest = (pruners, sampling(8), ENDS, PAD)
     pruners, choice, ends, pad = rest if mesh is None else everywhere(rest, mesh)
     out = programs.generate(network, pruners, batch, choice, ends, pad, max_new_tokens=NEW)
