@@ -246,11 +246,14 @@ def convert(
         bool, typer.Option("--to-hf", help="From a converted folder back to Hugging Face's form.")
     ] = False,
     dtype: Dtype = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all back from the disk and compare checksums.")
+    ] = False,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
     from convert.__main__ import run
 
-    run(source, out, to_hf=to_hf, dtype=dtype)
+    run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
 
 
 @app.command()

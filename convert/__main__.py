@@ -1,28 +1,50 @@
 """`python -m convert SOURCE OUT`: a Hugging Face folder to Orbax, or back with --to-hf."""
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from convert import table, to_orbax
 from convert import to_hf as back_to_hf
+from convert.folders import remove_leftovers
 from convert.report import Report
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def run(source: Path, out: Path, to_hf: bool = False, dtype: str | None = None) -> Report:
+def run(
+    source: Path,
+    out: Path,
+    to_hf: bool = False,
+    dtype: str | None = None,
+    verify: bool = False,
+) -> Report:
     """Converts a folder and prints what became of every tensor. Raises ValueError."""
-    if to_hf and dtype is not None:
-        raise ValueError("--dtype goes with the way there; --to-hf writes what is stored")
+    if to_hf and (dtype is not None or verify):
+        raise ValueError(
+            "--dtype and --verify go with the way there; --to-hf writes what is stored"
+        )
     console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    for left in remove_leftovers(out):
+        console.print(f"removed {left.name}, which an interrupted run left", highlight=False)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=hidden)
+    with _terminable(), bar:
         task = bar.add_task("")
 
         def progress(done: int, total: int) -> None:
@@ -31,13 +53,26 @@ def run(source: Path, out: Path, to_hf: bool = False, dtype: str | None = None) 
         if to_hf:
             report = back_to_hf(source, out, progress)
         else:
-            report = to_orbax(source, out, dtype, progress)
+            report = to_orbax(source, out, dtype, progress, verify)
     console = Console()
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
     console.print(table(report))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return report
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the program as an exception does, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -48,10 +83,13 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as they are")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read all back from the disk and compare checksums")
+    ] = False,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
     try:
-        run(source, out, to_hf, dtype)
+        run(source, out, to_hf, dtype, verify)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

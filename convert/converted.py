@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Container, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +20,29 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from convert.families import FAMILIES, Config, Model, family_of, read_config
-from convert.folders import copy_side_files, new_folder, refuse_unfinished
+from convert.folders import copy_side_files, forget, new_folder, refuse_unfinished
 from convert.reader import (
+    Pair,
     Place,
     Progress,
     abstract,
     by_position,
     cast,
+    file_bytes,
     open_source,
     parse_dtype,
+    read_whole,
     with_dtypes,
 )
 from convert.report import Report, Row
-from convert.rules import copy
 from convert.shards import INDEX, SINGLE
+from convert.streams import ahead, parts
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
 FORMAT = 1
 FLOAT32 = np.dtype(np.float32)
-PART = 256 * 1024 * 1024  # bytes of tensors that are held at a time, or one larger tensor
+PART = 384 * 2**20  # bytes of tensors that are written, or read back, as one; or a larger tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +99,14 @@ def to_orbax(
     out: str | Path,
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
+    verify: bool = False,
 ) -> Report:
     """Converts a Hugging Face folder into the new folder `out`; weights as `dtype` (None: as is).
 
-    Host memory stays near the largest tensor. Raises ValueError if the input is damaged or
-    unsupported, or if `out` exists or cannot be written; nothing is left of it then.
+    Threads read while others write; host memory stays below twice the largest tensor and 1 GiB.
+    `verify` reads all back and compares checksums, in up to one such tensor more. Raises
+    ValueError if the input is damaged or unsupported, if `out` exists or cannot be written, or if
+    it reads back differently; nothing is left of it then.
     """
     wanted = parse_dtype(dtype)
     refuse_unfinished(Path(hf_folder))
@@ -121,25 +128,70 @@ def to_orbax(
         ignored=tuple(matching.ignored),
     )
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
-    total = sum(source.tensors[match.source].nbytes for match in matching.matches)
-    done, held, part = 0, 0, {}
+    pairs = by_position(source)
+    done, total = 0, sum(map(file_bytes, pairs)) * (2 if verify else 1)
+    checksums: dict[str, int] = {}
+
+    def read(pair: Pair) -> np.ndarray:
+        array = read_whole(*pair, dtypes[pair[0].target])
+        if verify:
+            checksums[pair[0].target] = checksum(array)
+        return array
+
+    def stored_bytes(pair: Pair) -> int:
+        match, tensor = pair
+        return tensor.nbytes // tensor.dtype.itemsize * dtypes[match.target].itemsize
+
+    def count(run: Sequence[Pair]) -> None:
+        nonlocal done
+        done += sum(map(file_bytes, run))
+        if progress is not None:
+            progress(done, total)
+
+    runs = parts(pairs, stored_bytes, PART)
     with new_folder(Path(out)) as folder:
-        for match, tensor in by_position(source):
-            if part and held + tensor.nbytes > PART:
-                _save_part(folder, part)
-                held, part = 0, {}
-            part[match.target] = copy(match.transform.forward(tensor.map()), dtypes[match.target])
-            held += tensor.nbytes
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
-        _save_part(folder, part)
+        for found in ahead(runs, read, stored_bytes):
+            _save_part(folder, {match.target: array for (match, _), array in found})
+            count([pair for pair, _ in found])
         checkpoint.finish(folder / WEIGHTS)
+        if verify:
+            _verify(folder, runs, checksums, count)
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
         manifest.write(folder)
     return source.report(dtypes)
+
+
+def checksum(array: np.ndarray) -> int:
+    """The CRC-32 of a contiguous array's bytes."""
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def _verify(
+    folder: Path,
+    runs: Sequence[Sequence[Pair]],
+    checksums: Mapping[str, int],
+    count: Callable[[Sequence[Pair]], None],
+) -> None:
+    """Reads weights back from the disk. Raises ValueError if they are not those of the source."""
+    forget(folder)
+    stored = checkpoint.contents(folder / WEIGHTS)
+    different = []
+    for run in runs:
+        wanted = {match.target: stored[match.target] for match, _ in run}
+        different += [  # a loop's variable would hold the last array besides the next run
+            name
+            for name, array in checkpoint.read(folder / WEIGHTS, wanted).items()
+            if checksum(array) != checksums[name]
+        ]
+        count(run)
+    if different:
+        more = f", … and {len(different) - 20} more" if len(different) > 20 else ""
+        raise ValueError(
+            f"{len(different)} of the tensors read back differently from what was written: "
+            f"{', '.join(different[:20])}{more}; nothing was kept. Check the disk and convert again"
+        )
 
 
 def name_dtype(path: Path, dtype: np.dtype) -> None:
@@ -217,7 +269,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
 
     def values(inside: Sequence[Spec]) -> Iterator[np.ndarray]:
         nonlocal done
-        for group in _parts(inside):
+        for group in parts(inside, nbytes, PART):
             ones = [matches[name] for name, _, _ in group]
             arrays = checkpoint.read(
                 folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
@@ -270,15 +322,3 @@ def _save_part(folder: Path, part: dict[str, np.ndarray]) -> None:
     if shutil.disk_usage(folder).free < wanted:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     checkpoint.save_part(folder / WEIGHTS, part)
-
-
-def _parts(specs: Sequence[Spec]) -> Iterator[list[Spec]]:
-    """The specs in runs of at most `PART` bytes, or of one larger tensor."""
-    part: list[Spec] = []
-    for spec in specs:
-        if part and sum(map(nbytes, part)) + nbytes(spec) > PART:
-            yield part
-            part = []
-        part.append(spec)
-    if part:
-        yield part

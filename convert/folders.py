@@ -1,14 +1,19 @@
 """Output folders: written beside their name, renamed when whole, so no half is taken for one.
 
 A folder that is being written holds a file named UNFINISHED; whatever a killed run leaves behind
-still has it, and is refused when somebody tries to load it.
+still has it, and is refused when somebody tries to load it. The run has that file locked, which
+ends with its process: the next run towards the same name removes what is no longer locked.
 """
 
 import contextlib
+import fcntl
+import glob
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 UNFINISHED = "UNFINISHED"
 
@@ -20,27 +25,87 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `path` if all goes well and vanishes if not.
 
-    Raises ValueError if `path` exists, or if it cannot be written (a full disk, say).
+    What killed runs left of theirs is removed first. Raises ValueError if `path` exists, or if it
+    cannot be written (a full disk, say).
     """
     path = path.absolute()
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists already; choose another folder or delete it first")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be made: there is no folder {path.parent}")
+    remove_leftovers(path)
     half = path.parent / f"{path.name}.unfinished-{uuid.uuid4().hex[:8]}"
     try:
         half.mkdir()
-        (half / UNFINISHED).write_text("what an interrupted conversion left; delete this folder\n")
-        yield half
-        (half / UNFINISHED).unlink()
-        half.rename(path)
+        with (half / UNFINISHED).open("w") as mark:
+            _lock(mark)
+            mark.write("what an interrupted conversion left; delete this folder\n")
+            mark.flush()
+            yield half
+            sync(half)
+            (half / UNFINISHED).unlink()
+            half.rename(path)
     except BaseException as error:
-        shutil.rmtree(half, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(half)
+        shutil.rmtree(half, ignore_errors=True)  # what a write still under way brought back
         if isinstance(error, OSError):
             raise ValueError(
                 f"{path} could not be written: {error.strerror or error}; nothing of it was kept"
             ) from error
         raise
+
+
+def remove_leftovers(path: Path) -> list[Path]:
+    """Removes the folders that killed runs left when they were to write `path`; which they were."""
+    path = path.absolute()
+    removed = []
+    for half in sorted(path.parent.glob(f"{glob.escape(path.name)}.unfinished-*")):
+        try:
+            with (half / UNFINISHED).open("r+") as mark:
+                if not _lock(mark):
+                    continue  # a living run's
+                _remove(half)
+        except OSError:
+            continue  # somebody else's, or gone by now
+        removed.append(half)
+    return removed
+
+
+def sync(folder: Path) -> None:
+    """Returns when all that is in a folder is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def forget(folder: Path) -> None:
+    """Takes what is in a folder out of the system's memory, so that it is read from the disk."""
+    sync(folder)  # what is not yet on the disk stays
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _remove(half: Path) -> None:
+    """Removes a folder, what marks it as unfinished last: this, too, can be interrupted."""
+    for path in half.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+    shutil.rmtree(half)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Locks a file until it is closed; False if another process has it, or locks are unknown."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def refuse_unfinished(folder: Path) -> None:

@@ -1,12 +1,12 @@
 """Loads a Hugging Face folder straight into a model, tensor by tensor, without torch.
 
 Config and tensors are checked against each other before a byte of weights is read. Then each
-tensor is mapped, changed to our layout and copied to where it belongs: host memory stays near the
-largest tensor, beyond the model itself.
+tensor is mapped, changed to our layout and copied to where it belongs, a few at a time: host memory
+stays near the largest tensor, beyond the model itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from catp_jax import checkpoint
 from convert.families import Config, Model, family_of, read_config
 from convert.family import Family
 from convert.report import Report, make_report
-from convert.rules import Match, Matching, copy
+from convert.rules import Match, Matching
 from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
+from convert.streams import ahead, copy
 
 READ = tuple(DTYPES.values())
 
 Progress = Callable[[int, int], None]
-"""Called after each tensor with the bytes done and the bytes in all."""
+"""Called now and then with the bytes done and the bytes in all; in the end they are the same."""
+
+Pair = tuple[Match, Tensor]
 
 Place = Callable[[Any], Any]
 """Gives the leaves of an abstract model (jax.ShapeDtypeStruct) the shardings they are read onto."""
@@ -78,10 +81,16 @@ def load_hf(
     if place is not None:
         model = place(model)
     structs = checkpoint.names(model)
-    arrays, done, total = {}, 0, sum(tensor.nbytes for tensor in source.tensors.values())
-    for match, tensor in by_position(source):
-        arrays[match.target] = _read(match, tensor, structs[match.target])
-        done += tensor.nbytes
+    pairs = by_position(source)
+    arrays, done, total = {}, 0, sum(map(file_bytes, pairs))
+
+    def read(pair: Pair) -> jax.Array:
+        return _read(*pair, structs[pair[0].target])
+
+    for found in ahead([[pair] for pair in pairs], read, file_bytes):
+        for (match, tensor), array in found:
+            arrays[match.target] = array
+            done += tensor.nbytes
         if progress is not None:
             progress(done, total)
     return checkpoint.fill(model, arrays), source.report(dtypes)
@@ -171,13 +180,20 @@ def with_dtypes(model: Any, dtypes: Mapping[str, np.dtype]) -> Any:
     return checkpoint.fill(model, structs)
 
 
-def by_position(source: Source) -> Iterator[tuple[Match, Tensor]]:
+def by_position(source: Source) -> list[Pair]:
     """The matches in the order of their bytes on disk."""
     matches = {match.source: match for match in source.matching.matches}
-    for shard in source.shards:
-        for tensor in shard.tensors:
-            if tensor.name in matches:
-                yield matches[tensor.name], tensor
+    return [
+        (matches[tensor.name], tensor)
+        for shard in source.shards
+        for tensor in shard.tensors
+        if tensor.name in matches
+    ]
+
+
+def file_bytes(pair: Pair) -> int:
+    """Bytes of a tensor in its file."""
+    return pair[1].nbytes
 
 
 def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -194,15 +210,34 @@ def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     return parsed
 
 
+def read_whole(match: Match, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    """One tensor in our layout, in host memory, through a buffer of a few rows."""
+    shape = match.transform.forward(np.broadcast_to(np.int8(0), tensor.shape)).shape
+    array = np.empty(shape, dtype)
+    view = match.transform.inverse(array)  # what is written to the one is in the other
+    if not np.may_share_memory(view, array):
+        raise RuntimeError(f"the transform {match.transform.name!r} does not lead back by a view")
+    tensor.read(view)
+    return array
+
+
 def _read(match: Match, tensor: Tensor, struct: jax.ShapeDtypeStruct) -> jax.Array:
     """One tensor in our layout, where `struct` wants it; what nobody asks for stays unread."""
-    view = match.transform.forward(tensor.map())
+    mapped = match.transform.forward(tensor.map())
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        return copy(view[index], struct.dtype)  # the array must not depend on the file
+        key = tuple(one.indices(size)[:2] for one, size in zip(index, mapped.shape, strict=True))
+        if key not in parts:  # several devices may hold the same
+            view = mapped[index]
+            is_whole = view.shape == mapped.shape  # then no page of the file need be held
+            parts[key] = (
+                read_whole(match, tensor, struct.dtype) if is_whole else copy(view, struct.dtype)
+            )
+        return parts[key]
 
     if isinstance(struct.sharding, Sharding):
         array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
     else:
-        array = jnp.asarray(part((...,)))
+        array = jnp.asarray(part((slice(None),) * len(struct.shape)))
     return array.block_until_ready()  # or host copies of several tensors would pile up

@@ -12,11 +12,14 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from convert.streams import ROWS, assign, padded
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -30,7 +33,7 @@ COUNTS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
-BLOCK = 2**24  # bytes that are compared at a time
+COMPARED = 2**24  # bytes that are compared at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TO_SAFETENSORS = """make safetensors of them where torch and transformers are installed:
 
@@ -56,6 +59,28 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, out: np.ndarray) -> None:
+        """Copies the tensor to `out`, a view of its shape and of any type, some rows at a time."""
+        if self.nbytes == 0:
+            return
+        rows = out if out.ndim > 1 else out.reshape(1, -1)
+        width = math.prod(rows.shape[1:])
+        buffer = padded(min(ROWS, len(rows)), width, self.dtype)
+        pieces = [row.view(np.uint8) for row in buffer]
+        position = self.start
+        with self.file.open("rb") as file:
+            for start in range(0, len(rows), ROWS):
+                block = rows[start : start + ROWS]
+                wanted = len(block) * width * self.dtype.itemsize
+                if os.preadv(file.fileno(), pieces[: len(block)], position) != wanted:
+                    raise ValueError(f"{self.file} ended within {self.name}; is it being changed?")
+                position += wanted
+                values = buffer[: len(block)]
+                if out.dtype != self.dtype:
+                    values = padded(*values.shape, out.dtype)
+                    values[...] = buffer[: len(block)]
+                assign(block, values.reshape(block.shape))
 
     def map(self) -> np.ndarray:
         """The tensor, mapped: of the file, only those bytes are read that somebody touches."""
@@ -166,8 +191,8 @@ def have_same_values(one: Tensor, other: Tensor) -> bool:
         return False
     first, second = (tensor.map().reshape(-1).view(np.uint8) for tensor in (one, other))
     return all(
-        np.array_equal(first[start : start + BLOCK], second[start : start + BLOCK])
-        for start in range(0, first.size, BLOCK)
+        np.array_equal(first[start : start + COMPARED], second[start : start + COMPARED])
+        for start in range(0, first.size, COMPARED)
     )
 
 

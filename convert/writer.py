@@ -14,8 +14,9 @@ import numpy as np
 from catp_jax import checkpoint
 from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
-from convert.rules import copy, sources
+from convert.rules import sources
 from convert.shards import DTYPES, INDEX, SINGLE
+from convert.streams import copy
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -17,7 +17,7 @@ from transformers import MllamaForConditionalGeneration
 
 import convert
 from catp_jax import checkpoint
-from convert import converted, writer
+from convert import converted, folders, streams, writer
 from convert.report import table
 from tests.convert.folders import (
     SAVES,
@@ -150,6 +150,7 @@ def test_host_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch):
     )
     one = large * 24 * 4
     monkeypatch.setattr(converted, "PART", 2 * one)
+    monkeypatch.setattr(streams, "AHEAD", one)
     for step, into in [(convert.to_orbax, "converted"), (convert.to_hf, "again")]:
         source = folder if into == "converted" else tmp_path / "converted"
         tracemalloc.start()
@@ -226,21 +227,134 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+KILLED = """
+import os, signal, convert
+from convert import converted
+converted.PART = 5000
+def die(done, total):
+    if done {when} total:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert.{step}({source!r}, {out!r}, progress=die)
+"""
+
+
+def kill(step: str, source: Path, out: Path, when: str) -> None:
+    """Converts in a process that is killed: when all is read ("=="), or at the first news ("<")."""
+    script = KILLED.format(step=step, source=str(source), out=str(out), when=when)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def test_run_after_a_killed_one_starts_over_cleanly(tmp_path: Path):
+    source = hf_folder(tmp_path / "hf")
+    kill("to_orbax", source, tmp_path / "out", "<")
+    (left,) = tmp_path.glob("out.unfinished-*")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is what an interrupted conversion left"):
+        convert.load(left)
+    with pytest.raises(ValueError, match="is not a folder"):
+        convert.load(tmp_path / "out")
+    convert.to_orbax(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    model, _ = convert.load(tmp_path / "out")
+    assert_same(model, tiny("gqa")[1])
+
+
+def test_leftovers_are_removed_unless_they_are_anothers(tmp_path: Path):
+    with folders.new_folder(tmp_path / "out") as living:
+        assert folders.remove_leftovers(tmp_path / "out") == []
+        assert living.is_dir()
+    for name in ("out.unfinished-1", "other.unfinished-1", "out.unfinished-mine"):
+        (tmp_path / name).mkdir()
+    for name in ("out.unfinished-1", "other.unfinished-1"):
+        (tmp_path / name / "UNFINISHED").touch()
+    assert folders.remove_leftovers(tmp_path / "out") == [tmp_path / "out.unfinished-1"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", "other.unfinished-1", "out.unfinished-mine"}
+
+
+def flip_a_byte(weights: Path) -> None:
+    """Damages a number of 0.123 in an Orbax checkpoint, which still reads."""
+    wanted = np.float32(0.123).tobytes()
+    for path in sorted(path for path in weights.rglob("d/*") if path.is_file()):
+        content = bytearray(path.read_bytes())
+        if wanted in content:
+            content[content.index(wanted)] ^= 1
+            path.write_bytes(content)
+            return
+    raise AssertionError("nothing to damage")
+
+
+def test_verify_finds_a_flipped_byte_and_nothing_is_kept(tmp_path: Path, monkeypatch):
+    folder = hf_folder(tmp_path / "hf")
+    name = "language_model.model.embed_tokens.weight"
+    other = torch.full_like(tensors_of(folder)[name], 0.123)
+    edit_tensors(folder, **{name.replace(".", "__"): other})
+    finish = checkpoint.finish
+
+    def finish_and_damage(path: Path) -> None:
+        finish(path)
+        flip_a_byte(path)
+
+    monkeypatch.setattr(checkpoint, "finish", finish_and_damage)
+    with pytest.raises(ValueError, match=r"1 of .*differently.*: language_model\.embed_tokens"):
+        convert.to_orbax(folder, tmp_path / "out", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    convert.to_orbax(folder, tmp_path / "out")  # who does not ask is not told
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_threads_and_parts_change_no_byte(tmp_path: Path, monkeypatch, verify: bool):
+    """And progress goes up to the total, which is twice the bytes where all is read back."""
+    folder = hf_folder(tmp_path / "hf", "sharded", torch.bfloat16)
+    monkeypatch.setattr(streams, "READERS", 4)
+    monkeypatch.setattr(streams, "AHEAD", 3000)
+    monkeypatch.setattr(converted, "PART", 3000)
+    calls: list[tuple[int, int]] = []
+    report = convert.to_orbax(
+        folder,
+        tmp_path / "out",
+        "float32",
+        lambda *news: calls.append(news),
+        verify=verify,
+    )
+    total = report.nbytes * (2 if verify else 1)
+    assert {whole for _, whole in calls} == {total}
+    dones = [done for done, _ in calls]
+    assert dones == sorted(set(dones))
+    assert dones[-1] == total
+    assert len(dones) > 5
+    whole, _ = convert.load(tmp_path / "out")
+    for name, array in checkpoint.names(tiny("gqa")[1]).items():
+        wanted = array.astype(jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(checkpoint.names(whole)[name], wanted)
+
+
+def test_termination_leaves_nothing(tmp_path: Path):
+    source = hf_folder(tmp_path / "hf")
+    script = f"""
+import os, signal
+from pathlib import Path
+from convert import __main__ as command
+def to_orbax(source, out, dtype, progress, verify):
+    def end(done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return convert(source, out, dtype, end, verify)
+convert, command.to_orbax = command.to_orbax, to_orbax
+command.run(Path({str(source)!r}), Path({str(tmp_path / "out")!r}))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGTERM, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 @pytest.mark.parametrize("step", ["to_orbax", "to_hf"])
 def test_what_a_killed_run_leaves_does_not_load(tmp_path: Path, step: str):
     source = hf_folder(tmp_path / "hf")
     if step == "to_hf":
         convert.to_orbax(source, tmp_path / "converted")
         source = tmp_path / "converted"
-    script = f"""
-import os, signal, convert
-def die(done, total):
-    if done == total:
-        os.kill(os.getpid(), signal.SIGKILL)
-convert.{step}({str(source)!r}, {str(tmp_path / "out")!r}, progress=die)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert run.returncode == -signal.SIGKILL
+    kill(step, source, tmp_path / "out", "==")
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.glob("out.unfinished-*")
     with pytest.raises(ValueError, match="is what an interrupted conversion left"):
@@ -327,3 +441,21 @@ def test_checkpoint_of_ours_is_what_weights_hold(tmp_path: Path):
     convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "converted")
     _, ours, _ = tiny("gqa")
     assert_same(checkpoint.restore(tmp_path / "converted" / "weights", ours), ours)
+
+
+def test_mark_of_an_unfinished_folder_goes_last(tmp_path: Path, monkeypatch):
+    left = tmp_path / "out.unfinished-1"
+    (left / "weights").mkdir(parents=True)
+    for name in ("UNFINISHED", "config.json"):
+        (left / name).touch()
+
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folders.remove_leftovers(tmp_path / "out")
+    assert (left / "UNFINISHED").exists()
+    assert folders.remove_leftovers(tmp_path / "out") == [left]
+    assert list(tmp_path.iterdir()) == []

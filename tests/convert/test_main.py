@@ -25,6 +25,20 @@ def test_there_and_back(tmp_path: Path):
     ).read_bytes()
 
 
+def test_verified_run_says_what_it_removed(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf")
+    left = tmp_path / "out.unfinished-1"
+    left.mkdir()
+    (left / "UNFINISHED").touch()
+    done = run(folder, tmp_path / "out", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "removed out.unfinished-1, which an interrupted run left" in done.stderr
+    assert not left.exists()
+    back = run(tmp_path / "out", tmp_path / "again", "--to-hf", "--verify")
+    assert back.returncode == 1
+    assert "error: --dtype and --verify go with the way there" in back.stderr
+
+
 def test_bad_input_is_one_message(tmp_path: Path):
     failed = run(hf_folder(tmp_path / "hf") / "original", tmp_path / "out")
     assert failed.returncode == 1

@@ -15,6 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.mllama import Mllama
+from convert import reader, streams
+from convert.rules import Match
+from convert.shards import Tensor
 from tests.convert.folders import SAVES, edit_config, edit_tensors, hf_folder
 from tests.parity.tiny import tiny
 
@@ -106,6 +109,45 @@ def test_weights_go_straight_onto_a_mesh(tmp_path: Path):
     kernel = model.language_model.layers[0].mlp.up_proj.kernel[...]
     assert kernel.sharding.spec == PartitionSpec("fsdp", None)
     assert kernel.addressable_shards[0].data.shape == (6, 20)
+    assert_same(model, tiny("gqa")[1])
+
+
+def test_slice_that_several_devices_hold_is_read_once(tmp_path: Path, monkeypatch):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "data"), devices=jax.devices())
+
+    def place(abstract: Mllama) -> Mllama:
+        def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            axes = ["fsdp" if leaf.ndim == 2 and leaf.shape[0] % 2 == 0 else None]
+            sharding = NamedSharding(mesh, PartitionSpec(*axes[: leaf.ndim]))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(one, abstract)
+
+    copied = []
+
+    def count(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        copied.append(view.size)
+        return streams.copy(view, dtype)
+
+    def count_whole(match: Match, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+        array = read_whole(match, tensor, dtype)
+        copied.append(array.size)
+        return array
+
+    read_whole = reader.read_whole
+    monkeypatch.setattr(reader, "copy", count)
+    monkeypatch.setattr(reader, "read_whole", count_whole)
+    model, report = convert.load_hf(hf_folder(tmp_path / "hf"), place=place)
+    assert 4 * sum(copied) == report.nbytes
+    assert len(copied) > len(report.rows)  # some are split in two
+    assert_same(model, tiny("gqa")[1])
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_any_number_of_threads_reads_the_same(tmp_path: Path, monkeypatch, threads: int):
+    monkeypatch.setattr(streams, "READERS", threads)
+    monkeypatch.setattr(streams, "AHEAD", 5000)
+    model, _ = convert.load_hf(hf_folder(tmp_path / "hf", "sharded"))
     assert_same(model, tiny("gqa")[1])
 
 

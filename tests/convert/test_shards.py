@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from convert import shards
 from convert.shards import INDEX, SINGLE, find_shards, read_header
 from tests.convert.folders import hf_folder, tensors_of
 
@@ -36,11 +37,38 @@ def test_bytes_are_those_that_safetensors_reads(tmp_path: Path, dtype: torch.dty
         )
 
 
+@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_tensor_is_read_into_any_view(tmp_path: Path, monkeypatch, dtype: torch.dtype, wanted):
+    monkeypatch.setattr(shards, "ROWS", 4)
+    tensors = {
+        "matrix": torch.randn(11, 5).to(dtype),
+        "image": torch.randn(9, 3, 2, 2).to(dtype),
+        "scalar": torch.tensor(2.5, dtype=dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
+        "vector": torch.randn(7).to(dtype),
+    }
+    save_file(tensors, tmp_path / SINGLE)
+    for tensor in find_shards(tmp_path)[0].tensors:
+        for order in ("C", "F"):
+            out = np.zeros(tensor.shape, wanted, order=order)
+            tensor.read(out)
+            np.testing.assert_array_equal(out, tensor.map().astype(wanted))
+
+
+def test_file_that_shrinks_meanwhile_is_named(tmp_path: Path):
+    save_file({"x": torch.randn(11, 5)}, tmp_path / SINGLE)
+    ((tensor,),) = [shard.tensors for shard in find_shards(tmp_path)]
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors ended within x"):
+        tensor.read(np.zeros((11, 5), np.float32))
+
+
 def test_shards_make_one_checkpoint(tmp_path: Path):
     hf_folder(tmp_path / "hf", "sharded")
-    shards = find_shards(tmp_path / "hf")
-    assert len(shards) > 2
-    found = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    files = find_shards(tmp_path / "hf")
+    assert len(files) > 2
+    found = {tensor.name: tensor for shard in files for tensor in shard.tensors}
     reference = tensors_of(tmp_path / "hf")
     assert found.keys() == reference.keys()
     for name, tensor in found.items():
