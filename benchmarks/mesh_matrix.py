@@ -83,6 +83,7 @@ def main() -> None:
         devices = jax.devices()[: math.prod(sizes)]
         for kind in CONFIGS:
             ours = run(kind, make_mesh(name_of(sizes), kv_heads(model(kind)), devices))
+            jax.clear_caches()  # programs of many devices take a lot of memory
             methods = [method or "unpruned" for own, method in CASES if own == kind]
             for method, (tokens, logits), (one, expected) in zip(
                 methods, ours, alone[kind], strict=True
