@@ -110,7 +110,9 @@ def main() -> None:
     parser.add_argument("--size", choices=("base", "toy"), default="base")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     arguments = parser.parse_args()
+    methods = {name: METHODS[name] for name in arguments.methods}
     batch, shape = arguments.batch, config(arguments.size)
     model = Blip2(shape, rngs=nnx.Rngs(0))
     if jax.default_backend() != "cpu":
@@ -133,11 +135,11 @@ def main() -> None:
         return float(function.lower(*given, **options).compile().cost_analysis()["flops"])
 
     calls = {"unpruned": prefill(())}
-    calls |= {name: prefill((make(32),)) for name, make in METHODS.items()}
+    calls |= {name: prefill((make(32),)) for name, make in methods.items()}
     measured = times(calls, arguments.rounds)
     whole = flops(programs.prefill, network, (), inputs, new_slots=0)
     cost = []
-    for name, make in METHODS.items():
+    for name, make in methods.items():
         row = {
             "method": name,
             "time_percent": 100 * (ratio(measured[name], measured["unpruned"]) - 1),

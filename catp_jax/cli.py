@@ -6,7 +6,6 @@ Bad input ends with one message on stderr and exit code 1 (2 for a call that is 
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -16,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from catp_jax import cli_study
+from catp_jax import cli_cluster, cli_study
 from catp_jax.contract import Site
 from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
 from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import METHODS, budget, make, methods_for
-from catp_jax.sharding.distributed import HEARTBEAT, give_up, is_first
+from catp_jax.pruning import METHODS, budget, make
+from catp_jax.sharding.distributed import HEARTBEAT, agreed, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
 from catp_jax.sharding.mesh import parse_mesh
 
@@ -45,18 +43,12 @@ Dtype = Annotated[
 ]
 
 
-MeshOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Spread the model over all devices: sizes of data, fsdp and tensor, whose product is "
-        "their number (data=2,tensor=4). `catp-jax plan` says what fits.",
-        metavar="SIZES",
-    ),
-]
+SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
 
 
 @app.callback()
 def start(
+    context: typer.Context,
     distributed: Annotated[
         bool,
         typer.Option(
@@ -79,6 +71,10 @@ def start(
 ) -> None:
     told = (coordinator, num_processes, process_id)
     if distributed or any(word is not None for word in told):
+        if context.invoked_subcommand not in SEVERAL:
+            raise typer.BadParameter(
+                f"several processes are for {', '.join(SEVERAL)}; run this in one"
+            )
         start_processes(*told, heartbeat=heartbeat)
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it lives as long as the process
@@ -154,7 +150,7 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in transformers (hf), or Meta's code."),
     ] = None,
     dtype: Dtype = None,
-    mesh: MeshOption = None,
+    mesh: cli_cluster.MeshOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
@@ -192,8 +188,8 @@ def generate(
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):
-        some, questions, images, limits = [], [], {}, []
-        for request in requests[start : start + batch_size]:
+        chunk, read, images = requests[start : start + batch_size], {}, {}
+        for request in chunk:
             try:
                 question = loaded.read(
                     request.images,
@@ -201,17 +197,22 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     done=images,
                 )
-                limits.append(_limits(methods, loaded.visual_tokens(question)))
+                limit = _limits(methods, loaded.visual_tokens(question))
+                read[request.number] = request, question, limit
             except ValueError as error:
                 if request.line is None:
                     raise
                 problems.append(f"line {request.line} of {batch}: {error}")
                 print(f"catp-jax: {problems[-1]}", file=sys.stderr)
-                continue
-            some.append(request)
-            questions.append(question)
-        if not questions:
+        for request, usable in zip(
+            chunk, agreed([request.number in read for request in chunk]), strict=True
+        ):
+            if not usable and read.pop(request.number, None) is not None:
+                problems.append(f"line {request.line} of {batch}: another process cannot use it")
+                print(f"catp-jax: {problems[-1]}", file=sys.stderr)
+        if not read:
             continue
+        some, questions, limits = ([*column] for column in zip(*read.values(), strict=True))
         # short batches are filled up, so that all have one shape
         missing = batch_size - len(questions)
         questions += questions[:1] * missing
@@ -256,81 +257,8 @@ def convert(
     run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
 
 
-@app.command()
-def plan(
-    model: Annotated[
-        str, typer.Argument(help="A folder with a config.json, or a published checkpoint's name.")
-    ],
-    mesh: Annotated[
-        str, typer.Option(help="Sizes of data, fsdp and tensor.", metavar="SIZES")
-    ] = "tensor=1",
-    batch: Annotated[int, typer.Option(help="Prompts at a time, with an image each.")] = 1,
-    tiles: Annotated[
-        int | None, typer.Option(help="Llama Vision: tiles of an image; all, if not given.")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
-    prune: Annotated[
-        str | None,
-        typer.Option(help="A pruning method; the model's first, if only --keep is given."),
-    ] = None,
-    keep: Annotated[str | None, typer.Option(help="Visual tokens to keep.", metavar="N|P%")] = None,
-    dtype: Annotated[str, typer.Option(help="Number type of the weights.")] = "bfloat16",
-    memory: Annotated[float, typer.Option(help="Memory of a device, in GB of 10⁹ bytes.")] = 80.0,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """What each device of a mesh would hold, compute and send; nothing of the model is loaded."""
-    if prune and not keep:
-        raise typer.BadParameter("--prune wants --keep")
-    if memory <= 0:
-        raise typer.BadParameter(f"--memory is above 0, got {memory:g}")
-    from catp_jax import plan as planning
-
-    sizes = parse_mesh(mesh)
-    planning.force_devices(math.prod(sizes.values()))
-
-    def pruner(visual: int, sites: frozenset[Site]) -> Any:
-        return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
-
-    made = planning.make_plan(
-        model,
-        mesh,
-        batch=batch,
-        tiles=tiles,
-        prompt=prompt_tokens,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        pruner=pruner if keep else None,
-    )
-    if json_output:
-        print(json.dumps(made.as_json(int(memory * 1e9))))
-    else:
-        Console(highlight=False).print(planning.table(made, int(memory * 1e9)))
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
-    ] = None,
-    mesh: MeshOption = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-) -> None:
-    """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
-    from catp_jax import doctor as practice
-
-    console, has_failed = Console(highlight=False, soft_wrap=True), False
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    for one in practice.examine(model, mesh):
-        has_failed |= one.level == "fail"
-        if json_output:
-            print(json.dumps(dataclasses.asdict(one)))
-        else:
-            level = f"[{colours[one.level]}]{one.level:4}[/]"
-            console.print(f"{level}  {one.subject:9}  {escape(one.text)}")
-    if has_failed:
-        raise typer.Exit(1)
+app.command()(cli_cluster.plan)
+app.command()(cli_cluster.doctor)
 
 
 @app.command()
@@ -504,20 +432,18 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError) as error:
         print(f"catp-jax: {error}", file=sys.stderr)
-        sys.exit(1)
+        leave(1)
     except jax.errors.JaxRuntimeError as error:
+        said = "the device's memory is full; lower --batch-size or use --dtype bfloat16"
         if "RESOURCE_EXHAUSTED" not in str(error):
-            if jax.process_count() > 1:
-                give_up(error)
-            raise
-        print(
-            "catp-jax: the device's memory is full; lower --batch-size or use --dtype bfloat16",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+            if not jax.distributed.is_initialized():
+                raise
+            said = lost(error)
+        print(f"catp-jax: {said}", file=sys.stderr)
+        leave(1)
     except KeyboardInterrupt:
         print("catp-jax: interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
 
 
 if __name__ == "__main__":

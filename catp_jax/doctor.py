@@ -36,7 +36,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy"
 
 CLUSTERS = {
     "Slurm": ("SLURM_JOB_ID", "SLURM_NTASKS"),
-    "Kubernetes": ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
 }
 """Schedulers that JAX knows, and what they leave in a process's environment."""
@@ -165,6 +164,10 @@ def processes(environment: Mapping[str, str]) -> Findings:
                 "they are not connected: catp-jax --distributed …",
             )
             return
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        advice = "if its job has several pods, connect them: see docs/clusters.md"
+        yield Finding("warn", "processes", f"a pod of an indexed job; {advice}")
+        return
     yield Finding("ok", "processes", "one, by itself")
 
 

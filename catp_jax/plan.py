@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Callable[[], Any]] = {
 }
 """Configurations by the names of the published checkpoints."""
 
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "s64": 8}
+BYTES = {"bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}  # all others: 8
 COLLECTIVE = re.compile(
     r"= (\([^)]*\)|\S+) "
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -61,7 +61,7 @@ COLLECTIVE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a program: how many, and the bytes that each device gets."""
+    """Collectives of one kind in a program, and the bytes of their results on a device."""
 
     kind: str
     number: int
@@ -118,7 +118,7 @@ def make_plan(
     model: str | Path,
     mesh: MeshLike,
     *,
-    batch: int = 1,
+    batch: int | None = None,
     tiles: int | None = None,
     prompt: int = 128,
     new_tokens: int = 128,
@@ -127,16 +127,31 @@ def make_plan(
 ) -> Plan:
     """Plans a generation: `batch` prompts of `prompt` tokens with an image each, and `new_tokens`.
 
-    `model` is one of `PRESETS` or a folder, of which only config.json is read. `tiles` are those of
-    an image, for Llama Vision (None: all four). `pruner` makes a method from the number of visual
-    tokens and the model's sites. There have to be as many devices as the mesh has places.
+    `model` is one of `PRESETS` or a folder, of which only config.json is read. The batch is split
+    over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for Llama Vision
+    (None: all four). `pruner` makes a method from the number of visual tokens and the model's
+    sites. There have to be as many devices as the mesh has places.
 
     Raises ValueError for sizes that make no sense or do not divide.
     """
     config, number_type = find_config(model), parse_dtype(dtype) or np.dtype(np.float32)
+    sizes = parse_mesh(mesh)
+    split = sizes["data"] * sizes["fsdp"]
+    batch = split if batch is None else batch
     for name, number in (("batch", batch), ("prompt", prompt), ("new_tokens", new_tokens)):
         if number < 1:
             raise ValueError(f"{name} is at least 1, got {number}")
+    if batch % split:
+        raise ValueError(
+            f"a batch of {batch} is not split over data={sizes['data']}, fsdp={sizes['fsdp']}: "
+            f"every device would hold all of it; plan a multiple of {split}"
+        )
+    room = getattr(config.text, "max_position_embeddings", None)
+    if room is not None and prompt + new_tokens > room:
+        raise ValueError(
+            f"{prompt} prompt tokens and {new_tokens} new ones do not fit the model's {room} "
+            "positions"
+        )
     inputs, visual = inputs_of(config, batch, tiles, round_up(prompt, TEXT_LENGTHS))
     abstract = convert.abstract(config)
     grid = make_mesh(mesh, kv_heads(abstract))
@@ -160,7 +175,7 @@ def make_plan(
     own, cross = caches(state)
     return Plan(
         model=str(model),
-        mesh=parse_mesh(mesh),
+        mesh=sizes,
         dtype=dtype,
         batch=batch,
         visual_tokens=visual,
@@ -309,7 +324,7 @@ def traffic(program: str, itemsize: int) -> tuple[Traffic, ...]:
         numbers[kind] = numbers.get(kind, 0) + 1
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
             entries = math.prod(int(size) for size in dims.split(",") if size)
-            one = itemsize if dtype == "f32" else BYTES[dtype]
+            one = itemsize if dtype == "f32" else BYTES.get(dtype, 8)
             sizes[kind] = sizes.get(kind, 0) + entries * one
     return tuple(Traffic(kind, numbers[kind], sizes[kind]) for kind in sorted(numbers))
 

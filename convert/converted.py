@@ -40,7 +40,7 @@ from convert.streams import ahead, parts
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
-FORMAT = 1
+FORMAT = 2  # 1 had the queries, keys and values of BLIP-2's tower one after the other
 FLOAT32 = np.dtype(np.float32)
 PART = 384 * 2**20  # bytes of tensors that are written, or read back, as one; or a larger tensor
 

@@ -87,7 +87,10 @@ def load_hf(
     def read(pair: Pair) -> jax.Array:
         return _read(*pair, structs[pair[0].target])
 
-    for found in ahead([[pair] for pair in pairs], read, file_bytes):
+    def read_bytes(pair: Pair) -> int:
+        return structs[pair[0].target].size * structs[pair[0].target].dtype.itemsize
+
+    for found in ahead([[pair] for pair in pairs], read, read_bytes):
         for (match, tensor), array in found:
             arrays[match.target] = array
             done += tensor.nbytes

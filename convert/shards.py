@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,20 @@ class Tensor:
                 block = rows[start : start + ROWS]
                 wanted = len(block) * width * self.dtype.itemsize
                 if os.preadv(file.fileno(), pieces[: len(block)], position) != wanted:
-                    raise ValueError(f"{self.file} ended within {self.name}; is it being changed?")
+                    self._read_slowly(file, pieces[: len(block)], position)
                 position += wanted
                 values = buffer[: len(block)]
                 if out.dtype != self.dtype:
                     values = padded(*values.shape, out.dtype)
                     values[...] = buffer[: len(block)]
                 assign(block, values.reshape(block.shape))
+
+    def _read_slowly(self, file: BufferedReader, pieces: list[np.ndarray], position: int) -> None:
+        """The same piece by piece: some file systems give less than was asked for."""
+        file.seek(position)
+        for piece in pieces:
+            if file.readinto(piece.data) != piece.nbytes:
+                raise ValueError(f"{self.file} ended within {self.name}; is it being changed?")
 
     def map(self) -> np.ndarray:
         """The tensor, mapped: of the file, only those bytes are read that somebody touches."""

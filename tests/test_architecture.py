@@ -34,7 +34,8 @@ ROOMS = {
     "plan": BELOW_GENERATION | {"generation", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},
     "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
-    "cli": BELOW_API | {"api", "demo", "plan", "doctor", "cli_study", "catp_jax"},
+    "cli_cluster": BELOW_GENERATION | {"plan", "doctor"},
+    "cli": BELOW_API | {"api", "demo", "cli_cluster", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }

@@ -72,7 +72,16 @@ def test_words_follow_the_intervals(table: ModuleType):
 
 def test_pruning_overhead_runs_at_toy_size():
     run = subprocess.run(
-        [sys.executable, BENCHMARKS / "pruning_overhead.py", "--size", "toy", "--rounds", "2"],
+        [
+            sys.executable,
+            BENCHMARKS / "pruning_overhead.py",
+            "--size",
+            "toy",
+            "--rounds",
+            "2",
+            "--methods",
+            "catp",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,7 @@ class Loaded(Exception):
 def tiny(monkeypatch, tmp_path):
     """A folder that loads as the small model; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load", lambda folder, dtype: Tiny())
+    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Tiny())
     (tmp_path / "model").mkdir()
     return tmp_path
 
@@ -146,11 +146,11 @@ def test_an_interrupted_study_says_that_it_can_go_on(tiny, monkeypatch):
 
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
     words += ["--methods", "l2", "--keep", "2", "--batch-size", "2"]
-    monkeypatch.setattr(api, "load", lambda folder, dtype: Impatient())
+    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Impatient())
     done = study(*words)
     assert done.exit_code != 0
     assert "x.jsonl holds what was answered; the same command goes on" in done.output
-    monkeypatch.setattr(api, "load", lambda folder, dtype: Tiny())
+    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Tiny())
     assert study(*words).exit_code == 0
 
 

@@ -50,6 +50,8 @@ def test_processes_that_are_not_connected_are_noticed():
     (one,) = processes({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})
     assert (one.level, "--distributed" in one.text) == ("warn", True)
     assert [one.level for one in processes({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"})] == ["ok"]
+    (pod,) = processes({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0"})
+    assert (pod.level, "several pods" in pod.text) == ("warn", True)
     assert [one.level for one in processes({})] == ["ok"]
 
 

@@ -5,10 +5,15 @@ Kubernetes (a JobSet or an indexed Job), Open MPI and on cloud TPUs; anywhere el
 """
 
 import os
+import socket
 import sys
+import time
+from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 HEARTBEAT = 100
 """Seconds without a sign of life after which a process counts as dead; JAX's own default."""
@@ -37,17 +42,19 @@ def start(
         raise ValueError(
             f"coordinator, num_processes and process_id go together; missing: {', '.join(missing)}"
         )
-    if heartbeat < 1:
-        raise ValueError(f"the heartbeat is at least 1 second, got {heartbeat}")
+    if not 1 <= heartbeat <= 86_400:
+        raise ValueError(f"the heartbeat is 1 second to a day, got {heartbeat}")
     if coordinator is not None and num_processes is not None and process_id is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ValueError(f"the coordinator is HOST:PORT of process 0, got {coordinator!r}")
-        if not 0 <= process_id < num_processes:
+        if not 0 <= process_id < num_processes < 2**20:
             raise ValueError(
                 f"process_id counts from 0 to num_processes - 1, got {process_id} of "
                 f"{num_processes} processes"
             )
+        if process_id > 0:  # the first one listens; JAX aborts if nobody does
+            _wait_for(host, int(port), patience)
     try:
         jax.distributed.initialize(
             **{
@@ -59,18 +66,32 @@ def start(
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=heartbeat,
         )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if missing:
-            raise ValueError(
-                f"no cluster was found that JAX knows (Slurm, Kubernetes, Open MPI); give the "
-                f"coordinator's address, the number of processes and this one's ({reason})"
-            ) from None
+    except ValueError as error:
         raise ValueError(
-            f"process {process_id} of {num_processes} found no partners at {coordinator} within "
-            f"{patience} seconds; check that process 0 runs there and that the port is open "
-            f"({reason})"
+            "no cluster was found that JAX knows (Slurm, Kubernetes, Open MPI); give the "
+            f"coordinator's address, the number of processes and this one's ({_first(error)})"
         ) from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"the processes could not be connected; is the port free and open on all hosts, and "
+            f"does every one run? ({_first(error)})"
+        ) from None
+
+
+def _wait_for(host: str, port: int, patience: int) -> None:
+    """Returns when somebody listens there. Raises ValueError after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(patience, 1)):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"nobody answers at {host}:{port} within {patience} seconds ({error}); check "
+                    "that process 0 runs there and that the port is open"
+                ) from None
+            time.sleep(0.2)
 
 
 def is_first() -> bool:
@@ -78,13 +99,30 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def give_up(error: Exception) -> NoReturn:
-    """Ends this process when it lost another one: without waiting for it, as JAX would at exit."""
-    reason = str(error).strip().splitlines()[0]
-    print(
-        f"catp-jax: process {jax.process_index()} of {jax.process_count()} lost another one and "
-        f"ends; look into the others' output for the cause, then start all anew ({reason})",
-        file=sys.stderr,
-        flush=True,
+def agreed(flags: Sequence[bool]) -> list[bool]:
+    """Which of these are true in every process; each gives as many."""
+    if jax.process_count() == 1:
+        return list(flags)
+    every = multihost_utils.process_allgather(np.asarray(flags, bool))
+    return every.reshape(-1, len(flags)).all(axis=0).tolist()
+
+
+def lost(error: Exception) -> str:
+    """What to say when another process was lost."""
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost another one and ends; look "
+        f"into the others' output for the cause, then start all anew ({_first(error)})"
     )
-    os._exit(1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process: at once if there are others, which JAX would wait for at exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
 
+MOST = 4096  # devices along one axis
+
 MeshLike = str | Mapping[str, int]
 """Sizes of some of `AXES`, as a mapping or as "data=2,tensor=4"; those left out are 1."""
 
@@ -28,7 +30,7 @@ def parse_mesh(mesh: MeshLike) -> dict[str, int]:
     wrong = [
         f"{name}={size}"
         for name, size in given.items()
-        if name not in AXES or not isinstance(size, int) or size < 1
+        if name not in AXES or not isinstance(size, int) or not 1 <= size <= MOST
     ]
     if wrong:
         raise ValueError(

@@ -74,7 +74,8 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.device_put(np.asarray(leaf), sharding)
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def laid_out(state: Any, mesh: Mesh) -> Any:
@@ -126,9 +127,13 @@ def sharded(frozen: Any) -> Sharded:
 
 def fetch(tree: Any) -> Any:
     """A program's results in the memory of every host."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_get(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def _is_variable(node: Any) -> bool:

@@ -62,7 +62,7 @@ def measure(
         cache_bytes(network, pruners, inputs, batch, new_slots, num_beams) for pruners in pruned
     ]
     compiled = in_parallel(
-        partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned
+        partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned, network
     )
     steps = min(STEPS, new_slots)
     prefills: list[list[float]] = [[] for _ in pruned]
@@ -94,8 +94,13 @@ def measure(
     return out
 
 
-def in_parallel(call: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`call` of each item, in a few threads: XLA compiles outside of Python's lock."""
+def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], network: Any) -> list[Any]:
+    """`call` of each item, in a few threads: XLA compiles outside of Python's lock.
+
+    One by one if `network` is on several devices, which have to meet in the same order everywhere.
+    """
+    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(network)):
+        return [call(item) for item in items]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return list(pool.map(call, items))
 

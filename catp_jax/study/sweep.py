@@ -412,7 +412,7 @@ class _Sweep:
         if new:
             self.report(f"compiling {len(new)} programs")
             ask = partial(self.ask, packed=packed, number=number)
-            in_parallel(ask, [pruned[setting] for setting in new])
+            in_parallel(ask, [pruned[setting] for setting in new], self.model.network)
             self.compiled |= {keys[setting] for setting in new}
 
     def kept_map(self, packed: Any, index: int, kept: Any) -> list[list[float]]:

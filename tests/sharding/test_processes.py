@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import catp_jax
-from catp_jax.sharding.distributed import start
+from catp_jax.sharding.distributed import agreed, start
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, MINI = ASSETS / "blue-circle.png", ASSETS / "mini-blip2-opt"
@@ -106,7 +106,12 @@ def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
         ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
         ({"coordinator": "host:99999", "num_processes": 2, "process_id": 0}, "HOST:PORT"),
         ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "got 2 of 2 processes"),
-        ({"heartbeat": 0}, "at least 1 second"),
+        ({"heartbeat": 0}, "1 second to a day"),
+        ({"heartbeat": 10**11}, "1 second to a day"),
+        (
+            {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1, "patience": 1},
+            "nobody answers at 127.0.0.1:1 within 1 seconds",
+        ),
     ],
 )
 def test_words_that_make_no_sense_are_refused(told, says):
@@ -132,3 +137,7 @@ def test_the_command_says_so_too(words, says):
     assert run.returncode == 1
     assert says in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_one_process_agrees_with_itself():
+    assert agreed([True, False, True]) == [True, False, True]

@@ -1,0 +1,103 @@
+"""The commands that look before a job is sent: `catp-jax plan`, `catp-jax doctor`."""
+
+import dataclasses
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from catp_jax.contract import Site
+from catp_jax.pruning import budget, make, methods_for
+from catp_jax.sharding.mesh import parse_mesh
+
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over all devices: sizes of data, fsdp and tensor, whose product is "
+        "their number (data=2,tensor=4). `catp-jax plan` says what fits.",
+        metavar="SIZES",
+    ),
+]
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A folder with a config.json, or a published checkpoint's name.")
+    ],
+    mesh: Annotated[
+        str, typer.Option(help="Sizes of data, fsdp and tensor.", metavar="SIZES")
+    ] = "tensor=1",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts at a time, with an image each; one for data × fsdp, if not given."
+        ),
+    ] = None,
+    tiles: Annotated[
+        int | None, typer.Option(help="Llama Vision: tiles of an image; all, if not given.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="A pruning method; the model's first, if only --keep is given."),
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Visual tokens to keep.", metavar="N|P%")] = None,
+    dtype: Annotated[str, typer.Option(help="Number type of the weights.")] = "bfloat16",
+    memory: Annotated[float, typer.Option(help="Memory of a device, in GB of 10⁹ bytes.")] = 80.0,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What each device of a mesh would hold, compute and send; nothing of the model is loaded."""
+    if prune is not None and keep is None:
+        raise typer.BadParameter("--prune wants --keep")
+    if not 0 < memory < math.inf:
+        raise typer.BadParameter(f"--memory is a size above 0, got {memory:g}")
+    from catp_jax import plan as planning
+
+    planning.find_config(model)
+    planning.force_devices(math.prod(parse_mesh(mesh).values()))
+
+    def pruner(visual: int, sites: frozenset[Site]) -> Any:
+        return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
+
+    made = planning.make_plan(
+        model,
+        mesh,
+        batch=batch,
+        tiles=tiles,
+        prompt=prompt_tokens,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        pruner=None if keep is None else pruner,
+    )
+    if json_output:
+        print(json.dumps(made.as_json(int(memory * 1e9))))
+    else:
+        Console(highlight=False).print(planning.table(made, int(memory * 1e9)))
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
+    ] = None,
+    mesh: MeshOption = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
+    from catp_jax import doctor as practice
+
+    console, has_failed = Console(highlight=False, soft_wrap=True), False
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for one in practice.examine(model, mesh):
+        has_failed |= one.level == "fail"
+        if json_output:
+            print(json.dumps(dataclasses.asdict(one)))
+        else:
+            level = f"[{colours[one.level]}]{one.level:4}[/]"
+            console.print(f"{level}  {one.subject:9}  {escape(one.text)}")
+    if has_failed:
+        raise typer.Exit(1)
