@@ -34,7 +34,7 @@ def tiny(monkeypatch, tmp_path):
 def no_model(monkeypatch, tiny):
     """Loading a model is the end of the test."""
 
-    def load(folder, dtype):
+    def load(folder, dtype, mesh=None):
         raise Loaded
 
     monkeypatch.setattr(api, "load", load)
