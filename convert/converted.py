@@ -36,7 +36,7 @@ from convert.reader import (
 )
 from convert.report import Report, Row
 from convert.shards import INDEX, SINGLE
-from convert.streams import ahead, parts
+from convert.streams import ahead, parts, trim
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
@@ -128,6 +128,7 @@ def to_orbax(
         ignored=tuple(matching.ignored),
     )
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
+    weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
     pairs = by_position(source)
     done, total = 0, sum(map(file_bytes, pairs)) * (2 if verify else 1)
     checksums: dict[str, int] = {}
@@ -149,11 +150,20 @@ def to_orbax(
             progress(done, total)
 
     runs = parts(pairs, stored_bytes, PART)
+    runs.sort(key=len)  # a large tensor, alone, at first: at the end nothing goes on beside it
+
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        for found in ahead(runs, read, stored_bytes, behind=1):
+            run = {match.target: array for (match, _), array in found}
+            yield run
+            if found:
+                count([pair for pair, _ in found])
+            run.clear()
+            trim()
+
     with new_folder(Path(out)) as folder:
-        for found in ahead(runs, read, stored_bytes):
-            _save_part(folder, {match.target: array for (match, _), array in found})
-            count([pair for pair, _ in found])
-        checkpoint.finish(folder / WEIGHTS)
+        _refuse_full_disk(folder, sum(map(stored_bytes, pairs)))
+        checkpoint.save_runs(folder / WEIGHTS, weights, stream())
         if verify:
             _verify(folder, runs, checksums, count)
         copy_side_files(source.folder, folder)
@@ -185,6 +195,7 @@ def _verify(
             for name, array in checkpoint.read(folder / WEIGHTS, wanted).items()
             if checksum(array) != checksums[name]
         ]
+        trim()
         count(run)
     if different:
         more = f", … and {len(different) - 20} more" if len(different) > 20 else ""
@@ -316,9 +327,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
     )
 
 
-def _save_part(folder: Path, part: dict[str, np.ndarray]) -> None:
-    """Saves arrays if the disk has room for them; Orbax would find out halfway."""
-    wanted = sum(array.nbytes for array in part.values())
+def _refuse_full_disk(folder: Path, wanted: int) -> None:
+    """Raises OSError if a disk has no room for that many bytes; Orbax would find out halfway."""
     if shutil.disk_usage(folder).free < wanted:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    checkpoint.save_part(folder / WEIGHTS, part)

@@ -67,21 +67,24 @@ class Tensor:
             return
         rows = out if out.ndim > 1 else out.reshape(1, -1)
         width = math.prod(rows.shape[1:])
-        buffer = padded(min(ROWS, len(rows)), width, self.dtype)
-        pieces = [row.view(np.uint8) for row in buffer]
+        is_as_stored = out.dtype == self.dtype and rows.flags.c_contiguous
+        buffer = None if is_as_stored else padded(min(ROWS, len(rows)), width, self.dtype)
         position = self.start
         with self.file.open("rb") as file:
             for start in range(0, len(rows), ROWS):
                 block = rows[start : start + ROWS]
+                values = block.reshape(-1, width) if buffer is None else buffer[: len(block)]
+                pieces: list[Any] = [row.view(np.uint8) for row in values]
                 wanted = len(block) * width * self.dtype.itemsize
-                if os.preadv(file.fileno(), pieces[: len(block)], position) != wanted:
-                    self._read_slowly(file, pieces[: len(block)], position)
+                if os.preadv(file.fileno(), pieces, position) != wanted:
+                    self._read_slowly(file, pieces, position)
                 position += wanted
-                values = buffer[: len(block)]
                 if out.dtype != self.dtype:
-                    values = padded(*values.shape, out.dtype)
-                    values[...] = buffer[: len(block)]
-                assign(block, values.reshape(block.shape))
+                    cast = padded(*values.shape, out.dtype)
+                    cast[...] = values
+                    values = cast
+                if buffer is not None:
+                    assign(block, values.reshape(block.shape))
 
     def _read_slowly(self, file: BufferedReader, pieces: list[np.ndarray], position: int) -> None:
         """The same piece by piece: some file systems give less than was asked for."""

@@ -3,6 +3,7 @@
 Both spare the lock that Python's threads share, so that some read while others write.
 """
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -69,16 +70,20 @@ def ahead(
     runs: Sequence[Sequence[Item]],
     work: Callable[[Item], Result],
     cost: Callable[[Item], int],
+    behind: int = 0,
 ) -> Iterator[list[tuple[Item, Result]]]:
     """Run by run, `work` done on the items by several threads, which go on with the next runs.
 
-    What is under way or waits here, and the run that the caller has, cost no more in all than the
-    dearest run and `AHEAD`. A run that the caller has is emptied when it asks for the next.
+    What is under way or waits here, and what the caller has, costs no more in all than the dearest
+    run and `AHEAD`. The caller has the last run, and as many before it as `behind` says: a list is
+    emptied when it asks for the next, but it may still use the results. Where an empty list comes,
+    there is no room before it lets one more go.
     """
     costs = deque(sum(map(cost, run)) for run in runs)
     limit = max(costs, default=0) + AHEAD
     todo = deque(runs)
     started: deque[tuple[int, Sequence[Item], list[Future[Result]]]] = deque()
+    used: deque[int] = deque()
     held = 0
     pool = ThreadPoolExecutor(READERS, "convert")
     try:
@@ -87,10 +92,24 @@ def ahead(
                 run, price = todo.popleft(), costs.popleft()
                 held += price
                 started.append((price, run, [pool.submit(work, item) for item in run]))
-            price, run, futures = started.popleft()
-            done = [(item, futures.pop(0).result()) for item in run]
+            done, price = [], 0
+            if started:
+                price, run, futures = started.popleft()
+                done = [(item, futures.pop(0).result()) for item in run]
             yield done
             done.clear()  # or what the caller still names would be held besides the next
-            held -= price
+            used.append(price)
+            if len(used) > behind:
+                held -= used.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def trim() -> None:
+    """Gives the system back what is free between arrays; nothing where malloc is not glibc's.
+
+    Arrays that come and go in several threads leave holes, which add up to a gigabyte.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

@@ -1,5 +1,6 @@
 """catp_jax.checkpoint: what goes in comes out, onto the shape, dtype and mesh that is asked."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -67,15 +68,53 @@ def test_leaves_say_dtype_and_sharding(tmp_path: Path):
     np.testing.assert_array_equal(after["x"].astype(jnp.float32), before["x"])
 
 
-def test_parts_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Path):
+def runs_of(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """One array at a time, and empty runs between."""
+    for name, array in arrays.items():
+        yield {name: array}
+        yield {}
+
+
+def save_runs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    checkpoint.save_runs(path, abstract, runs_of(arrays))
+
+
+def test_runs_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Path, capfd):
     path = tmp_path / "a"
     model = Small(nnx.Rngs(0))
-    for name, array in checkpoint.names(model).items():
-        checkpoint.save_part(path, {name: np.asarray(array)})
-        assert not path.exists()
-    checkpoint.finish(path)
+    arrays = {name: np.asarray(array) for name, array in checkpoint.names(model).items()}
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+
+    def runs() -> Iterator[dict[str, np.ndarray]]:
+        for name in reversed(arrays):
+            yield {name: arrays[name]}
+            assert not path.exists()
+
+    checkpoint.save_runs(path, abstract, runs())
     assert_equal(checkpoint.restore(path, model), model)
     assert checkpoint.contents(path)["layers.2.kernel"] == ((4, 8), np.dtype(np.float32))
+    assert capfd.readouterr() == ("", "")  # Orbax has much to say
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt(), RuntimeError("x")])
+def test_an_error_between_runs_is_raised_and_leaves_nothing(tmp_path: Path, error: BaseException):
+    def runs() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": np.zeros(3)}
+        raise error
+
+    abstract = {name: jax.ShapeDtypeStruct((3,), np.float64) for name in "xy"}
+    with pytest.raises(type(error)) as caught:
+        checkpoint.save_runs(tmp_path / "a", abstract, runs())
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_end_early_are_an_error(tmp_path: Path):
+    abstract = {name: jax.ShapeDtypeStruct((3,), np.float64) for name in "xy"}
+    with pytest.raises(RuntimeError, match="never came: y"):
+        checkpoint.save_runs(tmp_path / "a", abstract, [{"x": np.zeros(3)}])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_difference_is_listed(tmp_path: Path):
@@ -108,7 +147,7 @@ def test_damaged_checkpoint_says_so(tmp_path: Path):
         checkpoint.restore(path, {"x": jax.ShapeDtypeStruct((10_000,), jnp.float32)})
 
 
-@pytest.mark.parametrize("write", [checkpoint.save, checkpoint.save_part])
+@pytest.mark.parametrize("write", [checkpoint.save, save_runs])
 def test_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path, monkeypatch, write):
     async def fail(*args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left [os_error_code='28']")

@@ -290,13 +290,13 @@ def test_verify_finds_a_flipped_byte_and_nothing_is_kept(tmp_path: Path, monkeyp
     name = "language_model.model.embed_tokens.weight"
     other = torch.full_like(tensors_of(folder)[name], 0.123)
     edit_tensors(folder, **{name.replace(".", "__"): other})
-    finish = checkpoint.finish
+    save = checkpoint.save_runs
 
-    def finish_and_damage(path: Path) -> None:
-        finish(path)
+    def save_and_damage(path: Path, *rest) -> None:
+        save(path, *rest)
         flip_a_byte(path)
 
-    monkeypatch.setattr(checkpoint, "finish", finish_and_damage)
+    monkeypatch.setattr(checkpoint, "save_runs", save_and_damage)
     with pytest.raises(ValueError, match=r"1 of .*differently.*: language_model\.embed_tokens"):
         convert.to_orbax(folder, tmp_path / "out", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 
 import ml_dtypes
 import numpy as np
@@ -48,8 +49,9 @@ def test_results_come_in_order_and_are_let_go(monkeypatch):
     assert found == [[(item, -item) for item in run] for run in runs]
 
 
+@pytest.mark.parametrize("behind", [0, 1, 2])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_what_is_under_way_is_bounded(monkeypatch, threads: int):
+def test_what_is_under_way_is_bounded(monkeypatch, threads: int, behind: int):
     """Counted where it happens: begun by a thread, and not yet given back by the caller."""
     monkeypatch.setattr(streams, "READERS", threads)
     monkeypatch.setattr(streams, "AHEAD", 10)
@@ -64,13 +66,19 @@ def test_what_is_under_way_is_bounded(monkeypatch, threads: int):
         time.sleep(0.001)
         return cost
 
-    for ((cost, same),) in ahead([[cost] for cost in costs], work, lambda cost: cost):
-        assert cost == same
-        most = max(most, now - cost)
+    had: deque[int] = deque()
+    results = []
+    for run in ahead([[cost] for cost in costs], work, lambda cost: cost, behind):
+        assert all(cost == same for cost, same in run)
+        had.append(sum(cost for cost, _ in run))
+        results += [cost for cost, _ in run]
+        most = max(most, now - sum(had))
         time.sleep(0.001)
-        with lock:
-            now -= cost
-    assert now == 0
+        if len(had) > behind:
+            with lock:
+                now -= had.popleft()
+    assert results == costs
+    assert now == sum(had)
     assert highest <= 50 + 10
     assert most > 0  # others were begun while the caller had one
 
