@@ -430,6 +430,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         app()
+    except ModuleNotFoundError:
+        raise  # __main__ names it
     except (ValueError, OSError, ImportError) as error:
         print(f"catp-jax: {error}", file=sys.stderr)
         leave(1)
@@ -444,7 +446,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("catp-jax: interrupted", file=sys.stderr)
         leave(130)
-
-
-if __name__ == "__main__":
-    main()

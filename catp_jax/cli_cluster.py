@@ -5,6 +5,7 @@ import json
 import math
 from typing import Annotated, Any
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -89,15 +90,26 @@ def doctor(
 ) -> None:
     """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
     from catp_jax import doctor as practice
+    from catp_jax.sharding.distributed import gathered
 
-    console, has_failed = Console(highlight=False, soft_wrap=True), False
+    console, levels = Console(highlight=False, soft_wrap=True), set()
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    for one in practice.examine(model, mesh):
-        has_failed |= one.level == "fail"
+
+    def show(one: dict[str, str]) -> None:
+        levels.add(one["level"])
         if json_output:
-            print(json.dumps(dataclasses.asdict(one)))
+            print(json.dumps(one), flush=True)
         else:
-            level = f"[{colours[one.level]}]{one.level:4}[/]"
-            console.print(f"{level}  {one.subject:9}  {escape(one.text)}")
-    if has_failed:
+            level = f"[{colours[one['level']]}]{one['level']:4}[/]"
+            console.print(f"{level}  {one['subject']:9}  {escape(one['text'])}")
+
+    found = []
+    for one in practice.examine(model, mesh):
+        found.append(dataclasses.asdict(one))
+        show(found[-1])
+    for process, others in enumerate(gathered(json.dumps(found))):
+        for one in json.loads(others) if process != jax.process_index() else ():
+            if one["level"] != "ok":
+                show(one | {"text": f"process {process}: {one['text']}"})
+    if "fail" in levels:
         raise typer.Exit(1)

@@ -4,6 +4,8 @@ The first is short for `catp-jax study run MODEL …`. What needs no model is ch
 before one is loaded.
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -119,7 +121,7 @@ def run(
 ) -> None:
     """Answer a task's questions unpruned and pruned; the figures go to a file."""
     from catp_jax.generation.beam import beams as check_search
-    from catp_jax.sharding.distributed import is_first
+    from catp_jax.sharding.distributed import gathered, is_first
     from catp_jax.study.journal import Journal
     from catp_jax.study.sweep import Conditions
     from catp_jax.study.tasks import check_prompt, spread
@@ -140,6 +142,11 @@ def run(
     name = model.resolve().name
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=_say, is_written=is_first())
+    if len({*gathered(hashlib.sha256(json.dumps(journal.rows).encode()).hexdigest())}) > 1:
+        raise ValueError(
+            f"{out} is not the same on every host, and the study would go on where it was; put it "
+            "on a file system that all share, or give a new --out"
+        )
 
     given = {"questions": questions, "annotations": annotations, "images": images, "data": data}
     found = _task(task, given, fraction, seed)

@@ -55,6 +55,12 @@ Findings = Iterator[Finding]
 
 def examine(model: str | Path | None = None, mesh: str | None = None) -> Findings:
     """All findings, in order. A check that itself breaks is a finding that fails."""
+    if model is not None:
+        try:
+            find_config(model)
+        except ValueError as error:
+            yield Finding("fail", "model", str(error))
+            model = None
     checks: dict[str, Callable[[], Findings]] = {
         "versions": lambda: versions(installed()),
         "devices": devices,
@@ -188,8 +194,10 @@ def choose(model: str | Path | None, mesh: str | None) -> dict[str, int]:
     allows.
     """
     number = jax.device_count()
-    if mesh is not None or model is None:
-        return parse_mesh(mesh or {"data": number})
+    if mesh is not None:
+        return parse_mesh(mesh)
+    if model is None:
+        return parse_mesh({"data": number})
     abstract, sizes = convert.abstract(find_config(model)), parse_mesh({"data": number})
     for tensor in sorted((n for n in range(1, number + 1) if number % n == 0), reverse=True):
         sizes = parse_mesh({"data": number // tensor, "tensor": tensor})

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait for a core
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -24,8 +25,11 @@ jax.config.update("jax_default_matmul_precision", "float32")
 # half of it; XLA's own (dead code, fusion, aliases) stay, so that FLOPs and buffers are the same.
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Checks the shapes in our signatures at each call. It has to be in place before either is imported.
-install_import_hook(["catp_jax", "convert"], "beartype.beartype")
+# Checks the shapes in our signatures at each call. It has to be in place before they are imported.
+# The command line has no shapes, and Typer puts other types into its signatures.
+OURS = Path(__file__).parents[1] / "catp_jax"
+PARTS = [f"catp_jax.{path.stem}" for path in OURS.iterdir() if not path.stem.startswith("cli")]
+install_import_hook([*PARTS, "convert"], "beartype.beartype")
 
 
 @pytest.fixture(scope="module", autouse=True)

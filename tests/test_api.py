@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,14 +193,6 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path):
             (folder / name).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="tile height: 48, not 32"):
         catp_jax.load(folder)
-
-
-def test_a_tokenizer_of_more_words_than_the_model_knows_is_refused(model):
-    config = model.config
-    small = replace(config, text=replace(config.text, vocab_size=5))
-    other = replace(model, reader=replace(model.reader, config=small))
-    with pytest.raises(ValueError, match="the language model has embeddings for 5"):
-        other.generate([CIRCLE], [COLOR])
 
 
 def test_the_weights_may_be_cast(model):

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, good input and bad."""
+"""The command line as a user meets it: good input and bad."""
 
 import json
 import shutil
@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.command import catp_jax
+
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
 CIRCLE = ROOT / "catp_jax" / "assets" / "blue-circle.png"
 ASK = ["--prompt", "what color is the shape?"]
 
 
-def catp_jax(*words, cwd=None):
+def process(*words):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "catp_jax", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def refused(done, *said):
@@ -31,10 +34,15 @@ def refused(done, *said):
 
 
 def test_generate_answers():
-    done = catp_jax("generate", MINI, "--image", CIRCLE, *ASK)
+    done = process("generate", MINI, "--image", CIRCLE, *ASK)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "blue\n"
     assert not done.stderr
+
+
+def test_a_process_that_refuses_says_why():
+    refused(process("generate", MINI, *ASK, "--image", "nowhere.png"), "nowhere.png", "not a file")
+    refused(process("generate", MINI, *ASK, "--top-p", "x"), "--top-p", "number")
 
 
 def test_generate_pruned_tells_as_json_what_was_kept():

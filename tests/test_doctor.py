@@ -8,12 +8,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-import catp_jax
 from catp_jax import doctor
 from catp_jax.contract import Keep
 from catp_jax.doctor import examine, head_sizes, processes, versions
+from catp_jax.sharding import distributed
+from tests.command import catp_jax
 
-MINI = Path(catp_jax.__file__).parent / "assets" / "mini-blip2-opt"
+MINI = Path(doctor.__file__).parent / "assets" / "mini-blip2-opt"
 GOOD = {
     "python": "3.12.1",
     "jax": "0.12.0",
@@ -92,6 +93,36 @@ def test_a_wrong_choice_of_tokens_is_noticed(monkeypatch):
     assert (one.level, "chose other tokens" in one.text) == ("fail", True)
 
 
+def test_a_model_that_is_none_is_said_once_and_the_rest_is_looked_at():
+    found = list(examine("nowhere"))
+    (failed,) = [one for one in found if one.level == "fail"]
+    assert (failed.subject, "nowhere" in failed.text) == ("model", True)
+    assert {one.subject for one in found} >= {"versions", "devices", "mesh", "top-k"}
+
+
+def test_an_empty_mesh_is_no_mesh():
+    assert [one.subject for one in examine(MINI, "") if one.level == "fail"] == ["mesh", "room"]
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("jax", ["doctor"]),
+        ("flax", ["doctor"]),
+        ("orbax", ["doctor"]),
+        ("transformers", ["generate", str(MINI), "--prompt", "is there a circle?"]),
+    ],
+)
+def test_a_package_that_is_missing_is_named(package: str, words: list[str]):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv = ['catp-jax', *{words}]; "
+        "from catp_jax.__main__ import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == f"catp-jax: the package {package} is missing: pip install catp-jax\n"
+
+
 def test_memory_that_does_not_do_fails(monkeypatch):
     monkeypatch.setattr(doctor, "device_memory", lambda: 10**9)
     found = {one.subject: one for one in examine("Llama-3.2-90B-Vision", "tensor=8")}
@@ -99,14 +130,22 @@ def test_memory_that_does_not_do_fails(monkeypatch):
     assert "but it has 1 GB" in found["memory"].text
 
 
+def test_what_other_processes_warn_of_is_told_by_the_first(monkeypatch):
+    others = [
+        {"level": "ok", "subject": "top-k", "text": "fine"},
+        {"level": "fail", "subject": "disk", "text": "full"},
+    ]
+    monkeypatch.setattr(distributed, "gathered", lambda own: [own, json.dumps(others)])
+    done = catp_jax("doctor", "--json")
+    assert done.returncode == 1
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found[-1] == {"level": "fail", "subject": "disk", "text": "process 1: full"}
+    assert [one["level"] for one in found].count("fail") == 1
+
+
 def test_the_command_says_so_in_its_exit_code():
     def run(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "catp_jax", "doctor", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return catp_jax("doctor", *words)
 
     good = run(str(MINI), "--json")
     assert good.returncode == 0, good.stdout

@@ -4,6 +4,7 @@ Scores are float32 whatever the model's dtype. Only what a method reads is compu
 are cut out *before* the product with the keys.
 """
 
+import abc
 import math
 
 import jax
@@ -142,9 +143,9 @@ class Scored(Pruner[tuple[()]]):
     keep: int = static()
     limit: Int[Array, " b"] | None = None
 
+    @abc.abstractmethod
     def score(self, view: View) -> Float[Array, "b n"]:
         """A number for every entry of the view; what stands at text is not read."""
-        raise NotImplementedError
 
     def start(self, view: View) -> tuple[()]:
         return ()

@@ -107,6 +107,18 @@ def agreed(flags: Sequence[bool]) -> list[bool]:
     return every.reshape(-1, len(flags)).all(axis=0).tolist()
 
 
+def gathered(text: str) -> list[str]:
+    """What each process says, in order; all have to take part."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(own.size)).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.size] = own
+    every = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode() for row, size in zip(every, sizes, strict=True)]
+
+
 def lost(error: Exception) -> str:
     """What to say when another process was lost."""
     return (

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import catp_jax
-from catp_jax.sharding.distributed import agreed, start
+import convert
+from catp_jax.sharding.distributed import agreed, gathered, start
+from tests.sharding.ways import answer
 
+ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, MINI = ASSETS / "blue-circle.png", ASSETS / "mini-blip2-opt"
 HEARTBEAT = 10  # seconds
@@ -21,7 +25,8 @@ PRUNED = ["--prune", "catp", "--keep", "8", "--max-new-tokens", "4"]
 
 def environment(devices: int) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}  # nearly all of the time is LLVM's
+    return dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", **quick)
 
 
 def free_port() -> int:
@@ -82,21 +87,71 @@ def test_two_processes_answer_as_one_and_the_first_one_speaks(tmp_path):
     assert answers(silence) == []
 
 
-def test_a_lost_process_ends_the_others_with_a_message(tmp_path):
+def test_every_way_of_answering_is_the_same_in_two_processes(tmp_path):
+    """Llama Vision and BLIP-2, pruned, beams, drawn, a study; a converted folder is read, too."""
+    converted = tmp_path / "converted"
+    convert.to_orbax(ASSETS / "mini-llama-vision", converted)
+    coordinator, out = f"127.0.0.1:{free_port()}", tmp_path / "two"
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.sharding.ways"),
+                *(str(converted), str(out), coordinator, "2", str(number)),
+            ],
+            env=environment(4),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    expected = answer(converted, tmp_path / "one.jsonl", is_spread=False)
+    said = [process.communicate(timeout=400)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    first, second = (json.loads((tmp_path / f"two-{number}.json").read_text()) for number in (0, 1))
+    assert first == second
+    assert first.pop("gathered") == ["process 0 says ", "process 1 says é"]
+    assert first.keys() == expected.keys()
+    for name, value in json.loads(json.dumps(expected)).items():
+        if name == "map":
+            np.testing.assert_allclose(first[name], value, atol=1e-3, err_msg=name)
+        else:
+            assert first[name] == value, name
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [(row["row"], row.get("text")) for row in two] == [
+        (row["row"], row.get("text")) for row in one
+    ]
+
+
+@pytest.mark.parametrize(("number", "word"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_lost_process_ends_the_others_with_a_message(tmp_path, number, word):
+    """Killed, though it be the coordinator; or silent, and then by JAX's own hand."""
     requests = tmp_path / "requests.jsonl"
     line = json.dumps({"prompt": "is there a circle?", "images": [str(CIRCLE)]}) + "\n"
     requests.write_text(line * 20_000)
     words = ["generate", str(MINI), "--batch", str(requests), "--batch-size", "2", "--json"]
-    first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
-    assert first.stdout is not None
-    next(line for line in first.stdout if line.startswith("{"))
-    second.send_signal(signal.SIGKILL)
-    first.communicate(timeout=3 * HEARTBEAT)
-    assert first.returncode == 1
-    said = (tmp_path / "0.txt").read_text()
-    assert "process 0 of 2 lost another one and ends" in said
-    assert "Traceback" not in said
-    second.communicate()
+    processes = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
+    speaker, victim, other = processes[0], processes[number], processes[1 - number]
+    assert speaker.stdout is not None
+    next(line for line in speaker.stdout if line.startswith("{"))
+    victim.send_signal(word)
+    try:
+        other.communicate(timeout=4 * HEARTBEAT)
+    finally:
+        victim.kill()
+        victim.communicate()
+    assert other.returncode != 0
+    said = (tmp_path / f"{1 - number}.txt").read_text()
+    if word == signal.SIGKILL:
+        assert other.returncode == 1
+        assert f"process {1 - number} of 2 lost another one and ends" in said
+        assert "Traceback" not in said
+    else:
+        assert "heartbeat" in said
 
 
 @pytest.mark.parametrize(
@@ -141,3 +196,4 @@ def test_the_command_says_so_too(words, says):
 
 def test_one_process_agrees_with_itself():
     assert agreed([True, False, True]) == [True, False, True]
+    assert gathered("é") == ["é"]
