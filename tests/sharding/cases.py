@@ -13,11 +13,13 @@ SITES = {
     "mllama": frozenset({Site.CROSS}),
     "opt": frozenset({Site.ENTRY, Site.LAYER}),
     "t5": frozenset({Site.ENTRY}),
+    "vicuna": frozenset({Site.ENTRY, Site.LAYER}),
 }
+INSTRUCTED = ("catp", "self_attention")  # what of InstructBLIP is not as in BLIP-2 with OPT
 CASES = [
     (kind, "fastv:layer=1" if (kind, method) == ("opt", "fastv") else method)
     for kind in CONFIGS
-    for method in (None, *methods_for(SITES[kind]))
+    for method in (None, *(INSTRUCTED if kind == "vicuna" else methods_for(SITES[kind])))
 ]
 
 

@@ -9,9 +9,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from catp_jax.generation.blip2_inputs import pack as pack_blip2
+from catp_jax.generation.blip2_inputs import pack_instructions
 from catp_jax.generation.mllama_inputs import pack as pack_mllama
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.frozen import freeze
+from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
+from catp_jax.models.layers import RopeConfig
+from catp_jax.models.llama import LlamaConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.sharding.place import Sharded, place, sharded
 from tests import random_blip2 as blip2
@@ -23,6 +27,19 @@ OPT = dataclasses.replace(
     blip2.OPT, vocab_size=72, hidden_size=32, num_attention_heads=8, ffn_dim=48
 )
 T5 = dataclasses.replace(blip2.T5, vocab_size=72, d_model=32, num_heads=8, d_kv=6, d_ff=40)
+LLAMA = LlamaConfig(
+    vocab_size=72,
+    hidden_size=32,
+    hidden_act="silu",
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    rope=RopeConfig(50.0, None),
+    rms_norm_eps=1e-5,
+    max_position_embeddings=64,
+)
+READING = dataclasses.replace(QFORMER, use_qformer_text_input=True)
 MLLAMA = MllamaConfig(
     vision=dataclasses.replace(
         mllama.VISION, hidden_size=24, attention_heads=8, intermediate_size=40
@@ -41,13 +58,15 @@ CONFIGS: dict[str, Any] = {
     "mllama": MLLAMA,
     "opt": Blip2Config(VIT, QFORMER, OPT, blip2.QUERIES, 71),
     "t5": Blip2Config(VIT, QFORMER, T5, blip2.QUERIES, 71),
+    "vicuna": InstructBlipConfig(VIT, READING, LLAMA, blip2.QUERIES, 71),
 }
+CLASSES = {"mllama": Mllama, "vicuna": InstructBlip}
 
 
 @functools.cache
 def model(kind: str) -> Any:
     """The model, every parameter drawn."""
-    build = Mllama if kind == "mllama" else Blip2
+    build = CLASSES.get(kind, Blip2)
     return mllama.randomized(build(CONFIGS[kind], rngs=nnx.Rngs(0)), seed=3)
 
 
@@ -56,6 +75,9 @@ def inputs(kind: str) -> Any:
     if kind != "mllama":
         photos = [blip2.photo(seed) for seed in range(8)]
         prompts = [tuple(range(3, 5 + seed)) for seed in range(8)]
+        if kind == "vicuna":
+            instructions = [prompt[1:] for prompt in prompts]
+            return pack_instructions(prompts, instructions, photos, CONFIGS[kind]).inputs
         return pack_blip2(prompts, photos, CONFIGS[kind]).inputs
     rows = [0, 1, 2, 4, 0, 1, 2, 4]  # two without an image
     swap = {mllama.IMAGE: MLLAMA.image_token_index}

@@ -52,7 +52,10 @@ def same(ours, alone):
 
 
 # Each mesh meets a case and each case a mesh; `benchmarks/mesh_matrix.py` has them all.
-SOME = [(sizes, CASES[5 * number % len(CASES)]) for number, sizes in enumerate(SIZES)]
+SOME = [
+    (SIZES[number % len(SIZES)], CASES[5 * number % len(CASES)])
+    for number in range(max(len(SIZES), len(CASES)))
+]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_tokens_are_those_of_one_device(sizes, case, alone):
 
 def test_every_case_is_among_them():
     assert {case for _, case in SOME} == {*CASES}
+    assert {sizes for sizes, _ in SOME} == {*SIZES}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
