@@ -31,7 +31,7 @@ from convert.reader import (
     file_bytes,
     open_source,
     parse_dtype,
-    read_whole,
+    read_part,
     with_dtypes,
 )
 from convert.report import Report, Row
@@ -134,7 +134,7 @@ def to_orbax(
     checksums: dict[str, int] = {}
 
     def read(pair: Pair) -> np.ndarray:
-        array = read_whole(*pair, dtypes[pair[0].target])
+        array = read_part(*pair, dtypes[pair[0].target])
         if verify:
             checksums[pair[0].target] = checksum(array)
         return array

@@ -23,7 +23,7 @@ from convert.family import Family
 from convert.report import Report, make_report
 from convert.rules import Match, Matching
 from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
-from convert.streams import ahead, copy
+from convert.streams import ahead
 
 READ = tuple(DTYPES.values())
 
@@ -213,34 +213,23 @@ def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     return parsed
 
 
-def read_whole(match: Match, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """One tensor in our layout, in host memory, through a buffer of a few rows."""
-    shape = match.transform.forward(np.broadcast_to(np.int8(0), tensor.shape)).shape
-    array = np.empty(shape, dtype)
-    view = match.transform.inverse(array)  # what is written to the one is in the other
-    if not np.may_share_memory(view, array):
-        raise RuntimeError(f"the transform {match.transform.name!r} does not lead back by a view")
-    tensor.read(view)
-    return array
+def read_part(match: Match, tensor: Tensor, dtype: np.dtype, index: Any = ...) -> np.ndarray:
+    """A tensor in our layout, or what an index picks of it there; in host memory."""
+    return tensor.read(lambda mapped: match.transform.forward(mapped)[index], dtype)
 
 
 def _read(match: Match, tensor: Tensor, struct: jax.ShapeDtypeStruct) -> jax.Array:
     """One tensor in our layout, where `struct` wants it; what nobody asks for stays unread."""
-    mapped = match.transform.forward(tensor.map())
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        key = tuple(one.indices(size)[:2] for one, size in zip(index, mapped.shape, strict=True))
+        key = tuple(one.indices(n)[:2] for one, n in zip(index, struct.shape, strict=True))
         if key not in parts:  # several devices may hold the same
-            view = mapped[index]
-            is_whole = view.shape == mapped.shape  # then no page of the file need be held
-            parts[key] = (
-                read_whole(match, tensor, struct.dtype) if is_whole else copy(view, struct.dtype)
-            )
+            parts[key] = read_part(match, tensor, struct.dtype, index)
         return parts[key]
 
     if isinstance(struct.sharding, Sharding):
         array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
     else:
-        array = jnp.asarray(part((slice(None),) * len(struct.shape)))
+        array = jnp.asarray(read_part(match, tensor, struct.dtype))
     return array.block_until_ready()  # or host copies of several tensors would pile up

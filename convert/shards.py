@@ -12,15 +12,14 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 import dataclasses
 import json
 import math
-import os
-from io import BufferedReader
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert.streams import ROWS, assign, padded
+from convert import strided
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -61,43 +60,34 @@ class Tensor:
         """Bytes it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, out: np.ndarray) -> None:
-        """Copies the tensor to `out`, a view of its shape and of any type, some rows at a time."""
-        if self.nbytes == 0:
-            return
-        rows = out if out.ndim > 1 else out.reshape(1, -1)
-        width = math.prod(rows.shape[1:])
-        is_as_stored = out.dtype == self.dtype and rows.flags.c_contiguous
-        buffer = None if is_as_stored else padded(min(ROWS, len(rows)), width, self.dtype)
-        position = self.start
-        with self.file.open("rb") as file:
-            for start in range(0, len(rows), ROWS):
-                block = rows[start : start + ROWS]
-                values = block.reshape(-1, width) if buffer is None else buffer[: len(block)]
-                pieces: list[Any] = [row.view(np.uint8) for row in values]
-                wanted = len(block) * width * self.dtype.itemsize
-                if os.preadv(file.fileno(), pieces, position) != wanted:
-                    self._read_slowly(file, pieces, position)
-                position += wanted
-                if out.dtype != self.dtype:
-                    cast = padded(*values.shape, out.dtype)
-                    cast[...] = values
-                    values = cast
-                if buffer is not None:
-                    assign(block, values.reshape(block.shape))
+    def read(self, show: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> np.ndarray:
+        """What `show` makes of the mapped tensor, which is a view of it, read as type `dtype`.
 
-    def _read_slowly(self, file: BufferedReader, pieces: list[np.ndarray], position: int) -> None:
-        """The same piece by piece: some file systems give less than was asked for."""
-        file.seek(position)
-        for piece in pieces:
-            if file.readinto(piece.data) != piece.nbytes:
-                raise ValueError(f"{self.file} ended within {self.name}; is it being changed?")
+        Just these bytes are read, a few rows at a time: mapped pages would count as ours, and the
+        system reads more of them than are touched. Raises ValueError if the file is too short.
+        """
+        mapped = self.map()
+        part = show(mapped)
+        out = np.empty(part.shape, dtype)
+        if part.size == 0:
+            return out
+        if not np.may_share_memory(part, mapped):
+            raise RuntimeError(f"what is read of {self.name} is no view of it")
+        start = self.start + part.ctypes.data - mapped.ctypes.data
+        with self.file.open("rb") as file:
+            strided.read(file, start, part, out)
+        return out
 
     def map(self) -> np.ndarray:
         """The tensor, mapped: of the file, only those bytes are read that somebody touches."""
         if self.nbytes == 0:
             return np.zeros(self.shape, self.dtype)
-        flat = np.memmap(self.file, self.dtype, "r", self.start, (math.prod(self.shape),))
+        try:
+            flat = np.memmap(self.file, self.dtype, "r", self.start, (math.prod(self.shape),))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.file} ended within {self.name}; is it being changed?"
+            ) from error
         return flat.reshape(self.shape).view(np.ndarray)
 
 

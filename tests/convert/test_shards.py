@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convert import shards
 from convert.shards import INDEX, SINGLE, find_shards, read_header
 from tests.convert.folders import hf_folder, tensors_of
 
+FLOAT32 = np.dtype(np.float32)
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 
 
@@ -37,10 +37,9 @@ def test_bytes_are_those_that_safetensors_reads(tmp_path: Path, dtype: torch.dty
         )
 
 
-@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [FLOAT32, np.dtype(ml_dtypes.bfloat16)])
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_tensor_is_read_into_any_view(tmp_path: Path, monkeypatch, dtype: torch.dtype, wanted):
-    monkeypatch.setattr(shards, "ROWS", 4)
+def test_tensor_is_read_as_any_type(tmp_path: Path, dtype: torch.dtype, wanted):
     tensors = {
         "matrix": torch.randn(11, 5).to(dtype),
         "image": torch.randn(9, 3, 2, 2).to(dtype),
@@ -50,10 +49,16 @@ def test_tensor_is_read_into_any_view(tmp_path: Path, monkeypatch, dtype: torch.
     }
     save_file(tensors, tmp_path / SINGLE)
     for tensor in find_shards(tmp_path)[0].tensors:
-        for order in ("C", "F"):
-            out = np.zeros(tensor.shape, wanted, order=order)
-            tensor.read(out)
-            np.testing.assert_array_equal(out, tensor.map().astype(wanted))
+        out = tensor.read(lambda mapped: mapped.T, wanted)
+        assert out.flags.c_contiguous
+        np.testing.assert_array_equal(out, tensor.map().astype(wanted).T)
+
+
+def test_only_a_view_is_read(tmp_path: Path):
+    save_file({"x": torch.randn(11, 5)}, tmp_path / SINGLE)
+    ((tensor,),) = [shard.tensors for shard in find_shards(tmp_path)]
+    with pytest.raises(RuntimeError, match="no view"):
+        tensor.read(lambda mapped: mapped + 1, FLOAT32)
 
 
 def test_file_that_shrinks_meanwhile_is_named(tmp_path: Path):
@@ -61,7 +66,7 @@ def test_file_that_shrinks_meanwhile_is_named(tmp_path: Path):
     ((tensor,),) = [shard.tensors for shard in find_shards(tmp_path)]
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors ended within x"):
-        tensor.read(np.zeros((11, 5), np.float32))
+        tensor.read(lambda mapped: mapped, FLOAT32)
 
 
 def test_shards_make_one_checkpoint(tmp_path: Path):

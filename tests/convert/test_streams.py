@@ -107,13 +107,14 @@ def test_error_of_a_thread_is_raised_and_the_rest_left_undone(monkeypatch):
 
 @pytest.mark.parametrize("transform", [IDENTITY, TRANSPOSE, THREE, THREE_BIASES, patches(3)])
 def test_every_transform_leads_back_by_a_view(transform):
-    """So that a tensor can be read straight into the parameter."""
+    """And there by one, so that a tensor can be read straight into the parameter."""
     tensor = np.arange(12 * 3 * 2 * 2)
     shapes = {THREE: (12, 12), THREE_BIASES: (144,), TRANSPOSE: (9, 16)}
     if transform.name == patches(3).name:
         tensor = tensor.reshape(12, 3, 2, 2)
     else:
         tensor = tensor.reshape(shapes.get(transform, (144,)))
+    assert np.may_share_memory(transform.forward(tensor), tensor)
     parameter = np.zeros_like(transform.forward(tensor), order="C")
     transform.inverse(parameter)[...] = tensor
     np.testing.assert_array_equal(parameter, transform.forward(tensor))
