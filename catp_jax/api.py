@@ -44,7 +44,7 @@ from catp_jax.readers.reading import (
     special_tokens,
 )
 from catp_jax.sharding import place
-from catp_jax.sharding.mesh import MeshLike, make_mesh
+from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
@@ -407,15 +407,15 @@ def load(
     by `catp-jax convert`.
 
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
-    model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads only the
-    bytes of its own devices. The modes are
-    Llama 3.2 Vision's: which states of the tower the decoder gets ("hf", see
-    `tiled_vit.VisionMode`), and what text does that sees no image ("meta", see
+    model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
+    its own devices. The modes are Llama 3.2 Vision's: which states of the tower the decoder gets
+    ("hf", see `tiled_vit.VisionMode`), and what text does that sees no image ("meta", see
     `cross_decoder.MaskMode`).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
+    find_devices()
     network, _ = convert.load(folder, dtype, None if mesh is None else partial(_spread, mesh))
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or "hf"
@@ -448,6 +448,7 @@ def _spread(mesh: MeshLike, model: Any) -> Any:
 def load_matcher(folder: str | Path, dtype: str | None = None) -> Matcher:
     """Loads a folder of `Blip2ForImageTextRetrieval`. Raises ValueError if it is none."""
     folder = Path(folder)
+    find_devices()
     network, _ = convert.load(folder, dtype)
     if not isinstance(network, Blip2Retrieval):
         raise ValueError(f"{folder} generates text; load it with load")

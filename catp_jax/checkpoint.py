@@ -10,6 +10,7 @@ when it is whole: Orbax writes beside it and renames.
 
 import contextlib
 import dataclasses
+import gc
 import glob
 import logging
 import os
@@ -83,8 +84,9 @@ def restore(path: str | Path, abstract: Tree) -> Tree:
     """Reads a checkpoint into a tree like `abstract`, whose leaves say shape, dtype and sharding.
 
     A leaf without a sharding goes to the first device of this process; each process reads only the
-    bytes of its own shards. A dtype other than the saved one converts. Raises ValueError if `path`
-    is no whole checkpoint, or if its names or shapes are not those of `abstract`, listing all.
+    pieces (of `PIECE` bytes) that its own shards lie in. A dtype other than the saved one converts.
+    Raises ValueError if `path` is no whole checkpoint, or if its names or shapes are not those of
+    `abstract`, listing all.
     """
     path = Path(path).absolute()
     wanted = {name: _struct(leaf) for name, leaf in _leaves(abstract).items()}
@@ -266,7 +268,7 @@ def _new_folder(path: str | Path) -> Path:
 
 
 def _options() -> ocp.Context:
-    """Bounded host memory; and pieces small enough that a process reads little beside its shards.
+    """Pieces small enough that a process reads little beside its shards.
 
     Uncompressed: weights shrink by a fifth, and take three times as long.
     """
@@ -275,7 +277,6 @@ def _options() -> ocp.Context:
     options.array.saving.storage_options.chunk_byte_size = PIECE
     options.array.saving.use_compression = False
     options.memory.deepcopy_host_arrays = False  # every save here ends before it returns
-    options.memory.read_concurrent_bytes = READ_AT_ONCE
     return options
 
 
@@ -298,25 +299,28 @@ def _quiet() -> Iterator[None]:
     """Keeps from the user what Orbax says besides raising an error.
 
     It logs the error's traceback, too. And it gives up at the first array that fails: others still
-    end, and complain to an event loop that is closed by then.
+    end, and complain to an event loop that is closed by then, or that nobody heard them.
     """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = log.level
+    logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [log.level for log in logs]
 
     def pass_on(event: Any) -> None:
         if str(event.exc_value) != "Event loop is closed":
             hook(event)
 
-    log.setLevel(logging.CRITICAL)
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     sys.unraisablehook = pass_on
     try:
         yield
     except BaseException:
         time.sleep(0.1)  # for the others to end
+        gc.collect()
         raise
     finally:
         sys.unraisablehook = hook
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _remove_parts(path: Path) -> None:
@@ -326,7 +330,7 @@ def _remove_parts(path: Path) -> None:
         left = [
             folder
             for folder in path.parent.glob(f"{glob.escape(path.name)}.*")
-            if ".orbax-checkpoint-tmp" in folder.name or ".partial_save" in folder.name
+            if ".orbax-checkpoint-tmp" in folder.name
         ]
         for folder in left:
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ Bad input ends with one message on stderr and exit code 1 (2 for a call that is 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -22,9 +23,9 @@ from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
 from catp_jax.generation.sampling import sampling
 from catp_jax.pruning import METHODS, budget, make
-from catp_jax.sharding.distributed import HEARTBEAT, agreed, is_first, leave, lost
+from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
-from catp_jax.sharding.mesh import parse_mesh
+from catp_jax.sharding.mesh import find_devices, parse_mesh
 
 AUTO = "auto"  # --keep for methods that find their own number
 
@@ -168,8 +169,8 @@ def generate(
             read_image(path)  # before a model is loaded, which may take minutes
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
-    if mesh is not None:
-        parse_mesh(mesh)
+    parse_mesh({} if mesh is None else mesh)
+    find_devices()
     sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
     if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
@@ -182,6 +183,9 @@ def generate(
         raise typer.BadParameter(
             f"--min-new-tokens {min_new_tokens} is more than --max-new-tokens {max_new_tokens}"
         )
+    asked = repr([(one.prompt, one.images, one.line) for one in requests])
+    if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
+        raise ValueError("the hosts were asked different things; give all the same prompts or file")
     from catp_jax import api  # here, so that --help does not wait for it
 
     loaded = api.load(model, dtype, mesh=mesh, vision_mode=vision_mode, mask_mode=mask_mode)
@@ -437,10 +441,8 @@ def main() -> None:
         leave(1)
     except jax.errors.JaxRuntimeError as error:
         said = "the device's memory is full; lower --batch-size or use --dtype bfloat16"
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            if not jax.distributed.is_initialized():
-                raise
-            said = lost(error)
+        if "RESOURCE_EXHAUSTED" not in str(error) and (said := lost(error)) is None:
+            raise
         print(f"catp-jax: {said}", file=sys.stderr)
         leave(1)
     except KeyboardInterrupt:

@@ -122,6 +122,7 @@ def run(
     """Answer a task's questions unpruned and pruned; the figures go to a file."""
     from catp_jax.generation.beam import beams as check_search
     from catp_jax.sharding.distributed import gathered, is_first
+    from catp_jax.sharding.mesh import find_devices
     from catp_jax.study.journal import Journal
     from catp_jax.study.sweep import Conditions
     from catp_jax.study.tasks import check_prompt, spread
@@ -129,6 +130,7 @@ def run(
     budgets = _budgets(keep)
     specs = _methods(methods)
     _check_numbers(batch_size, max_new_tokens, beams, min_new_tokens, seed)
+    find_devices()
     check_search(
         beams,
         length_penalty=length_penalty,

@@ -24,15 +24,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.layers import attend
-from catp_jax.plan import find_config
+from catp_jax.plan import find_config, weight_bytes
 from catp_jax.pruning.scores import keep_best
-from catp_jax.sharding.mesh import AXES, make_mesh, parse_mesh
+from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place
 from convert.report import readable
 
 Level = Literal["ok", "warn", "fail"]
 
-PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy", "safetensors")
+NEEDED = ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
 CLUSTERS = {
     "Slurm": ("SLURM_JOB_ID", "SLURM_NTASKS"),
@@ -81,7 +82,7 @@ def examine(model: str | Path | None = None, mesh: str | None = None) -> Finding
 def installed() -> dict[str, str]:
     """Versions of what is needed; of a package that is missing, an empty text."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*NEEDED, *PLUGINS):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -98,7 +99,7 @@ def versions(found: Mapping[str, str]) -> Findings:
 
     text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     yield Finding("ok", "versions", text)
-    for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy"):
+    for package in NEEDED:
         if not found[package]:
             yield Finding("fail", "versions", f"{package} is missing: pip install catp-jax")
             return
@@ -109,6 +110,14 @@ def versions(found: Mapping[str, str]) -> Findings:
             f"jax {found['jax']} goes with jaxlib {found['jax']}, not {found['jaxlib']}: "
             f"pip install -U jax jaxlib",
         )
+    for plugin in PLUGINS:
+        if found[plugin] and number(plugin) != number("jaxlib"):
+            yield Finding(
+                "fail",
+                "versions",
+                f"{plugin} {found[plugin]} does not go with jaxlib {found['jaxlib']}, and JAX may "
+                f"find no GPU: pip install -U jax jaxlib {plugin}",
+            )
     if number("flax") < (0, 12, 12) and number("jax") >= (0, 11, 1):
         yield Finding(
             "fail",
@@ -123,11 +132,21 @@ def versions(found: Mapping[str, str]) -> Findings:
             f"conversion is written for orbax-checkpoint 0.12, not {found['orbax-checkpoint']}: "
             "pip install 'orbax-checkpoint>=0.12,<0.13'",
         )
+    if not (5, 23) <= number("transformers") < (6,):
+        yield Finding(
+            "fail",
+            "versions",
+            f"processors are those of transformers 5.23 and later, not {found['transformers']}: "
+            "pip install 'transformers>=5.23,<6'",
+        )
+    if number("numpy") < (2,):
+        text = f"jax wants numpy 2, not {found['numpy']}: pip install 'numpy>=2'"
+        yield Finding("fail", "versions", text)
 
 
 def devices() -> Findings:
     """What JAX sees, and how much memory each device has."""
-    found = jax.devices()
+    found = find_devices()
     memory = device_memory()
     size = f", {readable(memory)} each" if memory else ""
     text = f"{len(found)} × {found[0].device_kind} ({found[0].platform}){size}"
@@ -252,26 +271,28 @@ def _cudnn(arrays: list[Any], expected: np.ndarray) -> str:
         out = jax.nn.dot_product_attention(*arrays, implementation="cudnn")
         return "works" if np.abs(np.asarray(out, np.float32) - expected).max() < 0.1 else "is wrong"
     except Exception as error:  # no such kernel, or none for this size
-        return f"does not ({str(error).strip().splitlines()[0]})"
+        return f"does not ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
 
 
 def top_k() -> Findings:
     """Whether tokens chosen on all devices are those that NumPy chooses."""
     number = jax.device_count()
     mesh = make_mesh({"data": number}, 1)
-    scores = np.random.default_rng(0).permutation(number * 2 * 50).reshape(number * 2, 50)
+    scores = np.random.default_rng(0).permutation(number**2 * 40).reshape(number * 2, number * 20)
     expected = np.sort(np.argsort(-scores, axis=1)[:, :7], axis=1)
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    batch = jax.make_array_from_callback(
-        scores.shape, split, lambda index: scores[index].astype(np.float32)
-    )
-    keep = jax.jit(lambda x: keep_best(7, jnp.ones(x.shape, bool), x))(batch)
-    wrong = [
-        device
-        for shard in keep.indices.addressable_shards
-        if not np.array_equal(np.asarray(shard.data), expected[shard.index])
-        for device in [shard.device]
-    ]
+    wrong: set[Any] = set()
+    for axes in (PartitionSpec("data"), PartitionSpec(None, "data")):  # prompts, and tokens
+        batch = jax.make_array_from_callback(
+            scores.shape,
+            NamedSharding(mesh, axes),
+            lambda index: scores[index].astype(np.float32),
+        )
+        keep = jax.jit(lambda x: keep_best(7, jnp.ones(x.shape, bool), x))(batch)
+        wrong |= {
+            shard.device
+            for shard in keep.indices.addressable_shards
+            if not np.array_equal(np.asarray(shard.data), expected[shard.index])
+        }
     if wrong:
         text = f"{', '.join(map(str, wrong))} chose other tokens than NumPy; update jax and drivers"
         yield Finding("fail", "top-k", text)
@@ -283,12 +304,14 @@ def room(model: str | Path | None, mesh: str | None) -> Findings:
     """Whether a model's weights, in bfloat16, go into memory and a converted copy onto the disk."""
     if model is None:
         return
-    abstract = convert.abstract(find_config(model))
+    config = find_config(model)
+    abstract = convert.abstract(config)
     parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.names(abstract).values())
     sizes = choose(model, mesh)
-    each = 2 * parameters // (sizes["fsdp"] * sizes["tensor"])
+    spread = place(abstract, make_mesh(sizes, kv_heads(abstract)))
+    each = weight_bytes(spread, config, np.dtype(jnp.bfloat16))
     memory = device_memory()
-    text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} of bfloat16 on each device"
+    text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in bfloat16"
     if memory is None:
         yield Finding("warn", "memory", f"{text}; JAX does not say how much memory there is")
     elif each * (len(jax.local_devices()) if jax.devices()[0].platform == "cpu" else 1) > memory:

@@ -109,7 +109,6 @@ def to_orbax(
     it reads back differently; nothing is left of it then.
     """
     wanted = parse_dtype(dtype)
-    refuse_unfinished(Path(hf_folder))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
     source = open_source(Path(hf_folder))
@@ -132,6 +131,7 @@ def to_orbax(
     pairs = by_position(source)
     done, total = 0, sum(map(file_bytes, pairs)) * (2 if verify else 1)
     checksums: dict[str, int] = {}
+    under_way: list[Pair] = []  # the run that is being written
 
     def read(pair: Pair) -> np.ndarray:
         array = read_part(*pair, dtypes[pair[0].target])
@@ -156,14 +156,16 @@ def to_orbax(
         for found in ahead(runs, read, stored_bytes, behind=1):
             run = {match.target: array for (match, _), array in found}
             yield run
-            if found:
-                count([pair for pair, _ in found])
             run.clear()
             trim()
+            if under_way:
+                count(under_way)
+            under_way[:] = [pair for pair, _ in found]
 
     with new_folder(Path(out)) as folder:
         _refuse_full_disk(folder, sum(map(stored_bytes, pairs)))
         checkpoint.save_runs(folder / WEIGHTS, weights, stream())
+        count(under_way)
         if verify:
             _verify(folder, runs, checksums, count)
         copy_side_files(source.folder, folder)

@@ -1,21 +1,22 @@
 """Output folders: written beside their name, renamed when whole, so no half is taken for one.
 
-A folder that is being written holds a file named UNFINISHED; whatever a killed run leaves behind
-still has it, and is refused when somebody tries to load it. The run has that file locked, which
-ends with its process: the next run towards the same name removes what is no longer locked.
+A folder that is being written has a name of its own and holds a file UNFINISHED; what a killed run
+leaves behind is refused by either when somebody tries to load it. The run has the folder locked,
+which ends with its process: the next run towards the same name removes what is no longer locked.
 """
 
 import contextlib
 import fcntl
 import glob
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 UNFINISHED = "UNFINISHED"
+HALF = re.compile(r"\.unfinished-[0-9a-f]{8}$")  # the name of a folder that is being written
 
 SIDE_FOLDERS = ("qformer_tokenizer",)  # the second tokenizer of InstructBLIP's processor
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx")
@@ -37,14 +38,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     half = path.parent / f"{path.name}.unfinished-{uuid.uuid4().hex[:8]}"
     try:
         half.mkdir()
-        with (half / UNFINISHED).open("w") as mark:
-            _lock(mark)
-            mark.write("what an interrupted conversion left; delete this folder\n")
-            mark.flush()
+        with _locked(half):
+            (half / UNFINISHED).write_text("what an interrupted conversion left; delete it\n")
             yield half
             sync(half)
             (half / UNFINISHED).unlink()
-            half.rename(path)
+            half.rename(path)  # until here its name says that it is unfinished
+            _sync_file(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             _remove(half)
@@ -61,9 +61,11 @@ def remove_leftovers(path: Path) -> list[Path]:
     path = path.absolute()
     removed = []
     for half in sorted(path.parent.glob(f"{glob.escape(path.name)}.unfinished-*")):
+        if not HALF.search(half.name):
+            continue
         try:
-            with (half / UNFINISHED).open("r+") as mark:
-                if not _lock(mark):
+            with _locked(half) as is_ours:
+                if not is_ours:
                     continue  # a living run's
                 _remove(half)
         except OSError:
@@ -74,10 +76,17 @@ def remove_leftovers(path: Path) -> list[Path]:
 
 def sync(folder: Path) -> None:
     """Returns when all that is in a folder is on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in (*folder.rglob("*"), folder):
+        _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    """The same for a file, or the names in a folder."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def forget(folder: Path) -> None:
@@ -99,18 +108,24 @@ def _remove(half: Path) -> None:
     shutil.rmtree(half)
 
 
-def _lock(file: IO[str]) -> bool:
-    """Locks a file until it is closed; False if another process has it, or locks are unknown."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder; False if another process has it, or the file system knows no locks."""
+    file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
     except OSError:
-        return False
-    return True
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        os.close(file)
 
 
 def refuse_unfinished(folder: Path) -> None:
     """Raises ValueError if the folder is what an interrupted run left."""
-    if (folder / UNFINISHED).exists():
+    if HALF.search(folder.name) or (folder / UNFINISHED).exists():
         raise ValueError(
             f"{folder} is what an interrupted conversion left; delete it and convert again"
         )

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from catp_jax import checkpoint
 from convert.families import Config, Model, family_of, read_config
 from convert.family import Family
+from convert.folders import refuse_unfinished
 from convert.report import Report, make_report
 from convert.rules import Match, Matching
 from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
@@ -67,7 +68,7 @@ def load_hf(
     """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them).
 
     Parts that compute in float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`.
-    `place` chooses shardings; each process then reads only the bytes of its own shards. Raises
+    `place` chooses shardings; each process then reads the bytes of its own shards. Raises
     ValueError if config.json or the weights are damaged, unsupported or do not fit together.
     """
     wanted = parse_dtype(dtype)
@@ -100,7 +101,11 @@ def load_hf(
 
 
 def open_source(folder: Path) -> Source:
-    """Checks a Hugging Face folder without reading its weights. Raises ValueError."""
+    """Checks a Hugging Face folder without reading its weights. Raises ValueError.
+
+    But for those that may be another's twin: these are compared, as far as they are equal.
+    """
+    refuse_unfinished(folder)
     config = read_config(folder)
     shards = find_shards(folder)
     tensors: dict[str, Tensor] = {}

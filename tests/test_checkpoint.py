@@ -68,6 +68,25 @@ def test_leaves_say_dtype_and_sharding(tmp_path: Path):
     np.testing.assert_array_equal(after["x"].astype(jnp.float32), before["x"])
 
 
+@pytest.mark.parametrize("limit", [1, 40])
+def test_an_array_of_more_than_is_read_at_once_is_restored(tmp_path: Path, monkeypatch, limit: int):
+    monkeypatch.setattr(checkpoint, "READ_AT_ONCE", limit)
+    before = {"x": np.arange(40.0, dtype=np.float32), "y": np.ones(3, np.float32), "z": np.zeros(5)}
+    save_runs(tmp_path / "a", before)
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    for sharding in (None, split):
+        abstract = {
+            name: jax.ShapeDtypeStruct(
+                x.shape, jnp.float32, sharding=sharding if name == "x" else None
+            )
+            for name, x in before.items()
+        }
+        after = checkpoint.restore(tmp_path / "a", abstract)
+        for name, array in before.items():
+            np.testing.assert_array_equal(after[name], array)
+
+
 def runs_of(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """One array at a time, and empty runs between."""
     for name, array in arrays.items():

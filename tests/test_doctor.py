@@ -1,6 +1,7 @@
 """What `catp-jax doctor` finds: known-bad versions, meshes, kernels, room; and its exit code."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ GOOD = {
     "orbax-checkpoint": "0.12.8",
     "transformers": "5.23.0",
     "numpy": "2.4.0",
-    "safetensors": "",
+    "jax-cuda12-plugin": "",
+    "jax-cuda13-plugin": "",
 }
 
 
@@ -39,6 +41,9 @@ def test_a_good_installation_is_one_line():
         ({"flax": "0.12.8"}, "fail", "flax 0.12.8 breaks on jax 0.12.0"),
         ({"orbax-checkpoint": "0.13.0"}, "fail", "orbax-checkpoint 0.12, not 0.13.0"),
         ({"transformers": ""}, "fail", "transformers is missing"),
+        ({"transformers": "6.0.1"}, "fail", "transformers 5.23 and later, not 6.0.1"),
+        ({"numpy": "1.26.4"}, "fail", "numpy 2, not 1.26.4"),
+        ({"jax-cuda12-plugin": "0.11.0"}, "fail", "0.11.0 does not go with jaxlib 0.12.0"),
     ],
 )
 def test_pairs_that_are_known_to_be_bad(changed, level, says):
@@ -121,6 +126,20 @@ def test_a_package_that_is_missing_is_named(package: str, words: list[str]):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr == f"catp-jax: the package {package} is missing: pip install catp-jax\n"
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["generate", str(MINI), "--prompt", "x"]])
+def test_a_platform_that_is_not_there_is_said(words: list[str]):
+    run = subprocess.run(
+        [sys.executable, "-m", "catp_jax", *words],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "JAX finds no device (JAX_PLATFORMS=cuda)" in run.stdout + run.stderr
 
 
 def test_memory_that_does_not_do_fails(monkeypatch):

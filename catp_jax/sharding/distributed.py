@@ -5,8 +5,10 @@ Kubernetes (a JobSet or an indexed Job), Open MPI and on cloud TPUs; anywhere el
 """
 
 import os
+import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import NoReturn
@@ -29,8 +31,8 @@ def start(
     """Connects this process with the others; before anything is computed.
 
     `coordinator` is HOST:PORT of process 0, `process_id` counts from 0; None of the three leaves it
-    to JAX to find out. Raises ValueError if they do not make sense, or the others do not come
-    within `patience` seconds.
+    to JAX to find out. Raises ValueError if they do not make sense, or process 0 does not answer
+    within `patience` seconds; ends the process with a message if others do not come.
     """
     given = {
         "coordinator": coordinator,
@@ -55,6 +57,9 @@ def start(
             )
         if process_id > 0:  # the first one listens; JAX aborts if nobody does
             _wait_for(host, int(port), patience)
+    alarm = threading.Timer(patience, _give_up, [num_processes, patience])  # JAX would abort
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             **{
@@ -62,7 +67,7 @@ def start(
                 "num_processes": num_processes,
                 "process_id": process_id,
             },
-            initialization_timeout=patience,
+            initialization_timeout=patience + 60,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=heartbeat,
         )
@@ -76,6 +81,20 @@ def start(
             f"the processes could not be connected; is the port free and open on all hosts, and "
             f"does every one run? ({_first(error)})"
         ) from None
+    finally:
+        alarm.cancel()
+
+
+def _give_up(wanted: int | None, patience: int) -> None:
+    """Ends this process, which waits for others within JAX, where no exception reaches it."""
+    number = "all the" if wanted is None else f"all {wanted}"
+    print(
+        f"catp-jax: {number} processes did not come within {patience} seconds; check that every "
+        "one was started and that their network lets them through",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _wait_for(host: str, port: int, patience: int) -> None:
@@ -101,7 +120,7 @@ def is_first() -> bool:
 
 def agreed(flags: Sequence[bool]) -> list[bool]:
     """Which of these are true in every process; each gives as many."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return list(flags)
     every = multihost_utils.process_allgather(np.asarray(flags, bool))
     return every.reshape(-1, len(flags)).all(axis=0).tolist()
@@ -109,7 +128,7 @@ def agreed(flags: Sequence[bool]) -> list[bool]:
 
 def gathered(text: str) -> list[str]:
     """What each process says, in order; all have to take part."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(own.size)).ravel()
@@ -119,8 +138,13 @@ def gathered(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, size in zip(every, sizes, strict=True)]
 
 
-def lost(error: Exception) -> str:
-    """What to say when another process was lost."""
+LOST = re.compile("gloo|nccl|heartbeat|coordination|connect|socket|peer|task", re.IGNORECASE)
+
+
+def lost(error: Exception) -> str | None:
+    """What to say when another process was lost; None for any other error."""
+    if not jax.distributed.is_initialized() or not LOST.search(str(error)):
+        return None
     return (
         f"process {jax.process_index()} of {jax.process_count()} lost another one and ends; look "
         f"into the others' output for the cause, then start all anew ({_first(error)})"

@@ -1,6 +1,7 @@
 """Meshes of devices, from what a user says: "data=2,tensor=4"."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
 
-MOST = 4096  # devices along one axis
+MOST = 4096  # devices
 
 MeshLike = str | Mapping[str, int]
 """Sizes of some of `AXES`, as a mapping or as "data=2,tensor=4"; those left out are 1."""
@@ -37,7 +38,22 @@ def parse_mesh(mesh: MeshLike) -> dict[str, int]:
             f"a mesh is sizes of {', '.join(AXES)}, such as 'data=2,tensor=4'; "
             f"got {', '.join(wrong)}"
         )
-    return {name: given.get(name, 1) for name in AXES}
+    sizes = {name: given.get(name, 1) for name in AXES}
+    if math.prod(sizes.values()) > MOST:
+        raise ValueError(f"a mesh has at most {MOST} places, got {mesh!r}")
+    return sizes
+
+
+def find_devices() -> list[Any]:
+    """The devices of all processes. Raises ValueError if JAX can start none."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the former for a platform that is not there
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX finds no device (JAX_PLATFORMS={asked}): install it for this machine's "
+            f"(catp-jax[cuda] for NVIDIA's), or unset JAX_PLATFORMS. {error}".strip()
+        ) from None
 
 
 def make_mesh(mesh: MeshLike, kv_heads: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,7 +62,7 @@ def make_mesh(mesh: MeshLike, kv_heads: int, devices: Sequence[Any] | None = Non
     Raises ValueError if the devices are more or fewer than the mesh has places.
     """
     sizes = parse_mesh(mesh)
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     if math.prod(sizes.values()) != len(devices):
         text = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(

@@ -264,13 +264,25 @@ def test_leftovers_are_removed_unless_they_are_anothers(tmp_path: Path):
     with folders.new_folder(tmp_path / "out") as living:
         assert folders.remove_leftovers(tmp_path / "out") == []
         assert living.is_dir()
-    for name in ("out.unfinished-1", "other.unfinished-1", "out.unfinished-mine"):
+    halves = ("out.unfinished-0123abcd", "other.unfinished-0123abcd", "out.unfinished-mine")
+    for name in halves:
         (tmp_path / name).mkdir()
-    for name in ("out.unfinished-1", "other.unfinished-1"):
-        (tmp_path / name / "UNFINISHED").touch()
-    assert folders.remove_leftovers(tmp_path / "out") == [tmp_path / "out.unfinished-1"]
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"out", "other.unfinished-1", "out.unfinished-mine"}
+    assert folders.remove_leftovers(tmp_path / "out") == [tmp_path / halves[0]]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *halves[1:]}
+
+
+def test_a_whole_folder_that_was_not_renamed_does_not_load_and_goes(tmp_path: Path):
+    """Killed between the last two steps."""
+    source = hf_folder(tmp_path / "hf")
+    convert.to_orbax(source, tmp_path / "first")
+    half = (tmp_path / "first").rename(tmp_path / "out.unfinished-0123abcd")
+    with pytest.raises(ValueError, match="is what an interrupted conversion left"):
+        convert.load(half)
+    again = source.rename(tmp_path / "hf.unfinished-0123abcd")
+    with pytest.raises(ValueError, match="is what an interrupted conversion left"):
+        convert.load_hf(again)
+    convert.to_orbax(again.rename(source), tmp_path / "out")
+    assert not half.exists()
 
 
 def flip_a_byte(weights: Path) -> None:
@@ -444,7 +456,7 @@ def test_checkpoint_of_ours_is_what_weights_hold(tmp_path: Path):
 
 
 def test_mark_of_an_unfinished_folder_goes_last(tmp_path: Path, monkeypatch):
-    left = tmp_path / "out.unfinished-1"
+    left = tmp_path / "out.unfinished-0123abcd"
     (left / "weights").mkdir(parents=True)
     for name in ("UNFINISHED", "config.json"):
         (left / name).touch()

@@ -27,12 +27,12 @@ def test_there_and_back(tmp_path: Path):
 
 def test_verified_run_says_what_it_removed(tmp_path: Path):
     folder = hf_folder(tmp_path / "hf")
-    left = tmp_path / "out.unfinished-1"
+    left = tmp_path / "out.unfinished-0123abcd"
     left.mkdir()
     (left / "UNFINISHED").touch()
     done = run(folder, tmp_path / "out", "--verify")
     assert done.returncode == 0, done.stderr
-    assert "removed out.unfinished-1, which an interrupted run left" in done.stderr
+    assert "removed out.unfinished-0123abcd, which an interrupted run left" in done.stderr
     assert not left.exists()
     back = run(tmp_path / "out", tmp_path / "again", "--to-hf", "--verify")
     assert back.returncode == 1

@@ -62,6 +62,13 @@ def start_two(words: list[str], err: Path) -> list[subprocess.Popen]:
     return processes
 
 
+def end(processes: list[subprocess.Popen]) -> None:
+    """Whatever still runs would take the machine from the tests that follow."""
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 def answers(text: str) -> list[dict]:
     """The JSON lines; the CPU's transport between processes prints lines of its own."""
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -79,7 +86,10 @@ def test_two_processes_answer_as_one_and_the_first_one_speaks(tmp_path):
         check=True,
     )
     first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
-    said, silence = first.communicate(timeout=300)[0], second.communicate(timeout=300)[0]
+    try:
+        said, silence = first.communicate(timeout=300)[0], second.communicate(timeout=300)[0]
+    finally:
+        end([first, second])
     assert (first.returncode, second.returncode) == (0, 0), (tmp_path / "0.txt").read_text()
     expected = answers(alone.stdout)
     assert [row["text"] for row in expected] == ["blue", "no"]
@@ -92,22 +102,26 @@ def test_every_way_of_answering_is_the_same_in_two_processes(tmp_path):
     converted = tmp_path / "converted"
     convert.to_orbax(ASSETS / "mini-llama-vision", converted)
     coordinator, out = f"127.0.0.1:{free_port()}", tmp_path / "two"
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.sharding.ways"),
-                *(str(converted), str(out), coordinator, "2", str(number)),
-            ],
-            env=environment(4),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    expected = answer(converted, tmp_path / "one.jsonl", is_spread=False)
-    said = [process.communicate(timeout=400)[1] for process in processes]
+    processes = []
+    for number in range(2):
+        told = [str(converted), str(out), coordinator, "2", str(number)]
+        with (tmp_path / f"{number}.txt").open("w") as file:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.sharding.ways", *told],
+                    env=environment(4),
+                    cwd=ROOT,
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
+                )
+            )
+    try:
+        expected = answer(converted, tmp_path / "one.jsonl", is_spread=False)
+        for process in processes:
+            process.wait(timeout=400)
+    finally:
+        end(processes)
+    said = [(tmp_path / f"{number}.txt").read_text() for number in range(2)]
     assert [process.returncode for process in processes] == [0, 0], said
     first, second = (json.loads((tmp_path / f"two-{number}.json").read_text()) for number in (0, 1))
     assert first == second
@@ -127,9 +141,11 @@ def test_every_way_of_answering_is_the_same_in_two_processes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("number", "word"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("number", "word"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path, number, word):
-    """Killed, though it be the coordinator; or silent, and then by JAX's own hand."""
+    """Killed; or the coordinator, or silent, where JAX itself may be the one to end them."""
     requests = tmp_path / "requests.jsonl"
     line = json.dumps({"prompt": "is there a circle?", "images": [str(CIRCLE)]}) + "\n"
     requests.write_text(line * 20_000)
@@ -142,16 +158,34 @@ def test_a_lost_process_ends_the_others_with_a_message(tmp_path, number, word):
     try:
         other.communicate(timeout=4 * HEARTBEAT)
     finally:
-        victim.kill()
-        victim.communicate()
+        end(processes)
     assert other.returncode != 0
     said = (tmp_path / f"{1 - number}.txt").read_text()
-    if word == signal.SIGKILL:
+    assert "Traceback" not in said
+    own = f"process {1 - number} of 2 lost another one and ends"
+    if (number, word) == (1, signal.SIGKILL):
         assert other.returncode == 1
-        assert f"process {1 - number} of 2 lost another one and ends" in said
-        assert "Traceback" not in said
+        assert own in said
     else:
-        assert "heartbeat" in said
+        assert own in said or "heartbeat" in said or "coordination" in said.lower()
+
+
+def test_a_first_process_whose_partners_never_come_ends_with_a_message():
+    code = (
+        "from catp_jax.sharding.distributed import start; "
+        f"start('127.0.0.1:{free_port()}', 2, 0, patience=2)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    assert "all 2 processes did not come within 2 seconds" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(
