@@ -99,7 +99,11 @@ class Plan:
         return self.weights + self.self_kv + self.cross_kv + self.inputs + self.temporaries
 
     def largest_batch(self, memory: int) -> int:
-        """About how many prompts fit into `memory`: what is no weight grows with their number."""
+        """About how many prompts fit into `memory`, taking all but weights to grow with them.
+
+        That is too few where weights are gathered (fsdp) and the planned batch is small. A line
+        through two batches would be too many: temporaries of one phase hide another's.
+        """
         each = (self.total - self.weights) / self.batch
         return max(0, int((memory - self.weights) / each))
 
