@@ -27,7 +27,7 @@ from catp_jax import checkpoint
 from catp_jax.generation import generate as programs
 from catp_jax.generation.inputs import TEXT_LENGTHS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
-from catp_jax.models.cache import LayerCache
+from catp_jax.models.cache import Block
 from catp_jax.models.frozen import freeze
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
@@ -281,10 +281,10 @@ def caches(state: Any) -> tuple[list[Any], list[Any]]:
     own: list[Any] = []
     cross: list[Any] = []
     leaves = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda node: isinstance(node, LayerCache)
+        state, is_leaf=lambda node: isinstance(node, Block)
     )
     for path, leaf in leaves:
-        if isinstance(leaf, LayerCache):
+        if isinstance(leaf, Block):
             is_cross = jax.tree_util.keystr(path[:1], simple=True) == "cross"
             (cross if is_cross else own).extend([leaf.keys, leaf.values])
     return own, cross

@@ -16,7 +16,6 @@ from catp_jax.generation.beam import beams, generate_beam
 from catp_jax.generation.blip2_inputs import pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
-from catp_jax.models.cache import LayerCache
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
 from tests.blip2_methods import (
@@ -158,14 +157,13 @@ def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[A
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), expected.tokens)
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     if kind == "t5":
-        assert cache.own.next_slot == NEW + 1  # the start token has a slot too
-        assert cache.own.slots.valid.all()
+        assert cache.next_slot == NEW + 1  # the start token has a slot too
         assert cache.cross_valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
     else:
         for segment in cache.segments:
             visual = QUERIES if segment is cache.segments[0] and len(cache.segments) > 1 else BUDGET
-            assert segment.next_slot == visual + 16 + NEW
-            assert segment.slots.valid.sum(axis=1).tolist() == [n + visual for n in lengths]
+            assert segment.next_slot == NEW
+            assert segment.valid.sum(axis=1).tolist() == [n - NEW + visual for n in lengths]
 
 
 @pytest.mark.parametrize(("kind", "pruners"), CASES)
@@ -233,51 +231,39 @@ def spread_cache(kind: Kind, is_pruned_inside: bool = False) -> Any:
     pruners = (Position(keep=5), fastv(BUDGET)) if is_pruned_inside else (CATP(keep=BUDGET),)
     model = random_blip2(kind)
     cache = programs.prefill(model, pruners, packed().inputs, new_slots=4).cache
-    cache = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0) if x.ndim else x, cache)
+    cache = cache.spread(3)
     for step in range(2):
         tokens = (jnp.arange(12, dtype=jnp.int32) * 3 + step) % 47
         _, cache = jax.jit(Blip2.step)(model, tokens, cache)
     return cache
 
 
+def tails_and_prompts(cache: Any) -> tuple[Any, Any]:
+    """What each beam has for itself, and what the beams of a prompt share."""
+    if hasattr(cache, "segments"):
+        return [s.tail for s in cache.segments], [(s.prompt, s.valid) for s in cache.segments]
+    return cache.tail, (cache.cross, cache.cross_valid)
+
+
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_reordering_beams_moves_new_slots_alone_and_is_reordering_everything(case: tuple):
+def test_reordering_beams_moves_their_tails_alone(case: tuple):
     cache = spread_cache(*case)
     parents = np.asarray([2, 2, 0, 3, 5, 3, 8, 7, 6, 9, 9, 9], np.int32)  # of their own prompt
     moved = jax.jit(lambda c, p: c.reorder(p))(cache, jnp.asarray(parents))
-    everything = jax.tree.map(lambda x: x[parents] if x.ndim else x, cache)
-    jax.tree.map(np.testing.assert_array_equal, moved, everything)
+    (tails, prompts), (after, shared) = tails_and_prompts(cache), tails_and_prompts(moved)
+    jax.tree.map(np.testing.assert_array_equal, after, jax.tree.map(lambda x: x[parents], tails))
+    jax.tree.map(np.testing.assert_array_equal, shared, prompts)
     assert any(
         (np.asarray(a) != np.asarray(b)).any()
-        for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(cache), strict=True)
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(tails), strict=True)
     )
 
 
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_reordering_beams_leaves_the_prompts_slots_where_they_are(case: tuple):
-    # parents of other prompts, which never occur: what would move the prompt's slots shows
-    cache = spread_cache(*case)
-    parents = np.roll(np.arange(12), 5)
-    moved = cache.reorder(jnp.asarray(parents, jnp.int32))
-    segments, new = (cache.segments, 4) if case[0] == "opt" else ((cache.own,), 5)
-    after = moved.segments if case[0] == "opt" else (moved.own,)
-    for old, segment in zip(segments, after, strict=True):
-        first = old.slots.valid.shape[1] - new
-        for one, other in zip(old.layers, segment.layers, strict=True):
-            for name in ("keys", "values"):
-                was, now = np.asarray(getattr(one, name)), np.asarray(getattr(other, name))
-                np.testing.assert_array_equal(now[:, :first], was[:, :first])
-                np.testing.assert_array_equal(now[:, first:], was[parents, first:])
-    if case[0] == "t5":
-        assert first == 0
-        jax.tree.map(np.testing.assert_array_equal, moved.cross, cache.cross)
-
-
-def test_a_layers_reordering_by_hand():
-    array = jnp.arange(6, dtype=jnp.float32).reshape(2, 3, 1, 1)
-    moved = LayerCache(keys=array, values=array + 10).reorder(jnp.asarray([1, 0]), first=2)
-    assert moved.keys[:, :, 0, 0].tolist() == [[0, 1, 5], [3, 4, 2]]
-    assert moved.values[:, :, 0, 0].tolist() == [[10, 11, 15], [13, 14, 12]]
+def test_beams_share_one_prompt_and_have_tails_of_their_own(case: tuple):
+    tails, prompts = tails_and_prompts(spread_cache(*case))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(tails)} == {4 * 3}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(prompts)} == {4}
 
 
 @pytest.mark.parametrize(("kind", "pruners"), [CASES[1], CASES[2]])
@@ -321,26 +307,27 @@ def cache_of(kind: Kind, *pruners: Any) -> Any:
 def test_opts_cache_has_the_kept_queries_the_text_and_the_new_tokens(keep: int):
     cache = cache_of("opt", Position(keep=keep))
     (segment,) = cache.segments
-    shape = (4, keep + 16 + NEW, OPT.num_attention_heads, 4)
-    assert len(segment.layers) == OPT.num_hidden_layers
-    for layer in segment.layers:
-        assert layer.keys.shape == layer.values.shape == shape
-    assert segment.slots.valid.shape == shape[:2]
+    heads = OPT.num_attention_heads
+    assert len(segment.prompt) == len(segment.tail) == OPT.num_hidden_layers
+    for prompt, tail in zip(segment.prompt, segment.tail, strict=True):
+        assert prompt.keys.shape == prompt.values.shape == (4, heads, keep + 16, 4)
+        assert tail.keys.shape == tail.values.shape == (4, heads, NEW, 4)
+    assert segment.valid.shape == (4, keep + 16)
 
 
 def test_after_pruning_between_layers_opts_later_layers_have_smaller_caches():
     cache = cache_of("opt", CATP(keep=5), fastv(2))
-    sizes = [[layer.keys.shape[1] for layer in segment.layers] for segment in cache.segments]
-    assert sizes == [[5 + 16 + NEW] * LAYER, [2 + 16 + NEW]]
-    assert cache_of("opt", fastv(2)).segments[0].layers[0].keys.shape[1] == QUERIES + 16 + NEW
+    sizes = [[block.keys.shape[2] for block in segment.prompt] for segment in cache.segments]
+    assert sizes == [[5 + 16] * LAYER, [2 + 16]]
+    assert cache_of("opt", fastv(2)).segments[0].prompt[0].keys.shape[2] == QUERIES + 16
 
 
 @pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
 def test_t5s_cross_attention_has_the_kept_queries_and_the_text(keep: int):
     cache = cache_of("t5", Position(keep=keep))
-    assert len(cache.cross) == len(cache.own.layers) == T5.num_decoder_layers
+    assert len(cache.cross) == len(cache.tail) == T5.num_decoder_layers
     for layer in cache.cross:
-        assert layer.keys.shape == layer.values.shape == (4, keep + 16, T5.num_heads, T5.d_kv)
+        assert layer.keys.shape == layer.values.shape == (4, T5.num_heads, keep + 16, T5.d_kv)
     assert cache.cross_valid.shape == (4, keep + 16)
-    for layer in cache.own.layers:
-        assert layer.keys.shape == (4, NEW + 1, T5.num_heads, T5.d_kv)
+    for layer in cache.tail:
+        assert layer.keys.shape == (4, T5.num_heads, NEW + 1, T5.d_kv)

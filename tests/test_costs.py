@@ -129,11 +129,12 @@ def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
         inputs(),
     )
     assert len(out.cache.cross) == len(TEXT.cross_attention_layers)
-    assert len(out.cache.own.layers) == TEXT.num_hidden_layers - len(out.cache.cross)
-    for layers, slots in ((out.cache.own.layers, ROWS + 5), (out.cache.cross, keep)):
+    own = out.cache.own
+    assert len(own.prompt) == len(own.tail) == TEXT.num_hidden_layers - len(out.cache.cross)
+    for layers, slots in ((own.prompt, ROWS), (own.tail, 5), (out.cache.cross, keep)):
         for layer in layers:
-            assert layer.keys.shape == layer.values.shape == (BATCH, slots, KV_HEADS, CHANNELS)
-    assert out.cache.seen.shape == out.cache.visual.valid.shape == (BATCH, keep)
+            assert layer.keys.shape == layer.values.shape == (BATCH, KV_HEADS, slots, CHANNELS)
+    assert out.cache.seen.shape == out.cache.valid.shape == (BATCH, keep)
 
 
 def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(monkeypatch):

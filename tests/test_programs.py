@@ -100,10 +100,10 @@ def test_prefill_and_steps_give_what_generate_gives():
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         logits, cache = programs.step(model, tokens[-1], cache)
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), reference.tokens)
-    assert cache.own.next_slot == batch.inputs.tokens.shape[1] + NEW
+    assert cache.own.next_slot == NEW
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     assert cache.next_position.tolist() == lengths
-    assert cache.own.slots.valid.sum(axis=1).tolist() == lengths
+    assert cache.own.valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
 
 
 def test_step_reuses_the_memory_of_the_cache():
@@ -119,7 +119,7 @@ def test_step_reuses_the_memory_of_the_cache():
     programs.step(model, token, start.cache)
     assert all(buffer.is_deleted() for buffer in buffers)
     with pytest.raises(Exception, match="deleted"):
-        start.cache.own.layers[0].keys + 1.0
+        start.cache.own.tail[0].keys + 1.0
 
 
 def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():

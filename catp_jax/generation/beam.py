@@ -4,8 +4,8 @@
               candidates, of which those that end join the finished ones and the rest go on
     finished  the `num_beams` best ended answers, by log-probability / length ** length_penalty
 
-Every beam has a copy of its prompt's cache, so `num_beams` times the memory; a step moves only what
-the beams themselves wrote.
+The beams of a prompt read one cache of it; each has only a tail of its own, which is what a step
+moves.
 
 The rules, and which candidates count, are those of Hugging Face transformers
 (`GenerationMixin._beam_search`), so that both find the same answers. Each sample has its own end:
@@ -201,9 +201,6 @@ def _search(
 ) -> Generated:
     batch, k = start.logits.shape[0], how.num_beams
 
-    def spread(array: Array) -> Array:
-        return jnp.repeat(array, k, axis=0) if array.ndim else array
-
     def going(carry: Any) -> Bool[Array, ""]:
         state, _, _ = carry
         return (state.length < max_new_tokens) & state.open.any()
@@ -219,8 +216,8 @@ def _search(
         return state, last, cache.reorder((first + parents).reshape(-1))
 
     state = _start(batch, k, max_new_tokens, pad)
-    cache = jax.tree.map(spread, start.cache)
-    carry = advanced(state, spread(start.logits), cache)
+    logits = jnp.repeat(start.logits, k, axis=0)
+    carry = advanced(state, logits, start.cache.spread(k))
     state, _, _ = jax.lax.while_loop(going, add, carry)
 
     return conclude(start, state.finished[:, 0], ends)

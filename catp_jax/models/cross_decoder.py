@@ -24,7 +24,17 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Keep, Site, View, keep_columns
-from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.cache import (
+    Block,
+    KeysValues,
+    Read,
+    Segment,
+    Slots,
+    attend_blocks,
+    causal_mask,
+    padded,
+    spread,
+)
 from catp_jax.models.layers import (
     Llama3Scaling,
     RmsNorm,
@@ -107,29 +117,37 @@ class CrossCache:
     """What the decoder keeps between two tokens.
 
     `own`: the self-attention layers. `cross`: the cross-attention layers, empty if no sample of the
-    batch has an image; `visual` describes their slots (there a position is the number of the visual
-    token before any pruning), and `seen` marks those that generated tokens attend to.
+    batch has an image; `valid` says which of their slots hold a visual token, `seen` which of them
+    generated tokens attend to.
     """
 
     mode: MaskMode = static()
     own: Segment
-    cross: tuple[LayerCache, ...]
-    visual: Slots | None
-    seen: Bool[Array, "b n"] | None
-    next_position: Int[Array, " b"]
+    cross: tuple[Block, ...]
+    valid: Bool[Array, "b slots"] | None
+    seen: Bool[Array, "b slots"] | None
+    next_position: Int[Array, " r"]
 
-    def reorder(self, parents: Int[Array, " b"]) -> "CrossCache":
+    def spread(self, rows: int) -> "CrossCache":
+        """So many rows a prompt, which is held once."""
+        return replace(
+            self, own=self.own.spread(rows), next_position=spread(self.next_position, rows)
+        )
+
+    def reorder(self, parents: Int[Array, " r"]) -> "CrossCache":
         """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
         return replace(self, own=self.own.reorder(parents))
 
 
 @pytree
 class CrossMask:
-    """`mask`: what a row attends to. `attends`, `feeds`: whether it takes the branch at all."""
+    """`mask`: what the rows of a prompt attend to. `attends`, `feeds`: whether a row takes the
+    branch at all.
+    """
 
     mask: Bool[Array, "b s n"]
-    attends: Bool[Array, "b s"]
-    feeds: Bool[Array, "b s"]
+    attends: Bool[Array, "r s"]
+    feeds: Bool[Array, "r s"]
 
 
 def cross_mask(sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: MaskMode) -> CrossMask:
@@ -154,17 +172,20 @@ class CrossAttention(AttentionProjections):
         """The rows' queries, normed, not scaled."""
         return self.q_norm(split_heads(self.q_proj(x), self.heads))
 
-    def project(self, features: Float[Array, "b n d"]) -> LayerCache:
-        """The features' keys and values as they are cached."""
-        return LayerCache(
+    def project(self, features: Float[Array, "b n d"]) -> KeysValues:
+        """The features' keys and values."""
+        return KeysValues(
             keys=self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
             values=split_heads(self.v_proj(features), self.kv_heads),
         )
 
     def __call__(
-        self, x: Float[Array, "b s d"], cache: LayerCache, mask: Bool[Array, "b s n"]
-    ) -> Float[Array, "b s d"]:
-        attended = attend(self.queries(x), cache.keys, cache.values, mask)
+        self, x: Float[Array, "r s d"], visual: KeysValues | Block, mask: Bool[Array, "b s n"]
+    ) -> Float[Array, "r s d"]:
+        if isinstance(visual, Block):
+            attended = attend_blocks(self.queries(x), [Read(block=visual, seen=mask[:, 0])])
+        else:
+            attended = attend(self.queries(x), visual.keys, visual.values, mask)
         return self.o_proj(merge_heads(attended))
 
 
@@ -180,9 +201,9 @@ class CrossLayer(nnx.Module):
         self.cross_attn_mlp_gate = gate(0.0)
 
     def __call__(
-        self, x: Float[Array, "b s d"], cache: LayerCache, mask: CrossMask
-    ) -> Float[Array, "b s d"]:
-        attended = self.cross_attn(self.input_layernorm(x), cache, mask.mask)
+        self, x: Float[Array, "r s d"], visual: KeysValues | Block, mask: CrossMask
+    ) -> Float[Array, "r s d"]:
+        attended = self.cross_attn(self.input_layernorm(x), visual, mask.mask)
         x = x + self._gated(self.cross_attn_attn_gate, mask.attends, attended)
         fed = self.mlp(self.post_attention_layernorm(x))
         return x + self._gated(self.cross_attn_mlp_gate, mask.feeds, fed)
@@ -198,15 +219,15 @@ class CrossLayer(nnx.Module):
 class Front:
     """The state of a prefill right after the first cross-attention layer.
 
-    `before` has the caches of the layers in front of it, `cross` its own. `view` is what pruners
-    look at. The last three are None if the batch has no image.
+    `before` has keys and values of the layers in front of it, `cross` its own. `view` is what
+    pruners look at. The last three are None if the batch has no image.
     """
 
     mode: MaskMode = static()
     hidden: Float[Array, "b s d"]
     text: Slots
-    before: tuple[LayerCache, ...]
-    cross: LayerCache | None
+    before: tuple[KeysValues, ...]
+    cross: KeysValues | None
     visual: Visual | None
     view: View | None
 
@@ -244,7 +265,7 @@ class CrossDecoder(nnx.Module):
         """Runs the prompt through the first cross-attention layer, which attends to everything."""
         x = self.embed_tokens(tokens)
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        before: list[LayerCache] = []
+        before: list[KeysValues] = []
         for layer in self.layers[: self.first_cross]:
             x, _, cache = layer(x, rope, mask)
             before.append(cache)
@@ -294,7 +315,8 @@ class CrossDecoder(nnx.Module):
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
         if visual is not None and first is not None and keep is not None:
             visual, first = visual.keep(keep), first.keep(keep)
-        own, cross = list(front.before), [] if first is None else [first]
+        own: list[Any] = [*front.before]
+        cross = [] if first is None else [first]
         rope, mask = self._rope(text.positions), causal_mask(text, text)
         masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
         for layer in self.layers[self.first_cross + 1 :]:
@@ -305,15 +327,16 @@ class CrossDecoder(nnx.Module):
                 cross.append(layer.cross_attn.project(visual.features))
                 x = layer(x, cross[-1], masked)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
-        seen = None
+        valid = seen = None
         if visual is not None:
             last = jnp.maximum(length - 1, 0)[:, None, None]
-            seen = jnp.take_along_axis(visual.sees, last, axis=1)[:, 0]
+            valid = padded(visual.slots.valid)
+            seen = padded(jnp.take_along_axis(visual.sees, last, axis=1)[:, 0])
         return self.norm(x), CrossCache(
             mode=front.mode,
-            own=Segment.after_prompt(own, text, new_slots),
-            cross=tuple(cross),
-            visual=None if visual is None else visual.slots,
+            own=Segment.after_prompt(own, text.valid, new_slots),
+            cross=tuple(Block.of(layer) for layer in cross),
+            valid=valid,
             seen=seen,
             next_position=length,
         )
@@ -323,23 +346,25 @@ class CrossDecoder(nnx.Module):
     ) -> tuple[Float[Array, "b d"], CrossCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         x = self.embed_tokens(tokens[:, None])
-        slot, position = cache.own.next_slot, cache.next_position[:, None]
-        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
-        text = cache.own.slots.write(here, slot)
-        rope, mask = self._rope(position), causal_mask(here, text)
+        rope = self._rope(cache.next_position[:, None])
         masked = None
-        if cache.visual is not None and cache.seen is not None:
-            masked = cross_mask(cache.seen[:, None], cache.visual.valid, cache.mode)
-        own, cross, written = iter(cache.own.layers), iter(cache.cross), []
+        if cache.valid is not None and cache.seen is not None:
+            masked = cross_mask(cache.seen[:, None], cache.valid, cache.mode)
+            rows = x.shape[0] // cache.valid.shape[0]
+            masked = replace(
+                masked,
+                attends=jnp.repeat(masked.attends, rows, axis=0),
+                feeds=jnp.repeat(masked.feeds, rows, axis=0),
+            )
+        own, cross, tail = iter(cache.own.pasts()), iter(cache.cross), []
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
-                x, _, past = layer(x, rope, mask, Past(cache=next(own), slot=slot))
-                written.append(past)
+                x, _, written = layer(x, rope, None, next(own))
+                tail.append(written)
             elif masked is not None:
                 x = layer(x, next(cross), masked)
-        segment = replace(cache.own, layers=tuple(written), slots=text, next_slot=slot + 1)
         return self.norm(x)[:, 0], replace(
-            cache, own=segment, next_position=cache.next_position + 1
+            cache, own=cache.own.grown(tail), next_position=cache.next_position + 1
         )
 
     def _rope(

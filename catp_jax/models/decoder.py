@@ -6,14 +6,14 @@ visual tokens and text → layer 0 ─ LAYER ─ layer 1 ─ LAYER ─ … → n
 
 import abc
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Select, Site, View
-from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.cache import Block, KeysValues, Past, Segment, Slots, causal_mask, spread
 from catp_jax.models.layers import scaled
 from catp_jax.struct import pytree, replace
 
@@ -23,20 +23,33 @@ class DecoderCache:
     """Segments in the order of the layers; after pruning between two layers a new one begins."""
 
     segments: tuple[Segment, ...]
-    next_position: Int[Array, " b"]
+    next_position: Int[Array, " r"]
 
-    def reorder(self, parents: Int[Array, " b"]) -> "DecoderCache":
+    def spread(self, rows: int) -> "DecoderCache":
+        """So many rows a prompt, which is held once."""
+        return DecoderCache(
+            segments=tuple(segment.spread(rows) for segment in self.segments),
+            next_position=spread(self.next_position, rows),
+        )
+
+    def reorder(self, parents: Int[Array, " r"]) -> "DecoderCache":
         """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
         return replace(self, segments=tuple(segment.reorder(parents) for segment in self.segments))
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """A layer that knows the positions of its rows: their output, their queries, its cache."""
+    """A layer that knows the positions of its rows: their output, their queries, and their keys
+    and values, or the tail of the past that they join.
+    """
 
     def __call__(
-        self, x: Float[Array, "b s d"], *, mask: Bool[Array, "b s n"], past: Past | None = None
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]: ...
+        self,
+        x: Float[Array, "b s d"],
+        *,
+        mask: Bool[Array, "b s n"] | None,
+        past: Past | None = None,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], Any]: ...
 
 
 class Decoder(nnx.Module):
@@ -80,7 +93,7 @@ class Decoder(nnx.Module):
         x = self.placed(x, slots.positions)
         layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
         segments: list[Segment] = []
-        caches: list[LayerCache] = []
+        caches: list[KeysValues] = []
         before: Attention | None = None
         for number in range(len(layers)):
             if before is not None:
@@ -97,7 +110,7 @@ class Decoder(nnx.Module):
                     sees=mask & slots.valid[:, :, None],
                 )
                 if (keep := select(view)) is not None:
-                    segments.append(Segment.after_prompt(caches, slots, new_slots))
+                    segments.append(Segment.after_prompt(caches, slots.valid, new_slots))
                     caches = []
                     num_visual -= x.shape[1] - keep.indices.shape[1]
                     x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
@@ -105,7 +118,7 @@ class Decoder(nnx.Module):
             x, queries, cache = layers[number](x, mask=mask)
             before = Attention(queries=scaled(queries), keys=cache.keys)
             caches.append(cache)
-        segments.append(Segment.after_prompt(caches, slots, new_slots))
+        segments.append(Segment.after_prompt(caches, slots.valid, new_slots))
         last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         cache = DecoderCache(segments=tuple(segments), next_position=next_position)
@@ -116,19 +129,15 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         position = cache.next_position[:, None]
-        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
         x = self.placed(self.embed(tokens[:, None]), position)
         segments: list[Segment] = []
         layers = iter(self.layers_at(position))
         for segment in cache.segments:
-            slots = segment.slots.write(here, segment.next_slot)
-            mask, caches = causal_mask(here, slots), []
-            for past, layer in zip(segment.layers, layers, strict=False):
-                x, _, written = layer(x, mask=mask, past=Past(cache=past, slot=segment.next_slot))
-                caches.append(written)
-            segments.append(
-                replace(segment, layers=tuple(caches), slots=slots, next_slot=segment.next_slot + 1)
-            )
+            tail: list[Block] = []
+            for past, layer in zip(segment.pasts(), layers, strict=False):
+                x, _, written = layer(x, mask=None, past=past)
+                tail.append(written)
+            segments.append(segment.grown(tail))
         cache = DecoderCache(segments=tuple(segments), next_position=cache.next_position + 1)
         return self.logits(x)[:, 0], cache
 

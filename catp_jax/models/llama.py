@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.models.cache import LayerCache, Past
+from catp_jax.models.cache import Block, KeysValues, Past
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
@@ -106,21 +106,22 @@ class AttentionProjections(nnx.Module):
 
 
 class SelfAttention(AttentionProjections):
-    """Rotary self-attention, over its own rows or over a cache that it writes them to."""
+    """Rotary self-attention, over its own rows or over a past that they join."""
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
-        mask: Bool[Array, "b s n"],
+        mask: Bool[Array, "b s n"] | None,
         past: Past | None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         queries = rotate(split_heads(self.q_proj(x), self.heads), *rope)
         keys = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
-        cache = LayerCache(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
-        if past is not None:
-            cache = past.cache.write(cache, past.slot)
-        attended = attend(queries, cache.keys, cache.values, mask)
+        new = KeysValues(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
+        if past is None:
+            attended, cache = attend(queries, new.keys, new.values, mask), new
+        else:
+            attended, cache = past.attend(queries, new)
         return self.o_proj(merge_heads(attended)), queries, cache
 
 
@@ -137,10 +138,12 @@ class SelfLayer(nnx.Module):
         self,
         x: Float[Array, "b s d"],
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
-        mask: Bool[Array, "b s n"],
+        mask: Bool[Array, "b s n"] | None,
         past: Past | None = None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
-        """The layer's output, its queries, and its cache."""
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
+        """The layer's output, its queries, and its keys and values: the rows' own, or the past's
+        tail with them.
+        """
         attended, queries, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), queries, cache

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.models.cache import LayerCache, Past
+from catp_jax.models.cache import Block, KeysValues, Past
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
@@ -73,16 +73,17 @@ class OptAttention(nnx.Module):
         self.out_proj = linear(width, width, ("heads", "embed"), **options)
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"], past: Past | None
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"] | None, past: Past | None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         queries, keys, values = (
             split_heads(project(x), self.heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cache = LayerCache(keys=keys, values=values)
-        if past is not None:
-            cache = past.cache.write(cache, past.slot)
-        attended = attend(queries, cache.keys, cache.values, mask)
+        new = KeysValues(keys=keys, values=values)
+        if past is None:
+            attended, cache = attend(queries, keys, values, mask), new
+        else:
+            attended, cache = past.attend(queries, new)
         return self.out_proj(merge_heads(attended)), queries, cache
 
 
@@ -99,9 +100,11 @@ class OptLayer(nnx.Module):
         self.activation = config.activation_function
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"], past: Past | None = None
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], LayerCache]:
-        """The layer's output, its queries, and its cache."""
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"] | None, past: Past | None = None
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
+        """The layer's output, its queries, and its keys and values: the rows' own, or the past's
+        tail with them.
+        """
         attended, queries, cache = self.self_attn(self.self_attn_layer_norm(x), mask, past)
         x = x + attended
         fed = ACTIVATIONS[self.activation](self.fc1(self.final_layer_norm(x)))

@@ -12,13 +12,24 @@ Source: Raffel et al., "T5", arXiv 1910.10683; Hugging Face transformers (`model
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Select, Site
-from catp_jax.models.cache import LayerCache, Past, Segment, Slots, causal_mask
+from catp_jax.models.cache import (
+    Block,
+    KeysValues,
+    Past,
+    Read,
+    Slots,
+    attend_blocks,
+    causal_mask,
+    padded,
+    spread,
+)
 from catp_jax.models.layers import (
     ACTIVATIONS,
     RmsNorm,
@@ -87,15 +98,22 @@ class T5Config:
 
 @pytree
 class T5Cache:
-    """The decoder's own tokens, and the encoder's output as cross-attention sees it."""
+    """The decoder's own tokens by layer (`tail`; the next one goes to `next_slot`), and the
+    encoder's output as cross-attention sees it.
+    """
 
-    own: Segment
-    cross: tuple[LayerCache, ...]
-    cross_valid: Bool[Array, "b n"]
+    tail: tuple[Block, ...]
+    next_slot: Int[Array, ""]
+    cross: tuple[Block, ...]
+    cross_valid: Bool[Array, "b slots"]
 
-    def reorder(self, parents: Int[Array, " b"]) -> "T5Cache":
+    def spread(self, rows: int) -> "T5Cache":
+        """So many rows a prompt, which is held once."""
+        return replace(self, tail=spread(self.tail, rows))
+
+    def reorder(self, parents: Int[Array, " r"]) -> "T5Cache":
         """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, own=self.own.reorder(parents))
+        return replace(self, tail=jax.tree.map(lambda array: array[parents], self.tail))
 
 
 def buckets(config: T5Config, is_bidirectional: bool) -> np.ndarray:
@@ -145,26 +163,29 @@ class T5Attention(nnx.Module):
             bucket = bucket + half * (ahead > 0).astype(jnp.int32)
         return jnp.moveaxis(self.relative_attention_bias(bucket), -1, 1)
 
-    def project(self, x: Float[Array, "b n d"]) -> LayerCache:
+    def project(self, x: Float[Array, "b n d"]) -> KeysValues:
         """Keys and values of what is attended to."""
-        return LayerCache(
+        return KeysValues(
             keys=split_heads(self.k(x), self.heads), values=split_heads(self.v(x), self.heads)
         )
+
+    def queries(self, x: Float[Array, "b s d"]) -> Float[Array, "b s h dk"]:
+        """The rows' queries, which are not scaled."""
+        return split_heads(self.q(x), self.heads)
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        cache: LayerCache,
+        source: KeysValues,
         mask: Bool[Array, "b s n"],
         bias: Float[Array, "b h s n"] | None,
     ) -> Float[Array, "b s d"]:
-        queries = split_heads(self.q(x), self.heads)
-        attended = attend(queries, cache.keys, cache.values, mask, bias, scale=1.0)
+        attended = attend(self.queries(x), source.keys, source.values, mask, bias, scale=1.0)
         return self.o(merge_heads(attended))
 
 
 class T5SelfAttention(nnx.Module):
-    """Self-attention over its own rows, or over a cache that it writes them to."""
+    """Self-attention over its own rows, or over a past that they join."""
 
     def __init__(self, config: T5Config, has_relative_attention_bias: bool, *, rngs: nnx.Rngs):
         self.SelfAttention = T5Attention(config, has_relative_attention_bias, rngs=rngs)
@@ -175,13 +196,18 @@ class T5SelfAttention(nnx.Module):
         x: Float[Array, "b s d"],
         mask: Bool[Array, "b s n"],
         bias: Float[Array, "b h s n"],
-        past: Past | None = None,
-    ) -> tuple[Float[Array, "b s d"], LayerCache]:
+    ) -> Float[Array, "b s d"]:
         normed = self.layer_norm(x)
-        cache = self.SelfAttention.project(normed)
-        if past is not None:
-            cache = past.cache.write(cache, past.slot)
-        return x + self.SelfAttention(normed, cache, mask, bias), cache
+        return x + self.SelfAttention(normed, self.SelfAttention.project(normed), mask, bias)
+
+    def step(
+        self, x: Float[Array, "r one d"], past: Past, bias: Float[Array, "h slots"]
+    ) -> tuple[Float[Array, "r one d"], Block]:
+        """One new token a row, and the tail with it."""
+        normed, attention = self.layer_norm(x), self.SelfAttention
+        queries, new = attention.queries(normed), attention.project(normed)
+        attended, tail = past.attend(queries, new, bias, scale=1.0)
+        return x + attention.o(merge_heads(attended)), tail
 
 
 class T5CrossAttention(nnx.Module):
@@ -192,9 +218,15 @@ class T5CrossAttention(nnx.Module):
         self.layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
 
     def __call__(
-        self, x: Float[Array, "b s d"], cache: LayerCache, mask: Bool[Array, "b s n"]
+        self, x: Float[Array, "b s d"], encoded: KeysValues, mask: Bool[Array, "b s n"]
     ) -> Float[Array, "b s d"]:
-        return x + self.EncDecAttention(self.layer_norm(x), cache, mask, None)
+        return x + self.EncDecAttention(self.layer_norm(x), encoded, mask, None)
+
+    def step(self, x: Float[Array, "r one d"], encoded: Read) -> Float[Array, "r one d"]:
+        """One new token a row."""
+        queries = self.EncDecAttention.queries(self.layer_norm(x))
+        attended = attend_blocks(queries, [encoded], scale=1.0)
+        return x + self.EncDecAttention.o(merge_heads(attended))
 
 
 class T5GatedMlp(nnx.Module):
@@ -275,8 +307,7 @@ class T5(nnx.Module):
         bias = self.encoder.bias(slots.positions, slots.positions)
         for block in self.encoder.block:
             attention, feed_forward = block.layer
-            x, _ = attention(x, mask, bias)
-            x = feed_forward(x)
+            x = feed_forward(attention(x, mask, bias))
         return self.encoder.final_layer_norm(x)
 
     def prefill(
@@ -292,38 +323,31 @@ class T5(nnx.Module):
         with room for `new_slots` tokens more. Nothing is pruned between the layers.
         """
         encoded = self.encode(x, slots)
-        cross = tuple(
-            block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block
+        cross = [block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block]
+        cache = T5Cache(
+            tail=tuple(Block.empty(layer, new_slots + 1) for layer in cross),
+            next_slot=jnp.asarray(0, jnp.int32),
+            cross=tuple(Block.of(layer) for layer in cross),
+            cross_valid=padded(slots.valid),
         )
-        batch, heads, head = x.shape[0], self.config.num_heads, self.config.d_kv
-        nothing = jnp.zeros((batch, 0, heads, head), x.dtype)
-        empty = Slots(positions=jnp.zeros((batch, 0), jnp.int32), valid=jnp.zeros((batch, 0), bool))
-        layer = LayerCache(keys=nothing, values=nothing)
-        own = Segment.after_prompt([layer] * len(cross), empty, new_slots + 1)
-        cache = T5Cache(own=own, cross=cross, cross_valid=slots.valid)
-        return self.step(jnp.full((batch,), self.config.decoder_start_token_id), cache)
+        start = jnp.full((x.shape[0],), self.config.decoder_start_token_id)
+        return self.step(start, cache)
 
     def step(
         self, tokens: Int[Array, " b"], cache: T5Cache
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
-        slot = cache.own.next_slot
+        slot = cache.next_slot
         x = self.embed(tokens[:, None].astype(jnp.int32))
-        position = jnp.broadcast_to(slot, (x.shape[0], 1))
-        here = Slots(positions=position, valid=jnp.ones_like(position, bool))
-        slots = cache.own.slots.write(here, slot)
-        mask, seen = causal_mask(here, slots), cache.cross_valid[:, None]
-        bias = self.decoder.bias(position, slots.positions)
-        caches = []
-        for block, past, cross in zip(
-            self.decoder.block, cache.own.layers, cache.cross, strict=True
-        ):
+        places = jnp.arange(cache.tail[0].keys.shape[2], dtype=jnp.int32)
+        bias = self.decoder.bias(slot[None, None], places[None])[0, :, 0]
+        tail = []
+        for block, own, cross in zip(self.decoder.block, cache.tail, cache.cross, strict=True):
             attention, cross_attention, feed_forward = block.layer
-            x, written = attention(x, mask, bias, Past(cache=past, slot=slot))
-            x = feed_forward(cross_attention(x, cross, seen))
-            caches.append(written)
-        own = replace(cache.own, layers=tuple(caches), slots=slots, next_slot=slot + 1)
-        return self.logits(x)[:, 0], replace(cache, own=own)
+            x, written = attention.step(x, Past(prompt=None, tail=own, slot=slot), bias)
+            x = feed_forward(cross_attention.step(x, Read(block=cross, seen=cache.cross_valid)))
+            tail.append(written)
+        return self.logits(x)[:, 0], replace(cache, tail=tuple(tail), next_slot=slot + 1)
 
     def __call__(
         self, x: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]
@@ -338,7 +362,7 @@ class T5(nnx.Module):
         seen = jnp.broadcast_to(slots.valid[:, None], (*x.shape[:2], encoded.shape[1]))
         for block in self.decoder.block:
             attention, cross_attention, feed_forward = block.layer
-            x, _ = attention(x, mask, bias)
+            x = attention(x, mask, bias)
             cross = cross_attention.EncDecAttention.project(encoded)
             x = feed_forward(cross_attention(x, cross, seen))
         return self.logits(x)

@@ -37,6 +37,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": TENSOR[:1],
     # inputs, states and caches
     "b": BATCH,
+    "r": BATCH,
     "i": BATCH,
     "kv": TENSOR[:1],
 }

@@ -36,13 +36,15 @@ def cache_bytes(
 ) -> int:
     """One question's share of everything that decoding keeps, with room for `new_slots` tokens.
 
-    Every beam has a copy of the prompt's cache.
+    The beams of a prompt share what it left.
     """
     program = partial(programs.prefill, new_slots=new_slots)
     cache = jax.eval_shape(program, network, pruners, inputs).cache
+    if num_beams > 1:
+        cache = jax.eval_shape(lambda cache: cache.spread(num_beams), cache)
     leaves = jax.tree.leaves(cache)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    return num_beams * size // batch
+    return size // batch
 
 
 def measure(

@@ -32,6 +32,10 @@ class Before:
 
     tokens: Array
 
+    def spread(self, rows: int) -> "Before":
+        """So many rows a prompt."""
+        return replace(self, tokens=jnp.repeat(self.tokens, rows))
+
     def reorder(self, parents: Array) -> "Before":
         """Row i goes on from what row `parents[i]` wrote."""
         return replace(self, tokens=self.tokens[parents])

@@ -55,9 +55,9 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(llama, dtype):
     )
     for logits, cache in ((out.logits, out.cache), again):
         assert logits.dtype == dtype
-        assert {leaf.dtype for leaf in jax.tree.leaves((cache.own.layers, cache.cross))} == {
-            jnp.dtype(dtype)
-        }
+        assert {
+            leaf.dtype for leaf in jax.tree.leaves((cache.own.prompt, cache.own.tail, cache.cross))
+        } == {jnp.dtype(dtype)}
 
 
 def test_a_visual_token_of_the_11b_takes_32_kib_of_cross_attention_cache(llama):

@@ -141,8 +141,8 @@ prefill = functools.partial(programs.prefill, new_slots=2)
 def room(cache: Any) -> list[int]:
     """The slots of every layer that the prompt takes."""
     if hasattr(cache, "cross"):
-        return [layer.keys.shape[1] for layer in cache.cross]
-    return [s.slots.valid.shape[1] - s.new_slots for s in cache.segments for _ in s.layers]
+        return [layer.keys.shape[2] for layer in cache.cross]
+    return [block.keys.shape[2] for segment in cache.segments for block in segment.prompt]
 
 
 @pytest.mark.parametrize("name", ["vicuna", "t5"])

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from catp_jax.models.cache import LayerCache, Segment, Slots
+from catp_jax.models.cache import Block, Segment
 from catp_jax.models.cross_decoder import CrossCache
 from catp_jax.sharding.mesh import make_mesh, parse_mesh
 from catp_jax.sharding.rules import axes_of, named_leaves, split
@@ -92,21 +92,21 @@ def test_two_axes_of_one_array_cannot_share_a_part_of_the_mesh():
 
 def test_axes_are_read_from_the_annotations():
     x = jnp.zeros
-    slots = Slots(positions=x((2, 3), int), valid=x((2, 3), bool))
-    layer = LayerCache(keys=x((2, 3, 1, 1)), values=x((2, 3, 1, 1)))
-    own = Segment(new_slots=1, layers=(layer,) * 2, slots=slots, next_slot=x((), int))
+    block = Block(keys=x((2, 1, 3, 1)), values=x((2, 1, 3, 1)))
+    tail = Block(keys=x((6, 1, 4, 1)), values=x((6, 1, 4, 1)))
+    own = Segment(prompt=(block,), valid=x((2, 3), bool), tail=(tail,), next_slot=x((), int))
     cache = CrossCache(
         mode="hf",
         own=own,
-        cross=(layer,),
-        visual=None,
-        seen=x((2, 5), bool),
-        next_position=x((2,), int),
+        cross=(block,),
+        valid=None,
+        seen=x((2, 3), bool),
+        next_position=x((6,), int),
     )
     found = list(named_leaves(cache))
-    keys, slots = ("b", "slots", "kv", "d"), ("b", "slots")
+    keys, slots = ("b", "kv", "slots", "d"), ("b", "slots")
     assert [axes for _, axes in found] == [
-        *([keys] * 4), slots, slots, (), keys, keys, ("b", "n"), ("b",)
+        keys, keys, slots, keys, keys, (), keys, keys, slots, ("r",)
     ]  # fmt: skip
     assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(cache)]
 

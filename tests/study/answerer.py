@@ -42,6 +42,17 @@ class Front:
 
 
 @pytree
+class Cache:
+    """A prompt's tokens, and how many each row has written."""
+
+    tokens: Any
+    next: Any
+
+    def spread(self, rows):
+        return Cache(tokens=self.tokens, next=jnp.repeat(self.next, rows))
+
+
+@pytree
 class Network:
     """Adds up the visual tokens that are left; each new token takes a slot of the cache."""
 
@@ -71,10 +82,10 @@ class Network:
         if keep is not None:
             tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
         cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
-        return tokens.sum(axis=1), {"tokens": cache, "next": jnp.zeros(len(tokens), jnp.int32)}
+        return tokens.sum(axis=1), Cache(tokens=cache, next=jnp.zeros(len(tokens), jnp.int32))
 
     def step(self, tokens, cache):
-        return cache["tokens"].sum(axis=1), {**cache, "next": cache["next"] + 1}
+        return cache.tokens.sum(axis=1), Cache(tokens=cache.tokens, next=cache.next + 1)
 
 
 class Tiny:
