@@ -23,7 +23,7 @@ runs/mini-blip2-%: | $(VENV)/demo.stamp
 # Both share their first stages; one after the other, also with make -j.
 runs/mini-blip2-t5: | runs/mini-blip2-opt
 
-test: $(VENV)/test.stamp ## run the tests
+test: $(VENV)/test.stamp $(VENV)/gpu-compiler.stamp ## run the tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp ## style and format
@@ -46,6 +46,15 @@ clean: ## remove what was built and installed
 $(VENV)/%.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
+
+# JAX's compiler for NVIDIA GPUs, of jax's own version: two wheels, no driver. Apart from the other
+# packages, where JAX would look for a GPU at every start; tests/conftest.py finds it here.
+$(VENV)/gpu-compiler.stamp: $(VENV)/test.stamp
+	@version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/gpu-compiler "jax-cuda13-pjrt==$$version" "jax-cuda13-plugin==$$version" \
+	  2>$(VENV)/gpu-compiler.log; then touch $@; \
+	else echo "JAX's compiler for GPUs is not to be had here: tests that need it are skipped."; fi
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON) is too old: catp-jax needs 3.11 or later" if sys.version_info < (3, 11) else 0)'

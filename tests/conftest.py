@@ -1,6 +1,12 @@
 """Strict settings for every test: eight CPU devices, no silent promotion, shapes checked."""
 
 import os
+import sys
+from pathlib import Path
+
+# JAX's compiler for GPUs, where `make test` could get it. It lies beside the environment's packages
+# and not among them: there JAX would look for a driver at every start, and complain.
+sys.path.append(str(Path(sys.prefix) / "gpu-compiler"))
 
 # Read once, when jax starts, so they come before its first import.
 os.environ["XLA_FLAGS"] = (
@@ -11,7 +17,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin while they wait for a core
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import pytest

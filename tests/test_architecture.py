@@ -23,6 +23,7 @@ ROOMS = {
     "pruning": BELOW_MODELS,
     "sharding": {"struct"},
     "checkpoint": {"struct", "sharding"},
+    "targets": {"struct"},
     "convert": BELOW_MODELS | {"models", "sharding", "checkpoint"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"generation"},

@@ -1,0 +1,121 @@
+"""Programs compiled for GPUs that are not there, small enough to count by hand."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from catp_jax import targets
+from catp_jax.targets import compiling
+
+compiler = pytest.mark.skipif(
+    not targets.is_available(),
+    reason="JAX's CUDA compiler (jax-cuda13-pjrt, jax-cuda13-plugin) is not installed",
+)
+struct = jax.ShapeDtypeStruct
+
+
+@compiler
+@pytest.mark.parametrize("name", targets.GPUS)
+def test_an_elementwise_program_reads_and_writes_each_array_once(name: str):
+    x = struct((64, 256), jnp.bfloat16)
+    program = targets.compile_for(name, jax.jit(lambda x, y: jnp.tanh(x) * y), x, x)
+    size = 64 * 256 * 2
+    assert (program.moved, program.launches, program.flops) == (3 * size, 1, 0)
+    assert (program.arguments, program.outputs, program.temporaries) == (2 * size, size, 0)
+    assert program.floor(targets.find_gpu(name)).seconds > 0
+
+
+@compiler
+def test_a_matrix_product_has_its_bytes_and_flops():
+    x, w = struct((64, 512), jnp.bfloat16), struct((512, 256), jnp.bfloat16)
+    program = targets.compile_for("h100", jax.jit(jnp.matmul), x, w)
+    product = [kernel for kernel in program.kernels if kernel.kind == "matrix product"]
+    assert program.flops == 2 * 64 * 512 * 256
+    # operands once; the sum over 512 may be split in parts, which a second kernel adds
+    assert sum(kernel.read for kernel in product) == 2 * (64 * 512 + 512 * 256)
+
+
+@compiler
+def test_a_donated_cache_is_written_at_one_slot_and_rows_are_gathered():
+    def put(cache: jax.Array, table: jax.Array, ids: jax.Array, slot: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, table[ids][:, None], (0, slot, 0))
+
+    program = targets.compile_for(
+        "h100",
+        jax.jit(put, donate_argnums=0),
+        struct((8, 128, 256), jnp.bfloat16),
+        struct((1000, 256), jnp.bfloat16),
+        struct((8,), jnp.int32),
+        struct((), jnp.int32),
+    )
+    rows = 8 * 256 * 2
+    # read from the table and put into the cache, in one kernel or in two
+    assert 2 * rows <= program.moved <= 4 * rows + 100
+
+
+@compiler
+def test_a_loop_reads_every_layer_once():
+    def scan(x: jax.Array, layers: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), x, layers)[0]
+
+    layers = struct((7, 512, 512), jnp.float32)
+    program = targets.compile_for("h100", jax.jit(scan), struct((512, 512), jnp.float32), layers)
+    size = 512 * 512 * 4
+    assert program.open_loops == ()
+    body = [k for k in program.kernels if k.times == 7 and k.read > size]
+    # of each layer one read; of what is carried one read and one write
+    assert sum(kernel.moved for kernel in body) == pytest.approx(7 * 3 * size, rel=1e-3)
+
+
+@compiler
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_product_split_over_eight_devices_sums_once(hosts: int):
+    devices = targets.devices_of("h100", 8, hosts)
+    assert len({device.process_index for device in devices}) == hosts
+    mesh = Mesh(np.array(devices), ("tensor",))
+
+    def over(shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return struct(shape, jnp.float32, sharding=sharding)
+
+    program = targets.compile_for(
+        "h100",
+        jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, PartitionSpec())),
+        over((64, 1024), None, "tensor"),
+        over((1024, 128), "tensor", None),
+    )
+    (exchange,) = program.collectives
+    assert (exchange.kind, exchange.group, exchange.nbytes) == ("all-reduce", 8, 64 * 128 * 4)
+    assert program.sent == 2 * 7 * 64 * 128 * 4 // 8
+    assert program.flops == 2 * 64 * 1024 * 128 // 8
+    assert program.arguments == (64 * 1024 + 1024 * 128) * 4 // 8
+
+
+def test_without_the_compiler_its_install_command_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiling, "is_available", lambda: False)
+    wanted = f"pip install --no-deps --target gpu-compiler jax-cuda13-pjrt=={jax.__version__} "
+    with pytest.raises(ValueError, match=wanted):
+        targets.devices_of("h100")
+
+
+def test_whether_the_compiler_is_there_is_looked_up(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    assert not targets.is_available()
+
+
+def test_a_target_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"one of h100, h200, a100, b200, got 'h1000'"):
+        targets.devices_of("h1000")
+
+
+@pytest.mark.parametrize(("number", "hosts"), [(0, 1), (8, 3), (1, 0)])
+def test_devices_that_are_not_even_over_hosts_are_refused(number: int, hosts: int):
+    with pytest.raises(ValueError, match="same number on each"):
+        targets.devices_of("h100", number, hosts)
