@@ -24,7 +24,7 @@ print(json.dumps([step_of(CONFIG, "h100", 2, percent) for percent in (100, 50)])
     reason="JAX's CUDA compiler (jax-cuda13-pjrt, jax-cuda13-plugin) is not installed",
 )
 def test_a_step_is_held_against_its_weights_and_its_cache():
-    # in a process of its own: shapes that are checked at each call are no abstract parameters'
+    # in a process of its own: shapes that are checked at each call take no abstract parameters
     run = subprocess.run(
         [sys.executable, "-c", CODE],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
