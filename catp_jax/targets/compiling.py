@@ -1,6 +1,8 @@
 """Compiling for GPUs on a machine that has none."""
 
 import importlib.util
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,25 +83,33 @@ def compile_for(target: str | Gpu, function: Any, *arguments: Any, **keywords: A
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
     arguments, keywords = jax.tree.map(placed, (arguments, keywords))
-    traced = function.trace(*arguments, **keywords)
-    return program_of(compiled(traced))
+    return program_of(function.trace(*arguments, **keywords))
 
 
-def compiled(traced: Any) -> Any:
-    """A traced function as an executable of the devices its arguments lie on."""
+def program_of(traced: Any) -> Program:
+    """What a traced function does on the devices that its arguments lie on, compiled for them."""
     lowered = traced.lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options=OPTIONS)
-
-
-def program_of(executable: Any) -> Program:
-    """What an executable of `compiled` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        # the only place where XLA tells of its graphs
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        executable = lowered.compile(compiler_options=OPTIONS | dump)
+        graphs = graphs_in(Path(folder))
     kernels, collectives, open_loops = count(executable.as_text())
     memory = executable.memory_analysis()
     return Program(
         kernels=kernels,
         collectives=collectives,
         open_loops=open_loops,
+        graphs=graphs,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
     )
+
+
+def graphs_in(folder: Path) -> int | None:
+    """The command buffers in what XLA wrote of a compilation; None if it wrote nothing."""
+    if not any(folder.glob("*.thunk_sequence.txt")):  # JAX took the program from its cache
+        return None
+    changed = folder.glob("*.thunk_sequence_after_thunk_passes.txt")
+    return sum(path.read_text().count(": kCommandBuffer") for path in changed)

@@ -60,12 +60,14 @@ class Program:
     """A program compiled for a GPU, as one device sees it. Sizes in bytes.
 
     Loops count as often as the compiler knows that they run; `open_loops` names those of which it
-    does not, counted once. Of branches the one that moves most counts.
+    does not, counted once. Of branches the one that moves most counts. `graphs` are the CUDA graphs
+    that kernels are gathered in, None if the compiler did not say.
     """
 
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
     open_loops: tuple[str, ...]
+    graphs: int | None
     arguments: int
     outputs: int
     temporaries: int

@@ -1,6 +1,7 @@
 """Programs compiled for GPUs that are not there, small enough to count by hand."""
 
 import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,23 @@ def test_a_product_split_over_eight_devices_sums_once(hosts: int):
     assert program.sent == 2 * 7 * 64 * 128 * 4 // 8
     assert program.flops == 2 * 64 * 1024 * 128 // 8
     assert program.arguments == (64 * 1024 + 1024 * 128) * 4 // 8
+
+
+@compiler
+def test_kernels_in_a_row_are_one_graph_and_few_are_none():
+    def rows(x: jax.Array, times: int) -> jax.Array:
+        for _ in range(times):  # each sum needs all of the one before
+            x = jnp.cumsum(jnp.sin(x @ x), axis=0)
+        return x
+
+    x = struct((512, 512), jnp.float32)
+    program = jax.jit(rows, static_argnames="times")
+    assert targets.compile_for("h100", program, x, times=8).graphs == 1
+    assert targets.compile_for("h100", jax.jit(jnp.tanh), x).graphs == 0
+
+
+def test_a_program_from_the_cache_tells_of_no_graphs(tmp_path: Path):
+    assert compiling.graphs_in(tmp_path) is None
 
 
 def test_without_the_compiler_its_install_command_is_said(monkeypatch: pytest.MonkeyPatch):

@@ -264,9 +264,8 @@ def test_text_that_is_no_module_is_refused():
 def test_the_floor_is_what_takes_longest():
     gpu = find_gpu("h100")
     work = Kernel(name="k", kind="", times=2, read=gpu.bandwidth, written=0, flops=gpu.bf16_flops)
-    program = Program(
-        kernels=(work,), collectives=(), open_loops=(), arguments=0, outputs=0, temporaries=0
-    )
+    nothing = {"collectives": (), "open_loops": (), "graphs": None}
+    program = Program(kernels=(work,), arguments=0, outputs=0, temporaries=0, **nothing)
     floor = program.floor(gpu)
     assert (floor.memory, floor.arithmetic, floor.links, floor.seconds) == (2, 2, 0, 2)
     assert program.moved_by_kind == {"": 2 * gpu.bandwidth}
