@@ -11,8 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+import convert
 from catp_jax.generation.blip2_inputs import pack
 from catp_jax.generation.inputs import Packed
 from catp_jax.models.blip2 import Blip2, Blip2Config, Blip2Inputs
@@ -100,9 +100,9 @@ def random_blip2(kind: Kind) -> Blip2:
             new = rng.normal(size=old.shape) * 0.6
         return jnp.asarray(new, old.dtype)
 
+    shapes = convert.abstract(CONFIGS[kind])  # not below, where its draws would be computed
     with jax.ensure_compile_time_eval():  # a first call may come while something is traced
-        model = Blip2(CONFIGS[kind], rngs=nnx.Rngs(0))
-        return jax.tree_util.tree_map_with_path(draw, model)
+        return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def photo(seed: int) -> np.ndarray:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+import convert
 from catp_jax.generation.mllama_inputs import MllamaPacked, ProcessedImage, pack
 from catp_jax.models.cross_decoder import CrossDecoderConfig, MaskMode
 from catp_jax.models.layers import Llama3Scaling, RopeConfig
@@ -58,12 +58,13 @@ RATIO_IDS = {1: 1, 2: 2, 3: 3, 4: 6}  # an aspect ratio of so many tiles; 4 as 2
 @functools.cache
 def random_mllama() -> Mllama:
     """The model, the same in every test."""
+    shapes = convert.abstract(CONFIG)  # not below, where its draws would be computed
     with jax.ensure_compile_time_eval():  # a first call may come while something is traced
-        return randomized(Mllama(CONFIG, rngs=nnx.Rngs(0)), seed=1)
+        return randomized(shapes, seed=1)
 
 
 def randomized(model: Mllama, seed: int) -> Mllama:
-    """`model` with all parameters drawn anew, none of them at rest."""
+    """`model`, which may be abstract, with all parameters drawn anew, none of them at rest."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple, old: jax.Array) -> jax.Array:

@@ -4,8 +4,10 @@ All processes run the same command on the same files. JAX finds the others by it
 Kubernetes (a JobSet or an indexed Job), Open MPI and on cloud TPUs; anywhere else they are told.
 """
 
+import ctypes
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -32,7 +34,8 @@ def start(
 
     `coordinator` is HOST:PORT of process 0, `process_id` counts from 0; None of the three leaves it
     to JAX to find out. Raises ValueError if they do not make sense, or process 0 does not answer
-    within `patience` seconds; ends the process with a message if others do not come.
+    within `patience` seconds; ends the process with a message if others do not come, or if JAX
+    aborts it later because one was lost.
     """
     given = {
         "coordinator": coordinator,
@@ -57,6 +60,7 @@ def start(
             )
         if process_id > 0:  # the first one listens; JAX aborts if nobody does
             _wait_for(host, int(port), patience)
+    _end_aborts_with_a_message("this one" if process_id is None else f"process {process_id}")
     alarm = threading.Timer(patience, _give_up, [num_processes, patience])  # JAX would abort
     alarm.daemon = True
     alarm.start()
@@ -83,6 +87,31 @@ def start(
         ) from None
     finally:
         alarm.cancel()
+
+
+_handlers = []  # C calls them, which Python does not see
+
+
+def _end_aborts_with_a_message(name: str) -> None:
+    """JAX aborts a process whose coordinator is gone or says that a host is; this lets it end as
+    one does that noticed by itself. C's handler, since abort() does not return to Python's.
+    """
+    if os.name != "posix":
+        return
+    said = (
+        f"catp-jax: {name} was aborted, mostly since another one was lost; look above and into "
+        "the others' output for the cause, then start all anew\n"
+    ).encode()
+
+    def handle(_: int) -> None:
+        os.write(2, said)
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _handlers.append(handler)
+    install = ctypes.CDLL(None).signal
+    install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    install(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
 
 
 def _give_up(wanted: int | None, patience: int) -> None:
