@@ -243,6 +243,7 @@ class Model:
                 keep, selection = programs.cut(keep, selection, self._capacity(keep))
             out = programs.go_on(
                 self.network,
+                pruners,
                 front,
                 keep,
                 selection,

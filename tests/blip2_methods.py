@@ -84,6 +84,7 @@ def at_entry(
     return {
         name: programs.go_on(
             random_blip2(kind),
+            (),
             front,
             kept,
             programs.Selection(kept=kept, states=()),

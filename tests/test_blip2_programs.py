@@ -3,7 +3,7 @@ whole, how often they compile, and what beam search moves.
 """
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from catp_jax.contract import Reduction, Site, View
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams, generate_beam
 from catp_jax.generation.blip2_inputs import pack
@@ -18,6 +19,8 @@ from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
+from catp_jax.pruning.scores import Scored, keep_best
+from catp_jax.struct import pytree, static
 from tests.blip2_methods import (
     AT_ENTRY,
     BUDGET,
@@ -101,6 +104,62 @@ def votes_of_weights(weights: np.ndarray) -> list[float]:
     """The paper's points from attention weights [heads, queries, image tokens]."""
     ranks = np.argsort(np.argsort(weights, axis=1, kind="stable"), axis=1, kind="stable")
     return ranks.sum(axis=(0, 2)).astype(float).tolist()
+
+
+# --- cut in two --------------------------------------------------------------------------------
+
+
+@pytree
+class Longest(Scored):
+    """Finds its own number: queries longer than the row's mean."""
+
+    sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY,)
+
+    keep: Any = static(default=None)
+    site: Site = static(default=Site.ENTRY)
+
+    def score(self, view: View) -> Any:
+        return jnp.linalg.norm(view.tokens.astype(jnp.float32), axis=-1)
+
+    def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+        score = self.score(view)
+        asked = view.valid & (score > score.mean(axis=1, keepdims=True))
+        return Reduction(tokens=keep_best(score.shape[1], asked, score)), state
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        (fastv(2),),
+        (Position(keep=3),),
+        (Position(keep=3), fastv(2)),
+        (fastv(3, 1), fastv(2, 2)),
+    ],
+    ids=["a later site", "the same site", "both", "two later sites"],
+)
+def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tuple[Any, ...]):
+    model, batch, pruners = random_blip2("opt"), packed(), (Longest(), *after)
+    whole = generate("opt", pruners, batch)
+    front, keep, selection = programs.look(model, pruners, batch.inputs)
+    wanted = int(keep.valid.sum(axis=1).max())
+    keep, selection = programs.cut(keep, selection, wanted)
+    choice = sampling(len(batch.available))
+    out = programs.go_on(
+        model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=NEW
+    )
+    np.testing.assert_array_equal(out.tokens, whole.tokens)
+    assert difference(out.logits, whole.logits) <= 1e-5
+    assert out.selection.states == whole.selection.states == ((),) * len(pruners)
+    for row in range(len(batch.available)):
+        assert own(out.selection.kept, row) == own(whole.selection.kept, row)
+
+
+def test_a_pruner_without_a_place_is_an_error_after_the_cut_too():
+    model, batch, pruners = random_blip2("opt"), packed(), (Longest(), fastv(2, 99))
+    front, keep, selection = programs.look(model, pruners, batch.inputs)
+    choice = sampling(len(batch.available))
+    with pytest.raises(ValueError, match="FastV works at layer 99"):
+        programs.go_on(model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=1)
 
 
 # --- cached = uncached ------------------------------------------------------------------------

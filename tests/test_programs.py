@@ -15,7 +15,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
-from catp_jax.pruning import KNorm, TrimmedLlama
+from catp_jax.pruning import KNorm, Random, TrimmedLlama
 from catp_jax.struct import replace
 from tests.mllama_methods import (
     BUDGET,
@@ -135,6 +135,7 @@ def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
     cut_keep, cut = programs.cut(keep, selection, BUDGET)
     out = programs.go_on(
         model,
+        (),
         front,
         cut_keep,
         replace(cut, states=()),
@@ -149,6 +150,20 @@ def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
     jax.tree.map(np.testing.assert_array_equal, selection.states, fixed.selection.states)
     for row in range(5):
         assert kept_places(cut.kept, batch, row) == kept_places(fixed.selection.kept, batch, row)
+
+
+def test_a_fixed_budget_after_a_union_is_kept_in_the_cut_prefill_too():
+    model, batch = random_mllama(), packed()
+    pruners = (TrimmedLlama(keep=None, k_ratio=0.01), Random(keep=2))
+    whole = generate(pruners, batch)
+    front, keep, selection = programs.look(model, pruners, batch.inputs)
+    out = programs.go_on(
+        model, pruners, front, keep, selection, sampling(5), NEVER, PAD, max_new_tokens=NEW
+    )
+    np.testing.assert_array_equal(out.tokens, whole.tokens)
+    assert difference(out.logits, whole.logits) <= 1e-6
+    jax.tree.map(np.testing.assert_array_equal, out.selection, whole.selection)
+    assert out.selection.kept.indices.shape == (5, 2)
 
 
 def test_a_frozen_model_gives_what_the_model_gives():

@@ -112,6 +112,7 @@ def all_methods(batch: MllamaPacked, pruners: dict[str, Any]) -> dict[str, progr
     return {
         name: programs.go_on(
             random_mllama(),
+            (),
             front,
             keep,
             programs.Selection(kept=keep, states=()),

@@ -71,15 +71,20 @@ class Generated:
 
 
 class Selector:
-    """Answers a model's views with the pruners that work there, and notes what they left."""
+    """Answers a model's views with the pruners that work there, and notes what they left.
 
-    def __init__(self, pruners: Pruners):
+    `noted` is what another one noted, with the same pruners, of the views before.
+    """
+
+    def __init__(self, pruners: Pruners, noted: Selection | None = None):
         self.pruners = pruners
-        self.kept: Keep | None = None
-        self.states: list[Any] = [None] * len(pruners)
-        self.idle = set(range(len(pruners)))
+        self.kept: Keep | None = None if noted is None else noted.kept
+        self.states: list[Any] = [None] * len(pruners) if noted is None else [*noted.states]
+        self.idle = {number for number, state in enumerate(self.states) if state is None}
+        self.was_shown = noted is not None and len(self.idle) < len(pruners)
 
     def __call__(self, view: View) -> Keep | None:
+        self.was_shown = True
         mine = [number for number, pruner in enumerate(self.pruners) if is_at(pruner, view)]
         if not mine:
             return None
@@ -95,7 +100,12 @@ class Selector:
         return keep
 
     def check(self) -> None:
-        """Raises ValueError if a pruner was never asked, since it works where no view was shown."""
+        """Raises ValueError if a pruner was never asked, since it works where no view was shown.
+
+        If there was none at all, there was nothing to prune.
+        """
+        if not self.was_shown:
+            return
         for number in sorted(self.idle):
             pruner = self.pruners[number]
             where = f"layer {pruner.layer}" if pruner.site is Site.LAYER else pruner.site.value
@@ -115,8 +125,7 @@ def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: i
     front, select = model.front(inputs), Selector(pruners)
     keep = None if front.view is None else select(front.view)
     logits, cache = model.back(front, keep, select, new_slots)
-    if front.view is not None:
-        select.check()
+    select.check()
     return Prefilled(logits=logits, cache=cache, selection=select.selection)
 
 
@@ -220,6 +229,7 @@ def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selectio
 @partial(jax.jit, static_argnames=("max_new_tokens",))
 def go_on(
     model: Prefillable,
+    pruners: Pruners,
     front: Any,
     keep: Keep | None,
     selection: Selection,
@@ -229,7 +239,9 @@ def go_on(
     *,
     max_new_tokens: int,
 ) -> Generated:
-    """What `generate` does after `look`."""
-    logits, cache = model.back(front, keep, lambda view: None, max_new_tokens)
-    start = Prefilled(logits=logits, cache=cache, selection=selection)
+    """What `generate` does after `look`; pruners that work further on have their turn here."""
+    select = Selector(pruners, selection)
+    logits, cache = model.back(front, keep, select, max_new_tokens)
+    select.check()
+    start = Prefilled(logits=logits, cache=cache, selection=select.selection)
     return _decode(model, start, sampling, ends, pad, max_new_tokens)
