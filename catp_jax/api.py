@@ -77,6 +77,9 @@ class Model:
     end_tokens: tuple[int, ...]
     pad_token: int
 
+    def __repr__(self) -> str:
+        return f"Model({self.network.summary})"
+
     @property
     def config(self) -> Any:
         """The model's configuration."""
@@ -337,6 +340,9 @@ class Matcher:
 
     network: Frozen
     reader: RetrievalReader
+
+    def __repr__(self) -> str:
+        return f"Matcher({self.network.summary})"
 
     def itc(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
         """Cosines [images, texts] from -1 to 1 of all images with all texts: for search."""

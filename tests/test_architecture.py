@@ -221,9 +221,9 @@ def test_import_is_quiet_and_light(tmp_path: Path):
     """A fresh interpreter: nothing printed, no torch, no matplotlib, no device started."""
     script = """
 import sys
-import catp_jax, convert
+import catp_jax, catp_jax.api, convert
 heavy = {"torch", "matplotlib"} & set(sys.modules)
-assert not heavy, f"import catp_jax brings in {heavy}"
+assert not heavy, f"the import brings in {heavy}"
 import jax
 jax.config.update("jax_num_cpu_devices", 2)  # raises once a backend has been started
 """

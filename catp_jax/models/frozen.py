@@ -36,6 +36,17 @@ class Frozen:
     arrays: tuple[Array, ...]
     structure: Structure = static()
 
+    def __repr__(self) -> str:
+        return f"Frozen({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """The model's kind, its number of parameters, their number types."""
+        arrays = [leaf for leaf in self.arrays if hasattr(leaf, "dtype")]  # JAX maps others, too
+        parameters = sum(array.size for array in arrays)
+        types = ", ".join(sorted({str(array.dtype) for array in arrays}))
+        return f"{type(self.thaw()).__name__}, {parameters:,} parameters, {types}"
+
     def thaw(self) -> Any:
         """The model itself."""
         return jax.tree.unflatten(self.structure.treedef, self.arrays)

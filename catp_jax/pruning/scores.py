@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from catp_jax.contract import Attention, Keep, Pruner, Reduction, View
 from catp_jax.struct import pytree, static
 
-ROWS_AT_ONCE = 128  # bounds the memory of a pass over long prompts; results don't depend on it
+LOGITS_AT_ONCE = 2**25
+"""Attention weights that exist at one time (128 MiB in float32); results don't depend on it."""
 
 
 def attention(
@@ -46,23 +47,24 @@ def attention_received(
     sees: Bool[Array, "b s n"],
 ) -> Float[Array, "b h n"]:
     """Attention that each column receives, summed over the rows, by head."""
-    rows = queries.shape[1]
-    if rows <= ROWS_AT_ONCE:
+    batch, rows, heads, _ = queries.shape
+    columns = keys.shape[1]
+    block = max(LOGITS_AT_ONCE // (batch * heads * columns), 1)
+    if rows <= block:
         return attention(queries, keys, sees).sum(axis=2)
 
-    passes = math.ceil(rows / ROWS_AT_ONCE)
-    padding = passes * ROWS_AT_ONCE - rows
+    passes = math.ceil(rows / block)
+    block = math.ceil(rows / passes)
+    padding = passes * block - rows
     queries = jnp.pad(queries, ((0, 0), (0, padding), (0, 0), (0, 0)))
     sees = jnp.pad(sees, ((0, 0), (0, padding), (0, 0)))
 
     def add(index: Int[Array, ""], total: Float[Array, "b h n"]) -> Float[Array, "b h n"]:
-        start = index * ROWS_AT_ONCE
-        some = jax.lax.dynamic_slice_in_dim(queries, start, ROWS_AT_ONCE, axis=1)
-        mask = jax.lax.dynamic_slice_in_dim(sees, start, ROWS_AT_ONCE, axis=1)
+        some = jax.lax.dynamic_slice_in_dim(queries, index * block, block, axis=1)
+        mask = jax.lax.dynamic_slice_in_dim(sees, index * block, block, axis=1)
         return total + attention(some, keys, mask).sum(axis=2)
 
-    batch, columns, _, _ = keys.shape
-    nothing = jnp.zeros((batch, queries.shape[2], columns), jnp.float32)
+    nothing = jnp.zeros((batch, heads, columns), jnp.float32)
     return jax.lax.fori_loop(0, passes, add, nothing)
 
 

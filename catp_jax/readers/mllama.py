@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from transformers.models.mllama.processing_mllama import build_string_from_input
 
 from catp_jax.contract import Site
 from catp_jax.generation.images import ImageLike, read_image
@@ -142,6 +141,8 @@ class MllamaReader:
         if isinstance(prompt, str):
             if IMAGE_MARK not in prompt:
                 prompt = IMAGE_MARK * images + prompt
+            from transformers.models.mllama.processing_mllama import build_string_from_input
+
             text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
             return list(self.processor.tokenizer(text)["input_ids"])
         if not self.processor.chat_template:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from transformers import AutoProcessor
 
 from catp_jax.contract import Site
 from catp_jax.generation.images import ImageLike
@@ -113,6 +112,8 @@ def stretched(image: np.ndarray) -> np.ndarray:
 
 def load_processor(folder: Path) -> Any:
     """A folder's processor. Raises ValueError if it cannot be read."""
+    from transformers import AutoProcessor  # here, since it imports torch where there is one
+
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

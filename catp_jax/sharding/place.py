@@ -96,6 +96,15 @@ class Sharded:
     mesh: Mesh = static()
     frozen: Any
 
+    def __repr__(self) -> str:
+        axes = ",".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        return f"Sharded({self.summary}, {axes})"
+
+    @property
+    def summary(self) -> str:
+        """See the frozen model's."""
+        return self.frozen.summary
+
     @property
     def arrays(self) -> Any:
         """The parameters."""

@@ -40,17 +40,29 @@ def test_attention_received_does_not_depend_on_the_rows_taken_at_once(
     view, rows_at_once, monkeypatch
 ):
     whole = scores.attention(*evidence(view)).sum(axis=2)
-    monkeypatch.setattr(scores, "ROWS_AT_ONCE", rows_at_once)
+    one_row = whole.size  # weights of one row
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", rows_at_once * one_row)
     np.testing.assert_allclose(scores.attention_received(*evidence(view)), whole, atol=2e-6)
 
 
 def test_attention_received_in_passes_never_holds_all_rows(monkeypatch):
-    monkeypatch.setattr(scores, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", 4 * 5 * 6 * 17)
     view = random_view(rows=23, columns=17)
     jaxpr = str(jax.make_jaxpr(scores.attention_received)(*evidence(view)))
     assert "5,6,4,17" in jaxpr  # weights of four rows
     assert "5,6,23,17" not in jaxpr
     assert "5,6,24,17" not in jaxpr
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_attention_received_holds_as_many_weights_whatever_the_batch(batch):
+    queries = jax.ShapeDtypeStruct((batch, 512, 32, 16), jnp.float32)
+    keys = jax.ShapeDtypeStruct((batch, 6432, 8, 16), jnp.float32)
+    sees = jax.ShapeDtypeStruct((batch, 512, 6432), jnp.bool_)
+    lowered = jax.jit(scores.attention_received).lower(queries, keys, sees)
+    held = lowered.compile().memory_analysis().temp_size_in_bytes
+    given = 4 * queries.size + 4 * keys.size + sees.size  # which may be padded and transposed
+    assert held <= 4 * 4 * scores.LOGITS_AT_ONCE + 2 * given
 
 
 def test_weights_are_float32_in_a_bfloat16_model(view):
