@@ -143,7 +143,7 @@ def test_every_way_of_answering_is_the_same_in_two_processes(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "word"),
-    [(0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
+    [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
 )
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path, number, word):
     """Killed or silent, the coordinator or another, and whether we or JAX notice first."""
