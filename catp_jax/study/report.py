@@ -27,8 +27,8 @@ NOTES = """\
   questions
 - agreement: share of the questions answered as the unpruned model answers them
 - KL: of the first answer token's distribution from the unpruned model's, mean over the questions
-- cache: all that decoding keeps of one question, a share of its batch; with beam search each beam
-  keeps its own, so it is their number times a prompt's
+- cache: all that decoding keeps of one question, a share of its batch; with beam search the
+  beams share what the prompt left, and each keeps its own new tokens
 - prefill FLOPs: of one question, as the compiler counts them in the compiled prefill of a batch;
   other programs count loops and kernels differently
 - times: medians ± half the interquartile range; prefill and token (a greedy step, whatever the
