@@ -66,6 +66,8 @@ def parse(
     """
     try:
         config = _fill_defaults(raw)
+    except ModuleNotFoundError:
+        raise  # transformers itself is missing
     except Exception as error:  # its validators raise what they like
         problems = [*problems, f"transformers refuses it: {' '.join(str(error).split())}"]
     else:
