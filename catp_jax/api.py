@@ -416,8 +416,8 @@ def load(
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
     model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
     its own devices. The modes are Llama 3.2 Vision's: which states of the tower the decoder gets
-    ("hf", see `tiled_vit.VisionMode`), and what text does that sees no image ("meta", see
-    `cross_decoder.MaskMode`).
+    (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and what text does
+    that sees no image ("meta", see `cross_decoder.MaskMode`).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
@@ -425,7 +425,7 @@ def load(
     find_devices()
     network, _ = convert.load(folder, dtype, None if mesh is None else partial(_spread, mesh))
     if isinstance(network, Mllama):
-        network.vision_model.mode = vision_mode or "hf"
+        network.vision_model.mode = vision_mode or network.config.vision.vision_mode
         reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")
     elif vision_mode or mask_mode:
         raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")

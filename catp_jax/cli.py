@@ -147,8 +147,8 @@ def generate(
         ),
     ] = None,
     vision_mode: Annotated[
-        Literal["hf", "meta"] | None,
-        typer.Option(help="Llama Vision: tower states as in transformers (hf), or Meta's code."),
+        Literal["meta", "hf"] | None,
+        typer.Option(help="Llama Vision: tower states as in Meta's code, or in transformers (hf)."),
     ] = None,
     dtype: Dtype = None,
     mesh: cli_cluster.MeshOption = None,

@@ -1,10 +1,10 @@
 """Llama 3.2 Vision: config.json into `MllamaConfig`, and back."""
 
-from typing import Any
+from typing import Any, get_args
 
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, CrossDecoderConfig
 from catp_jax.models.mllama import MllamaConfig
-from catp_jax.models.tiled_vit import TiledVitConfig
+from catp_jax.models.tiled_vit import TiledVitConfig, VisionMode
 from convert.configs import (
     MUST_BE_FALSE,
     check_activation,
@@ -26,7 +26,7 @@ VISION = {
     *("hidden_size", "hidden_act", "num_hidden_layers", "num_global_layers", "attention_heads"),
     *("num_attention_heads", "num_channels", "intermediate_size", "vision_output_dim"),
     *("image_size", "patch_size", "norm_eps", "max_num_tiles", "intermediate_layers_indices"),
-    *("supported_aspect_ratios",),
+    *("supported_aspect_ratios", "vision_mode"),
 }
 UNTIED = MUST_BE_FALSE | {"tie_word_embeddings"}
 
@@ -130,11 +130,18 @@ def _check_vision(vision: Any) -> list[str]:
             f"vision_output_dim is {vision.vision_output_dim}; hidden_size × (1 + intermediate "
             f"layers) is {wanted}"
         )
+    if (mode := _vision_mode(vision)) not in get_args(VisionMode):
+        problems.append(f"vision_mode is {mode!r}; 'meta' or 'hf' is wanted")
     tiles = vision.max_num_tiles
     for ratio in vision.supported_aspect_ratios:
         if len(ratio) != 2 or not all(is_positive(n) for n in ratio) or ratio[0] * ratio[1] > tiles:
             problems.append(f"supported_aspect_ratios has {ratio}; wanted: 1 to {tiles} tiles")
     return problems
+
+
+def _vision_mode(vision: Any) -> Any:
+    """A key of ours; Meta's checkpoints, which do not have it, were trained so."""
+    return getattr(vision, "vision_mode", "meta")
 
 
 def _build(config: Any) -> MllamaConfig:
@@ -154,6 +161,7 @@ def _build(config: Any) -> MllamaConfig:
             max_num_tiles=vision.max_num_tiles,
             intermediate_layers_indices=tuple(vision.intermediate_layers_indices),
             supported_aspect_ratios=tuple((r[0], r[1]) for r in vision.supported_aspect_ratios),
+            vision_mode=_vision_mode(vision),
         ),
         text=CrossDecoderConfig(
             vocab_size=text.vocab_size,

@@ -32,6 +32,7 @@ VISION = TiledVitConfig(
     max_num_tiles=4,
     intermediate_layers_indices=(0,),
     supported_aspect_ratios=TiledVitConfig.llama_3_2().supported_aspect_ratios,
+    vision_mode="meta",
 )
 TEXT = CrossDecoderConfig(
     vocab_size=50,

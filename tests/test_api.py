@@ -226,3 +226,8 @@ def test_tokens_and_text_are_those_of_transformers(model):
     for ours, other in zip(out.tokens, new, strict=True):
         assert ours == other[: len(ours)]
     assert out.text == [t.strip() for t in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def test_the_towers_mode_is_the_checkpoints_unless_one_is_asked_for():
+    modes = [catp_jax.load(MINI, vision_mode=mode) for mode in (None, "hf", "meta")]
+    assert [model.network.thaw().vision_model.mode for model in modes] == ["hf", "hf", "meta"]

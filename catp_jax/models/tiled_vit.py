@@ -13,10 +13,11 @@ of it are kept because the released weights were trained with them:
 
 In a third one implementations differ: what `intermediate_layers_indices` counts (`VisionMode`).
 
-- "hf": the outputs of those layers, as in transformers since its refactoring of 2025 (pull request
-  #39643) and so in what the parity tests compare with.
-- "meta": their inputs, as in Meta's reference code and in transformers before. Meta's weights were
-  trained so.
+- "meta": the inputs of those layers, as in Meta's reference code and in transformers until 2025.
+  Meta's weights were trained so.
+- "hf": their outputs, as in transformers since its refactoring (pull request #39643) and so in what
+  the parity tests compare with. A checkpoint that was trained so says it in its config.json:
+  `"vision_mode": "hf"` in `vision_config`, which transformers does not read.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ class TiledVitConfig:
     max_num_tiles: int
     intermediate_layers_indices: tuple[int, ...]
     supported_aspect_ratios: tuple[tuple[int, int], ...]
+    vision_mode: VisionMode
 
     @property
     def grid(self) -> int:
@@ -94,6 +96,7 @@ class TiledVitConfig:
             supported_aspect_ratios=(
                 (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)
             ),
+            vision_mode="meta",
         )  # fmt: skip
 
 
@@ -203,7 +206,7 @@ class TiledVit(nnx.Module):
 
     def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.mode: VisionMode = "hf"
+        self.mode: VisionMode = config.vision_mode
         patch = config.num_channels * config.patch_size**2
         width = config.hidden_size
         self.patch_embedding = linear(patch, width, ("patch", "vision_embed"), rngs=rngs)

@@ -85,6 +85,7 @@ def mini_config() -> MllamaConfig:
             max_num_tiles=4,
             intermediate_layers_indices=(1,),
             supported_aspect_ratios=TOWER_LAYOUTS,
+            vision_mode="hf",  # so that transformers of today computes the same
         ),
         text=CrossDecoderConfig(
             vocab_size=VOCABULARY,

@@ -183,6 +183,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "one or more of the 32 layers",
     ),
     "ratio": ("vision_config", {"supported_aspect_ratios": [[3, 3]]}, r"\[3, 3\]; wanted: 1 to 4"),
+    "vision mode": ("vision_config", {"vision_mode": "outputs"}, "'outputs'; 'meta' or 'hf'"),
 }
 
 
@@ -204,6 +205,13 @@ def test_everything_wrong_is_said_at_once():
 def test_square_given_as_two_numbers_is_read():
     raw = changed("vision_config", image_size=[560, 560])
     assert parse_config(raw) == ELEVEN_B
+
+
+def test_weights_take_inputs_of_intermediate_layers_unless_their_config_says_otherwise():
+    assert parse_config(HUB).vision.vision_mode == "meta"
+    raw = changed("vision_config", vision_mode="hf")
+    assert parse_config(raw).vision.vision_mode == "hf"
+    assert parse_config(config_json(parse_config(raw))) == parse_config(raw)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ VISION = {
     "image_size": 12,
     "patch_size": 4,
     "intermediate_layers_indices": [0, 2],
+    "vision_mode": "hf",  # ours; transformers keeps it and does not read it
 }
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gqa": (TEXT, VISION),

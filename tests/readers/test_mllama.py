@@ -27,6 +27,7 @@ VISION = TiledVitConfig(
     max_num_tiles=4,
     intermediate_layers_indices=(0,),
     supported_aspect_ratios=TiledVitConfig.llama_3_2().supported_aspect_ratios,
+    vision_mode="meta",
 )
 CONFIG = MllamaConfig(VISION, CrossDecoderConfig.llama_3_2_11b(), MARK)
 TWO_WIDE = 2  # the aspect ratio (1, 2): two tiles side by side
