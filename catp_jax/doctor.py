@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
 from catp_jax import checkpoint
-from catp_jax.models.layers import attend
+from catp_jax.models.attention import xla
 from catp_jax.plan import find_config, weight_bytes
 from catp_jax.pruning.scores import keep_best
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
@@ -257,7 +257,7 @@ def backends(sizes: set[int]) -> Findings:
         weights /= weights.sum(axis=-1, keepdims=True)
         expected = np.einsum("bhsn,bnhd->bshd", weights, np.repeat(values, 2, axis=2))
         arrays = [jnp.asarray(x, jnp.bfloat16) for x in (queries, keys, values)]
-        own = np.asarray(attend(arrays[0], arrays[1], arrays[2], None), np.float32)
+        own = np.asarray(xla(arrays[0], arrays[1], arrays[2], None), np.float32)
         good = np.abs(own - expected).max() < 0.1
         text = f"heads of {size} channels: XLA's kernel {'works' if good else 'is wrong'}"
         if jax.devices()[0].platform == "gpu":

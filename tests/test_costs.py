@@ -138,8 +138,8 @@ def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
 
 
 def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(monkeypatch):
-    for module in (cross_decoder, tiled_vit):
-        monkeypatch.setattr(module, "attend", lambda queries, keys, values, mask: queries)
+    for module, name in ((cross_decoder, "attend"), (tiled_vit, "attend_padded")):
+        monkeypatch.setattr(module, name, lambda queries, keys, values, seen: queries)
 
     def weights(pruner: Any) -> list[tuple[int, ...]]:
         """Shapes of all exponentials over visual tokens in the traced program."""

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Keep, Site, View, keep_columns
+from catp_jax.models.attention import attend, scaled
 from catp_jax.models.cache import (
     Block,
     KeysValues,
@@ -39,12 +40,10 @@ from catp_jax.models.layers import (
     Llama3Scaling,
     RmsNorm,
     RopeConfig,
-    attend,
     embedding,
     gate,
     merge_heads,
     rope_angles,
-    scaled,
     split_heads,
 )
 from catp_jax.models.llama import AttentionProjections, LlamaConfig, LlamaMlp, SelfLayer

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Select, Site, View
+from catp_jax.models.attention import scaled
 from catp_jax.models.cache import Block, KeysValues, Past, Segment, Slots, causal_mask, spread
-from catp_jax.models.layers import scaled
 from catp_jax.struct import pytree, replace
 
 

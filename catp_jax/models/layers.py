@@ -1,4 +1,4 @@
-"""The few parts that all models share: projections, norms, activations, attention, RoPE.
+"""The few parts that all models share: projections, norms, activations, RoPE.
 
 Parameters live in Flax NNX modules whose attribute paths are those of the Hugging Face checkpoint;
 only the last word differs (`weight` becomes `kernel`, `scale` or `embedding`). Beside each kernel
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -128,55 +128,6 @@ def split_heads(x: Float[Array, "b s width"], heads: int) -> Float[Array, "b s h
 def merge_heads(x: Float[Array, "b s heads d"]) -> Float[Array, "b s width"]:
     """The inverse of `split_heads`."""
     return x.reshape(*x.shape[:-2], -1)
-
-
-LOGITS_AT_ONCE = 2**27
-"""Attention logits that exist at one time (512 MiB in float32); more rows go block by block."""
-
-
-def scaled(queries: Float[Array, "b s h d"]) -> Float[Array, "b s h d"]:
-    """Queries as `contract.Attention` has them: over √d, in float32."""
-    return queries.astype(jnp.float32) * queries.shape[-1] ** -0.5
-
-
-def attend(
-    queries: Float[Array, "b s h d"],
-    keys: Float[Array, "b n kv d"],
-    values: Float[Array, "b n kv d"],
-    mask: Bool[Array, "b s n"] | None,
-    bias: Float[Array, "#b h s n"] | None = None,
-    scale: float | None = None,
-) -> Float[Array, "b s h d"]:
-    """Dot-product attention, softmax in float32; `kv` divides `h` (grouped queries).
-
-    `mask` None: every row sees every column. `bias` is added to the logits, which are multiplied by
-    `scale` (None: 1/√d). A row whose mask is all False returns the mean of the values: its caller
-    drops it.
-    """
-    batch, rows, heads, _ = queries.shape
-
-    def attend_some(queries: Array, mask: Array | None, bias: Array | None) -> Array:
-        mask = None if mask is None else mask[:, None]
-        with jax.numpy_dtype_promotion("standard"):  # it widens bfloat16 by itself
-            return jax.nn.dot_product_attention(
-                queries, keys, values, bias=bias, mask=mask, scale=scale
-            )
-
-    block = max(LOGITS_AT_ONCE // (batch * heads * keys.shape[1]), 1)
-    if rows <= block:
-        return attend_some(queries, mask, bias)
-
-    def blocks(x: Array | None, axis: int = 1) -> Array | None:
-        if x is None:
-            return None
-        padding = [(0, -rows % block if number == axis else 0) for number in range(x.ndim)]
-        x = jnp.pad(x, padding)
-        x = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    parts = (blocks(queries), blocks(mask), blocks(bias, axis=2))
-    out = jax.lax.map(lambda some: attend_some(*some), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *queries.shape[2:])[:, :rows]
 
 
 @dataclasses.dataclass(frozen=True)

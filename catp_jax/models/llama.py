@@ -14,13 +14,13 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from catp_jax.models.attention import attend
 from catp_jax.models.cache import Block, KeysValues, Past
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
     RmsNorm,
     RopeConfig,
-    attend,
     embedding,
     linear,
     merge_heads,

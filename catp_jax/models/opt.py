@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from catp_jax.models.attention import attend
 from catp_jax.models.cache import Block, KeysValues, Past
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
-    attend,
     embedding,
     linear,
     merge_heads,

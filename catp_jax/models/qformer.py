@@ -17,14 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention
+from catp_jax.models.attention import attend, scaled
 from catp_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
-    attend,
     embedding,
     linear,
     merge_heads,
-    scaled,
     split_heads,
 )
 

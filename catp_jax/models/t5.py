@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Select, Site
+from catp_jax.models.attention import attend
 from catp_jax.models.cache import (
     Block,
     KeysValues,
@@ -33,7 +34,6 @@ from catp_jax.models.cache import (
 from catp_jax.models.layers import (
     ACTIVATIONS,
     RmsNorm,
-    attend,
     embedding,
     linear,
     merge_heads,

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from catp_jax.models.attention import attend_padded
 from catp_jax.models.layers import (
     LayerNorm,
     VisionMlp,
-    attend,
     embedding,
     gate,
     linear,
@@ -149,14 +149,12 @@ class VisionAttention(nnx.Module):
         self.v_proj = linear(width, width, ("vision_embed", "vision_heads"), **options)
         self.o_proj = linear(width, width, ("vision_heads", "vision_embed"), **options)
 
-    def __call__(
-        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
-    ) -> Float[Array, "i n d"]:
+    def __call__(self, x: Float[Array, "i n d"], real: Int[Array, " i"]) -> Float[Array, "i n d"]:
         queries, keys, values = (
             split_heads(project(x), self.heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.o_proj(merge_heads(attend(queries, keys, values, mask)))
+        return self.o_proj(merge_heads(attend_padded(queries, keys, values, real)))
 
 
 class VisionLayer(nnx.Module):
@@ -173,10 +171,8 @@ class VisionLayer(nnx.Module):
             self.gate_attn = gate(jnp.pi / 4)
             self.gate_ffn = gate(jnp.pi / 4)
 
-    def __call__(
-        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
-    ) -> Float[Array, "i n d"]:
-        attended = self.self_attn(self.input_layernorm(x), mask)
+    def __call__(self, x: Float[Array, "i n d"], real: Int[Array, " i"]) -> Float[Array, "i n d"]:
+        attended = self.self_attn(self.input_layernorm(x), real)
         x = x + (self._gated(self.gate_attn, attended) if self.is_gated else attended)
         fed = self.mlp(self.post_attention_layernorm(x))
         return x + (self._gated(self.gate_ffn, fed) if self.is_gated else fed)
@@ -187,17 +183,19 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """A stack of layers; returns its input and what each layer put out."""
+    """A stack of layers over tokens of which those from `real` on are padding; returns its input
+    and what each layer put out.
+    """
 
     def __init__(self, config: TiledVitConfig, depth: int, is_gated: bool, *, rngs: nnx.Rngs):
         self.layers = nnx.List([VisionLayer(config, is_gated, rngs=rngs) for _ in range(depth)])
 
     def __call__(
-        self, x: Float[Array, "i n d"], mask: Bool[Array, "i n n"]
+        self, x: Float[Array, "i n d"], real: Int[Array, " i"]
     ) -> list[Float[Array, "i n d"]]:
         states = [x]
         for layer in self.layers:
-            states.append(layer(states[-1], mask))
+            states.append(layer(states[-1], real))
         return states
 
 
@@ -243,17 +241,21 @@ class TiledVit(nnx.Module):
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))
         is_real = aspect_ratio_mask[:, :, None] & (jnp.arange(padded) < tokens)[None, None]
         is_real = is_real.reshape(images, tiles * padded)
-        mask = is_real[:, :, None] | is_real[:, None, :]
+        real = is_real.sum(axis=1, dtype=jnp.int32)
+        # inside the layers padding comes last, so that their attention takes a length for a mask
+        order = jnp.argsort(~is_real, axis=1, stable=True)
+        places = jnp.argsort(order, axis=1)
 
-        local = self.transformer(x.reshape(images, tiles * padded, -1), mask)
-        x = self.layernorm_post(local[-1]).reshape(images, tiles, padded, -1)
+        local = self.transformer(_rows(x.reshape(images, tiles * padded, -1), order), real)
+        x = _rows(self.layernorm_post(local[-1]), places).reshape(images, tiles, padded, -1)
         x = self.post_tile_positional_embedding(x, aspect_ratio_ids)
-        x = self.global_transformer(x.reshape(images, tiles * padded, -1), mask)[-1]
+        x = _rows(x.reshape(images, tiles * padded, -1), order)
+        x = self.global_transformer(x, real)[-1]
 
         shift = 1 if self.mode == "hf" else 0
         between = [local[index + shift] for index in config.intermediate_layers_indices]
         x = jnp.concatenate([x, jnp.stack(between, axis=-1).reshape(*x.shape[:-1], -1)], axis=-1)
-        return x.reshape(images, tiles, padded, -1)[:, :, :tokens]
+        return _rows(x, places).reshape(images, tiles, padded, -1)[:, :, :tokens]
 
     def _patches(self, pixels: Float[Array, "i t c height width"]) -> Float[Array, "i t g cpp"]:
         """Each patch flattened channel-first, the order of a torch convolution kernel."""
@@ -262,3 +264,7 @@ class TiledVit(nnx.Module):
         x = pixels.reshape(images, tiles, channels, grid, patch, grid, patch)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6)
         return x.reshape(images, tiles, grid * grid, channels * patch * patch)
+
+
+def _rows(x: Float[Array, "i n d"], order: Int[Array, "i n"]) -> Float[Array, "i n d"]:
+    return jnp.take_along_axis(x, order[:, :, None], axis=1)

@@ -10,13 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from catp_jax.contract import Attention
+from catp_jax.models.attention import attend, scaled
 from catp_jax.models.layers import (
     LayerNorm,
     VisionMlp,
-    attend,
     linear,
     merge_heads,
-    scaled,
     split_heads,
 )
 

@@ -13,7 +13,6 @@ from transformers.models.mllama.modeling_mllama import (
     apply_rotary_pos_emb,
 )
 
-from catp_jax.models import layers
 from catp_jax.models.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -108,26 +107,3 @@ def test_layer_norm_is_torchs_own_far_from_zero():
     ours = LayerNorm(12, 1e-5)
     theirs = torch.nn.functional.layer_norm(torch.from_numpy(x), (12,), eps=1e-5)
     np.testing.assert_allclose(ours(jnp.asarray(x)), theirs.numpy(), atol=1e-3)
-
-
-@pytest.mark.parametrize("at_once", [2**27, 100, 1])
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attention_is_the_textbooks(kv_heads: int, at_once: int, monkeypatch):
-    """Whole and in blocks of rows."""
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", at_once)
-    rng = np.random.default_rng(0)
-    batch, rows, columns, heads, channels = 2, 5, 7, 6, 4
-    queries = rng.normal(size=(batch, rows, heads, channels))
-    keys, values = rng.normal(size=(2, batch, columns, kv_heads, channels))
-    mask = rng.random((batch, rows, columns)) < 0.6
-    mask[:, :, 0] = True
-    wanted = np.zeros_like(queries)
-    for b in range(batch):
-        for s in range(rows):
-            for h in range(heads):
-                group = h // (heads // kv_heads)
-                logits = keys[b, :, group] @ queries[b, s, h] / np.sqrt(channels)
-                weights = np.where(mask[b, s], np.exp(logits), 0)
-                wanted[b, s, h] = weights @ values[b, :, group] / weights.sum()
-    floats = (jnp.asarray(a, jnp.float32) for a in (queries, keys, values))
-    np.testing.assert_allclose(layers.attend(*floats, jnp.asarray(mask)), wanted, atol=1e-5)

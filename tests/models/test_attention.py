@@ -1,0 +1,102 @@
+"""Attention of many rows against the textbook's, and what cuDNN's calls come to."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from catp_jax.models import attention
+
+
+@pytest.mark.parametrize("at_once", [2**27, 100, 1])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention_is_the_textbooks(kv_heads: int, at_once: int, monkeypatch):
+    """Whole and in blocks of rows."""
+    monkeypatch.setattr(attention, "LOGITS_AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    batch, rows, columns, heads, channels = 2, 5, 7, 6, 4
+    queries = rng.normal(size=(batch, rows, heads, channels))
+    keys, values = rng.normal(size=(2, batch, columns, kv_heads, channels))
+    mask = rng.random((batch, rows, columns)) < 0.6
+    mask[:, :, 0] = True
+    wanted = np.zeros_like(queries)
+    for b in range(batch):
+        for s in range(rows):
+            for h in range(heads):
+                group = h // (heads // kv_heads)
+                logits = keys[b, :, group] @ queries[b, s, h] / np.sqrt(channels)
+                weights = np.where(mask[b, s], np.exp(logits), 0)
+                wanted[b, s, h] = weights @ values[b, :, group] / weights.sum()
+    floats = (jnp.asarray(a, jnp.float32) for a in (queries, keys, values))
+    np.testing.assert_allclose(attention.attend(*floats, jnp.asarray(mask)), wanted, atol=1e-5)
+
+
+REAL = [7, 1, 4]
+
+
+def padded_wanted(queries, keys, values):
+    """One row and head after the other: real rows see all, padding sees what is real."""
+    wanted = np.zeros_like(queries)
+    for image, real in enumerate(REAL):
+        for row in range(queries.shape[1]):
+            seen = slice(None) if row < real else slice(real)
+            for head in range(queries.shape[2]):
+                logits = keys[image, seen, head] @ queries[image, row, head]
+                weights = np.exp(logits / np.sqrt(queries.shape[3]))
+                wanted[image, row, head] = weights @ values[image, seen, head] / weights.sum()
+    return wanted
+
+
+@pytest.fixture
+def padded() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(3, len(REAL), 7, 2, 4))
+
+
+def test_padding_sees_what_is_real_and_the_real_see_everything(padded):
+    floats = (jnp.asarray(a, jnp.float32) for a in padded)
+    out = attention.attend_padded(*floats, jnp.asarray(REAL, jnp.int32))
+    np.testing.assert_allclose(out, padded_wanted(*padded), atol=1e-5)
+
+
+def test_two_calls_with_lengths_are_that_mask(padded, monkeypatch):
+    """cuDNN's two calls, computed by XLA; rows whose result is not to be read are NaN."""
+
+    def xla_with_lengths(queries, keys, values, rows, columns):
+        out = jax.nn.dot_product_attention(
+            queries, keys, values, key_value_seq_lengths=columns, implementation="xla"
+        )
+        numbers = jnp.arange(queries.shape[1], dtype=jnp.int32)
+        return jnp.where(numbers[None, :, None, None] < rows[:, None, None, None], out, jnp.nan)
+
+    monkeypatch.setattr(attention, "cudnn", xla_with_lengths)
+    floats = (jnp.asarray(a, jnp.float32) for a in padded)
+    out = attention._cudnn_padded(*floats, jnp.asarray(REAL, jnp.int32))
+    np.testing.assert_allclose(out, padded_wanted(*padded), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "reason"),
+    [(2, "float32", "16 bits"), (4, "bfloat16", "split over devices"), (2, "bfloat16", "cuDNN")],
+)
+def test_what_cudnn_refuses_it_says_why(heads, dtype, reason, monkeypatch):
+    monkeypatch.setattr(attention, "_cudnn_lacks", lambda channels: "cuDNN not found")
+    queries, keys = (jnp.zeros((1, 8, n, 4), dtype) for n in (heads, 2))
+    assert reason in attention.cudnn_refuses(queries, keys)
+
+
+def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):
+    def no_kernel(*arrays, **options):
+        return functools.reduce(jnp.add, arrays[:3]) * jnp.nan
+
+    monkeypatch.setattr(attention, "cudnn_refuses", lambda queries, keys: None)
+    monkeypatch.setattr(attention, "cudnn", no_kernel)
+    floats = [jnp.asarray(a, jnp.float32) for a in padded]
+    real = jnp.asarray(REAL, jnp.int32)
+    np.testing.assert_array_equal(
+        jax.jit(attention.attend)(*floats, None), attention.xla(*floats, None)
+    )
+    np.testing.assert_allclose(
+        jax.jit(attention.attend_padded)(*floats, real), padded_wanted(*padded), atol=1e-5
+    )
