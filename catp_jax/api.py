@@ -19,11 +19,10 @@ from PIL import Image
 import convert
 from catp_jax.contract import Keep, Site, check_sites
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import EarlyStopping, beams, generate_beam
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
-from catp_jax.generation.sampling import sampling
+from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
@@ -51,7 +50,8 @@ PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a batch of prompts got; lists have one entry a prompt.
+    """What a batch of prompts got; lists have one entry a prompt, `text` and `tokens` one an
+    answer, those of a prompt in succession.
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
     visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
@@ -191,90 +191,22 @@ class Model:
         return self.generate_packed(self.prepare(images, prompts), pruners, **options)
 
     def generate_packed(
-        self,
-        packed: Packed[Any],
-        pruners: Sequence[Any] = (),
-        *,
-        max_new_tokens: int = 32,
-        min_new_tokens: int = 0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: EarlyStopping = "heuristic",
+        self, packed: Packed[Any], pruners: Sequence[Any] = (), **options: Any
     ) -> Answers:
-        """`generate` on prepared inputs.
-
-        Temperature 0 is greedy; otherwise row i draws with `seed + i`, or its own entry of `seed`.
-        From 2 beams on there is beam search instead, see `beam.Beams`; `length_penalty` and
-        `early_stopping` are for that alone.
-        """
-        pruners = tuple(pruners)
-        self._check(packed, pruners, max_new_tokens)
-        choice = sampling(
-            len(packed.available),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            min_new_tokens=min_new_tokens,
-        )
-        search = beams(
-            num_beams,
-            length_penalty=length_penalty,
-            min_new_tokens=min_new_tokens,
-            early_stopping=early_stopping,
-        )
-        if num_beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
-            raise ValueError(
-                "beam search draws nothing: give num_beams or a temperature (with top_k, top_p), "
-                "not both"
-            )
-        ends = jnp.asarray(self.end_tokens, jnp.int32)
-        pad = jnp.asarray(self.pad_token, jnp.int32)
+        """`generate` on prepared inputs; the options are the fields of `Options`."""
+        chosen, pruners = Options(**options), tuple(pruners)
+        self._check(packed, pruners, chosen.max_new_tokens)
+        decoding = chosen.decoding(len(packed.available))
+        stop = chosen.stop(self.end_tokens, self.pad_token)
         if isinstance(self.network, place.Sharded):
-            pruners, choice, search, ends, pad = place.everywhere(
-                (pruners, choice, search, ends, pad), self.network.mesh
-            )
+            pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
         if any(pruner.keep is None for pruner in pruners):
-            if num_beams > 1:
-                raise ValueError("a method that finds its own number goes with one beam only")
             front, keep, selection = programs.look(self.network, pruners, packed.inputs)
             if keep is not None:
                 keep, selection = programs.cut(keep, selection, self._capacity(keep))
-            out = programs.go_on(
-                self.network,
-                pruners,
-                front,
-                keep,
-                selection,
-                choice,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
-        elif num_beams > 1:
-            out = generate_beam(
-                self.network,
-                pruners,
-                packed.inputs,
-                search,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
+            out = programs.go_on(self.network, pruners, front, keep, selection, decoding, stop)
         else:
-            out = programs.generate(
-                self.network,
-                pruners,
-                packed.inputs,
-                choice,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
+            out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
         return self._answers(place.fetch(out), packed)
 
     def picture(self, source: ImageLike) -> np.ndarray:
@@ -316,8 +248,6 @@ class Model:
         )
 
     def _check(self, packed: Packed[Any], pruners: tuple[Any, ...], max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}")
         self._check_length(packed.longest, max_new_tokens)
         check_sites(pruners, self.sites, "this model")
         room = packed.most

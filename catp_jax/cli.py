@@ -19,9 +19,8 @@ from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
 from catp_jax.contract import Site
-from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
-from catp_jax.generation.sampling import sampling
+from catp_jax.generation.options import Options
 from catp_jax.pruning import METHODS, budget, make
 from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
@@ -171,8 +170,6 @@ def generate(
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
     parse_mesh({} if mesh is None else mesh)
     find_devices()
-    sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
     if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
         raise typer.BadParameter(
             "beam search draws nothing: give --beams, or --temperature, --top-k, --top-p"
@@ -183,6 +180,18 @@ def generate(
         raise typer.BadParameter(
             f"--min-new-tokens {min_new_tokens} is more than --max-new-tokens {max_new_tokens}"
         )
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_beams=beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    options.decoding(1)  # so that a number out of range is said before a model is loaded
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
@@ -226,15 +235,7 @@ def generate(
         answers = loaded.generate_packed(
             packed,
             _pruners(methods, limits, packed.slots, loaded.sites),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            num_beams=beams,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=[seed + number for number in numbers],
+            **{**dataclasses.asdict(options), "seed": [seed + number for number in numbers]},
         )
         for index, request in enumerate(some):
             as_json = _as_json(request, answers, index) if json_output else None

@@ -13,8 +13,9 @@ import torch
 
 from catp_jax.contract import Reduction, Site, View
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
 from catp_jax.generation.blip2_inputs import pack
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.frozen import freeze
@@ -64,7 +65,11 @@ def test_pruned_answers_are_those_of_transformers_language_model_on_the_kept_que
     prompts = Prompts(config, seed=3)
     inputs, keep = prompts.ours("left"), 3
     out = programs.generate(
-        model, (CATP(keep=keep),), inputs, sampling(3), NEVER, PAD, max_new_tokens=NEW
+        model,
+        (CATP(keep=keep),),
+        inputs,
+        sampling(3),
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     cross: list[torch.Tensor] = []
     hooks = [
@@ -145,7 +150,13 @@ def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tupl
     keep, selection = programs.cut(keep, selection, wanted)
     choice = sampling(len(batch.available))
     out = programs.go_on(
-        model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=NEW
+        model,
+        pruners,
+        front,
+        keep,
+        selection,
+        choice,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     np.testing.assert_array_equal(out.tokens, whole.tokens)
     assert difference(out.logits, whole.logits) <= 1e-5
@@ -159,7 +170,15 @@ def test_a_pruner_without_a_place_is_an_error_after_the_cut_too():
     front, keep, selection = programs.look(model, pruners, batch.inputs)
     choice = sampling(len(batch.available))
     with pytest.raises(ValueError, match="FastV works at layer 99"):
-        programs.go_on(model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=1)
+        programs.go_on(
+            model,
+            pruners,
+            front,
+            keep,
+            selection,
+            choice,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=1),
+        )
 
 
 # --- cached = uncached ------------------------------------------------------------------------
@@ -330,21 +349,19 @@ def test_beam_search_with_pruning_is_one_program_and_one_beam_is_greedy(
     kind: Kind, pruners: tuple[Any, ...]
 ):
     def run(num_beams: int, **options: Any) -> programs.Generated:
-        return generate_beam(
+        return programs.generate(
             random_blip2(kind),
             pruners,
             packed().inputs,
             beams(num_beams, **options),
-            NEVER,
-            PAD,
-            max_new_tokens=NEW,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )
 
-    greedy, compiled = run(1), generate_beam._cache_size()
+    greedy, compiled = run(1), programs.generate._cache_size()
     np.testing.assert_array_equal(greedy.tokens, reference(kind, pruners).tokens)
     three = run(3)
     run(3, length_penalty=-1.0, min_new_tokens=2)
-    assert generate_beam._cache_size() == compiled + 1
+    assert programs.generate._cache_size() == compiled + 1
     jax.tree.map(np.testing.assert_array_equal, three.selection.kept, greedy.selection.kept)
     assert (np.asarray(three.tokens) != np.asarray(greedy.tokens)).any()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
@@ -140,9 +141,7 @@ def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
         cut_keep,
         replace(cut, states=()),
         sampling(5),
-        NEVER,
-        PAD,
-        max_new_tokens=NEW,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     fixed = generate((TrimmedLlama(keep=BUDGET, k_ratio=0.01),), batch)
     np.testing.assert_array_equal(out.tokens, fixed.tokens)
@@ -158,12 +157,43 @@ def test_a_fixed_budget_after_a_union_is_kept_in_the_cut_prefill_too():
     whole = generate(pruners, batch)
     front, keep, selection = programs.look(model, pruners, batch.inputs)
     out = programs.go_on(
-        model, pruners, front, keep, selection, sampling(5), NEVER, PAD, max_new_tokens=NEW
+        model,
+        pruners,
+        front,
+        keep,
+        selection,
+        sampling(5),
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     np.testing.assert_array_equal(out.tokens, whole.tokens)
     assert difference(out.logits, whole.logits) <= 1e-6
     jax.tree.map(np.testing.assert_array_equal, out.selection, whole.selection)
     assert out.selection.kept.indices.shape == (5, 2)
+
+
+def test_several_samples_of_a_prompt_share_its_cache_and_are_those_of_as_many_prompts():
+    model, batch, stop = random_mllama(), packed(), Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW)
+    pruners = (METHODS["k_norm"](BUDGET),)
+    choice = {"temperature": 2.0, "top_k": 40}
+    out = programs.generate(model, pruners, batch.inputs, sampling(5, answers=3, **choice), stop)
+    assert out.tokens.shape == (15, NEW)
+    assert out.logits.shape[0] == 5
+    for sample in range(3):
+        seeds = [3 * row + sample for row in range(5)]
+        alone = programs.generate(
+            model, pruners, batch.inputs, sampling(5, seed=seeds, **choice), stop
+        )
+        np.testing.assert_array_equal(out.tokens[sample::3], alone.tokens)
+    assert len({*map(tuple, out.tokens.tolist())}) > 10
+    carry = jax.eval_shape(
+        lambda: programs.begin(
+            programs.prefill(model, pruners, batch.inputs, new_slots=NEW),
+            sampling(5, answers=3, **choice),
+            stop,
+        )
+    )
+    assert carry.last.shape == (15,)
+    assert {block.keys.shape[0] for block in (*carry.cache.cross, *carry.cache.own.prompt)} == {5}
 
 
 def test_a_frozen_model_gives_what_the_model_gives():
@@ -172,9 +202,7 @@ def test_a_frozen_model_gives_what_the_model_gives():
         (METHODS["fastv"](BUDGET),),
         packed().inputs,
         sampling(5),
-        NEVER,
-        PAD,
-        max_new_tokens=NEW,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     jax.tree.map(np.testing.assert_array_equal, out, mixed("fastv"))
 

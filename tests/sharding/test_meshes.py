@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import make
@@ -26,7 +27,9 @@ def run(network, batch, kind, method, mesh=None):
     pruners = () if method is None else (make(method, 4, SITES[kind]),)
     rest = (pruners, sampling(8), ENDS, PAD)
     pruners, choice, ends, pad = rest if mesh is None else everywhere(rest, mesh)
-    out = programs.generate(network, pruners, batch, choice, ends, pad, max_new_tokens=NEW)
+    out = programs.generate(
+        network, pruners, batch, choice, Stop(ends=ends, pad=pad, max_new_tokens=NEW)
+    )
     return fetch(out)
 
 
@@ -78,7 +81,9 @@ def test_beam_search_too(kind):
     def search(network, batch, mesh=None):
         rest = (beams(3), ENDS, PAD)
         how, ends, pad = rest if mesh is None else everywhere(rest, mesh)
-        return fetch(generate_beam(network, (), batch, how, ends, pad, max_new_tokens=NEW))
+        return fetch(
+            programs.generate(network, (), batch, how, Stop(ends=ends, pad=pad, max_new_tokens=NEW))
+        )
 
     mesh = make_mesh("data=2,tensor=4", kv_heads(model(kind)))
     ours = search(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), mesh)
