@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import convert
-from catp_jax.contract import Keep, Site, check_sites
+from catp_jax.contract import Keep, Pruners, Site, settle
 from catp_jax.generation import generate as programs
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.images import ImageLike
@@ -31,6 +31,8 @@ from catp_jax.models.mllama import Mllama
 from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
+from catp_jax.pruning.named import Named, named
+from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import (
@@ -179,32 +181,44 @@ class Model:
         images: Sequence[ImageLike | Sequence[ImageLike] | None],
         prompts: Sequence[Prompt],
         pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
         **options: Any,
     ) -> Answers:
         """Answers each prompt about its images.
 
-        `pruners` apply in order. See `prepare` for images and prompts, and `generate_packed` for
-        the options.
+        Methods apply in order: `pruners`, or by name, as the command takes them: `prune="fastv",
+        keep="50%"`. The options are the fields of `generation.options.Options`. See `prepare` for
+        images and prompts.
 
         Raises ValueError for input that cannot be used, with the reason.
         """
-        return self.generate_packed(self.prepare(images, prompts), pruners, **options)
+        packed = self.prepare(images, prompts)
+        return self.generate_packed(packed, pruners, prune=prune, keep=keep, **options)
 
     def generate_packed(
-        self, packed: Packed[Any], pruners: Sequence[Any] = (), **options: Any
+        self,
+        packed: Packed[Any],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
     ) -> Answers:
-        """`generate` on prepared inputs; the options are the fields of `Options`."""
-        chosen, pruners = Options(**options), tuple(pruners)
-        self._check(packed, pruners, chosen.max_new_tokens)
+        """`generate` on prepared inputs."""
+        chosen = Options(**options)
+        pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
+        self._check_length(packed.longest, chosen.max_new_tokens)
         decoding = chosen.decoding(len(packed.available))
         stop = chosen.stop(self.end_tokens, self.pad_token)
         if isinstance(self.network, place.Sharded):
             pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
         if any(pruner.keep is None for pruner in pruners):
-            front, keep, selection = programs.look(self.network, pruners, packed.inputs)
-            if keep is not None:
-                keep, selection = programs.cut(keep, selection, self._capacity(keep))
-            out = programs.go_on(self.network, pruners, front, keep, selection, decoding, stop)
+            front, found, selection = programs.look(self.network, pruners, packed.inputs)
+            if found is not None:
+                found, selection = programs.cut(found, selection, self._capacity(found))
+            out = programs.go_on(self.network, pruners, front, found, selection, decoding, stop)
         else:
             out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
         return self._answers(place.fetch(out), packed)
@@ -247,13 +261,16 @@ class Model:
             logits=np.asarray(out.logits, np.float32),
         )
 
-    def _check(self, packed: Packed[Any], pruners: tuple[Any, ...], max_new_tokens: int) -> None:
-        self._check_length(packed.longest, max_new_tokens)
-        check_sites(pruners, self.sites, "this model")
-        room = packed.most
+    def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
+        if methods and pruners:
+            raise ValueError("give pruners, or methods by name (prune and keep), not both")
+        if methods:
+            return pruners_of(methods, packed.available, packed.slots, self.sites)
+        pruners, room = settle(pruners, self.sites), packed.most
         for pruner in pruners:
             if pruner.keep is not None and room:
                 room = budget.count(pruner.keep, room)
+        return pruners
 
     def _check_length(self, longest: int, new: int) -> None:
         room = self.reader.positions

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import typer
 from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
-from catp_jax.contract import Site
 from catp_jax.generation.images import read_image
 from catp_jax.generation.options import Options
-from catp_jax.pruning import METHODS, budget, make
+from catp_jax.pruning import METHODS
+from catp_jax.pruning.named import limits, named
 from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
 from catp_jax.sharding.mesh import find_devices, parse_mesh
-
-AUTO = "auto"  # --keep for methods that find their own number
 
 app = typer.Typer(
     add_completion=False,
@@ -156,7 +153,12 @@ def generate(
     ] = False,
 ) -> None:
     """Answer questions about images."""
-    methods = _methods(prune or [], keep or [])
+    if len(prune or []) != len(keep or []):
+        raise typer.BadParameter(
+            f"each --prune wants its --keep: got {len(prune or [])} methods and "
+            f"{len(keep or [])} budgets"
+        )
+    methods = named(prune, keep)
     if batch and (prompt or image):
         raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
     if batch:
@@ -210,8 +212,8 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     done=images,
                 )
-                limit = _limits(methods, loaded.visual_tokens(question))
-                read[request.number] = request, question, limit
+                limits(methods, loaded.visual_tokens(question))
+                read[request.number] = request, question
             except ValueError as error:
                 if request.line is None:
                     raise
@@ -225,16 +227,15 @@ def generate(
                 print(f"catp-jax: {problems[-1]}", file=sys.stderr)
         if not read:
             continue
-        some, questions, limits = ([*column] for column in zip(*read.values(), strict=True))
+        some, questions = ([*column] for column in zip(*read.values(), strict=True))
         # short batches are filled up, so that all have one shape
         missing = batch_size - len(questions)
         questions += questions[:1] * missing
-        limits += limits[:1] * missing
         numbers = [request.number for request in some] + [some[0].number] * missing
-        packed = loaded.pack(questions)
         answers = loaded.generate_packed(
-            packed,
-            _pruners(methods, limits, packed.slots, loaded.sites),
+            loaded.pack(questions),
+            prune=prune,
+            keep=keep,
             **{**dataclasses.asdict(options), "seed": [seed + number for number in numbers]},
         )
         for index, request in enumerate(some):
@@ -371,46 +372,6 @@ def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
     if not requests and not problems:
         raise ValueError(f"batch file {str(path)!r} has no lines")
     return requests, problems
-
-
-def _methods(prune: list[str], keep: list[str]) -> list[tuple[str, str]]:
-    """The methods with their budgets, checked as far as that goes without a model."""
-    if len(prune) != len(keep):
-        raise typer.BadParameter(
-            f"each --prune wants its --keep: got {len(prune)} methods and {len(keep)} budgets"
-        )
-    for spec, text in zip(prune, keep, strict=True):
-        make(spec, None if text == AUTO else 1, frozenset(Site))
-        if text != AUTO:
-            budget.parse(text)
-    return list(zip(prune, keep, strict=True))
-
-
-def _limits(methods: list[tuple[str, str]], available: int) -> list[int]:
-    """How many of its visual tokens a prompt keeps, by each method in turn.
-
-    Raises ValueError if it has fewer than a count asks for.
-    """
-    limits = []
-    for _, text in methods:
-        if available and text != AUTO:
-            available = budget.count(text, available)
-        limits.append(available)
-    return limits
-
-
-def _pruners(
-    methods: list[tuple[str, str]], limits: list[list[int]], slots: int, sites: frozenset[Site]
-) -> list[Any]:
-    """One pruner a method; each prompt's own limit within room that depends on shapes alone."""
-    pruners = []
-    for (spec, text), own in zip(methods, zip(*limits, strict=True), strict=True):
-        if slots and text == AUTO:
-            pruners.append(make(spec, None, sites))
-        elif slots:
-            slots = budget.parse(text).count(slots)
-            pruners.append(make(spec, slots, sites, limit=jnp.asarray(own, jnp.int32)))
-    return pruners
 
 
 def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:

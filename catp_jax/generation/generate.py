@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners
+from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners, settle
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.struct import pytree, replace
 
@@ -29,9 +29,11 @@ class Prefillable(Protocol):
     """What a model offers: a prefill cut where it is first pruned, and a step.
 
     `front` returns something with a `view`, None if there is nothing to prune. `back` shows the
-    views that come after it to `select`, and prunes as it says.
+    views that come after it to `select`, and prunes as it says. `sites` says where views come from.
     """
 
+    @property
+    def sites(self) -> frozenset[Site]: ...
     def front(self, inputs: Any) -> Any: ...
     def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any: ...
     def step(self, tokens: Int[Array, " b"], cache: Any) -> Any: ...
@@ -75,11 +77,12 @@ class Generated:
 class Selector:
     """Answers a model's views with the pruners that work there, and notes what they left.
 
-    `noted` is what another one noted, with the same pruners, of the views before.
+    `sites` are the model's; `noted` is what another one noted, with the same pruners, of the views
+    before.
     """
 
-    def __init__(self, pruners: Pruners, noted: Selection | None = None):
-        self.pruners = pruners
+    def __init__(self, pruners: Pruners, sites: frozenset[Site], noted: Selection | None = None):
+        self.pruners = settle(pruners, sites)
         self.kept: Keep | None = None if noted is None else noted.kept
         self.states: list[Any] = [None] * len(pruners) if noted is None else [*noted.states]
         self.idle = {number for number, state in enumerate(self.states) if state is None}
@@ -124,7 +127,7 @@ class Selector:
 
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
-    front, select = model.front(inputs), Selector(pruners)
+    front, select = model.front(inputs), Selector(pruners, model.sites)
     keep = None if front.view is None else select(front.view)
     logits, cache = model.back(front, keep, select, new_slots)
     select.check()
@@ -214,7 +217,7 @@ def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep |
     Kept entries stand before empty ones, so the host can cut the selection (`cut`) to any capacity
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
-    front, select = model.front(inputs), Selector(pruners)
+    front, select = model.front(inputs), Selector(pruners, model.sites)
     keep = None if front.view is None else select(front.view)
     return replace(front, view=None), keep, select.selection
 
@@ -239,7 +242,7 @@ def go_on(
     stop: Stop,
 ) -> Generated:
     """What `generate` does after `look`; pruners that work further on have their turn here."""
-    select = Selector(pruners, selection)
+    select = Selector(pruners, model.sites, selection)
     logits, cache = model.back(front, keep, select, stop.max_new_tokens)
     select.check()
     start = Prefilled(logits=logits, cache=cache, selection=select.selection)

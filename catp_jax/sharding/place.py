@@ -110,6 +110,11 @@ class Sharded:
         """The parameters."""
         return self.frozen.arrays
 
+    @property
+    def sites(self) -> Any:
+        """See the model's own."""
+        return self.frozen.sites
+
     def thaw(self) -> Any:
         """The model itself."""
         return self.frozen.thaw()

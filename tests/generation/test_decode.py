@@ -33,6 +33,8 @@ class Scripted:
 
     script: Any
 
+    sites = frozenset()
+
     def front(self, inputs: Any) -> Start:
         return Start()
 
