@@ -21,7 +21,7 @@ from catp_jax.models.blip2 import Blip2
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
 from catp_jax.pruning.scores import Scored, keep_best
-from catp_jax.struct import pytree, static
+from catp_jax.struct import pytree, replace, static
 from tests.blip2_methods import (
     AT_ENTRY,
     BUDGET,
@@ -235,13 +235,13 @@ def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[A
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), expected.tokens)
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     if kind == "t5":
-        assert cache.next_slot == NEW + 1  # the start token has a slot too
-        assert cache.cross_valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
+        assert cache.tail.next_slot.tolist() == [NEW + 1] * 4  # the start token has a slot too
+        assert cache.cross.valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
     else:
-        for segment in cache.segments:
-            visual = QUERIES if segment is cache.segments[0] and len(cache.segments) > 1 else BUDGET
-            assert segment.next_slot == NEW
-            assert segment.valid.sum(axis=1).tolist() == [n - NEW + visual for n in lengths]
+        assert cache.tail.next_slot.tolist() == [NEW] * 4
+        for prompt in cache.prompts:
+            visual = QUERIES if prompt is cache.prompts[0] and len(cache.prompts) > 1 else BUDGET
+            assert prompt.valid.sum(axis=1).tolist() == [n - NEW + visual for n in lengths]
 
 
 @pytest.mark.parametrize(("kind", "pruners"), CASES)
@@ -316,32 +316,28 @@ def spread_cache(kind: Kind, is_pruned_inside: bool = False) -> Any:
     return cache
 
 
-def tails_and_prompts(cache: Any) -> tuple[Any, Any]:
-    """What each beam has for itself, and what the beams of a prompt share."""
-    if hasattr(cache, "segments"):
-        return [s.tail for s in cache.segments], [(s.prompt, s.valid) for s in cache.segments]
-    return cache.tail, (cache.cross, cache.cross_valid)
-
-
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_reordering_beams_moves_their_tails_alone(case: tuple):
+def test_reordering_beams_moves_what_they_see_alone(case: tuple):
     cache = spread_cache(*case)
     parents = np.asarray([2, 2, 0, 3, 5, 3, 8, 7, 6, 9, 9, 9], np.int32)  # of their own prompt
     moved = jax.jit(lambda c, p: c.reorder(p))(cache, jnp.asarray(parents))
-    (tails, prompts), (after, shared) = tails_and_prompts(cache), tails_and_prompts(moved)
-    jax.tree.map(np.testing.assert_array_equal, after, jax.tree.map(lambda x: x[parents], tails))
-    jax.tree.map(np.testing.assert_array_equal, shared, prompts)
-    assert any(
-        (np.asarray(a) != np.asarray(b)).any()
-        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(tails), strict=True)
+    seen = np.asarray(cache.tail.seen)
+    np.testing.assert_array_equal(moved.tail.seen, seen[parents])
+    assert (seen[parents] != seen).any()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        replace(moved, tail=replace(moved.tail, seen=cache.tail.seen)),
+        cache,
     )
 
 
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_beams_share_one_prompt_and_have_tails_of_their_own(case: tuple):
-    tails, prompts = tails_and_prompts(spread_cache(*case))
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(tails)} == {4 * 3}
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(prompts)} == {4}
+def test_beams_share_their_prompts_blocks_and_its_tail(case: tuple):
+    cache = spread_cache(*case)
+    rows = {name: leaf.shape[0] for name, leaf in vars(cache.tail).items() if name != "blocks"}
+    assert rows == {"positions": 4, "seen": 12, "next_slot": 4, "next_position": 12}
+    blocks = jax.tree.leaves(replace(cache, tail=cache.tail.blocks))
+    assert {leaf.shape[0] for leaf in blocks} == {4}
 
 
 @pytest.mark.parametrize(("kind", "pruners"), [CASES[1], CASES[2]])
@@ -382,28 +378,27 @@ def cache_of(kind: Kind, *pruners: Any) -> Any:
 @pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
 def test_opts_cache_has_the_kept_queries_the_text_and_the_new_tokens(keep: int):
     cache = cache_of("opt", Position(keep=keep))
-    (segment,) = cache.segments
-    heads = OPT.num_attention_heads
-    assert len(segment.prompt) == len(segment.tail) == OPT.num_hidden_layers
-    for prompt, tail in zip(segment.prompt, segment.tail, strict=True):
+    (own,), heads = cache.prompts, OPT.num_attention_heads
+    assert len(own.blocks) == len(cache.tail.blocks) == OPT.num_hidden_layers
+    for prompt, tail in zip(own.blocks, cache.tail.blocks, strict=True):
         assert prompt.keys.shape == prompt.values.shape == (4, heads, keep + 16, 4)
         assert tail.keys.shape == tail.values.shape == (4, heads, NEW, 4)
-    assert segment.valid.shape == (4, keep + 16)
+    assert own.valid.shape == (4, keep + 16)
 
 
 def test_after_pruning_between_layers_opts_later_layers_have_smaller_caches():
     cache = cache_of("opt", CATP(keep=5), fastv(2))
-    sizes = [[block.keys.shape[2] for block in segment.prompt] for segment in cache.segments]
+    sizes = [[block.keys.shape[2] for block in prompt.blocks] for prompt in cache.prompts]
     assert sizes == [[5 + 16] * LAYER, [2 + 16]]
-    assert cache_of("opt", fastv(2)).segments[0].prompt[0].keys.shape[2] == QUERIES + 16
+    assert cache_of("opt", fastv(2)).prompts[0].blocks[0].keys.shape[2] == QUERIES + 16
 
 
 @pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
 def test_t5s_cross_attention_has_the_kept_queries_and_the_text(keep: int):
     cache = cache_of("t5", Position(keep=keep))
-    assert len(cache.cross) == len(cache.tail) == T5.num_decoder_layers
-    for layer in cache.cross:
+    assert len(cache.cross.blocks) == len(cache.tail.blocks) == T5.num_decoder_layers
+    for layer in cache.cross.blocks:
         assert layer.keys.shape == layer.values.shape == (4, T5.num_heads, keep + 16, T5.d_kv)
-    assert cache.cross_valid.shape == (4, keep + 16)
-    for layer in cache.tail:
+    assert cache.cross.valid.shape == (4, keep + 16)
+    for layer in cache.tail.blocks:
         assert layer.keys.shape == (4, T5.num_heads, NEW + 1, T5.d_kv)

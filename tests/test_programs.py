@@ -101,9 +101,9 @@ def test_prefill_and_steps_give_what_generate_gives():
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         logits, cache = programs.step(model, tokens[-1], cache)
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), reference.tokens)
-    assert cache.own.next_slot == NEW
+    assert cache.tail.next_slot.tolist() == [NEW] * 5
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
-    assert cache.next_position.tolist() == lengths
+    assert cache.tail.next_position.tolist() == lengths
     assert cache.own.valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
 
 
@@ -120,7 +120,7 @@ def test_step_reuses_the_memory_of_the_cache():
     programs.step(model, token, start.cache)
     assert all(buffer.is_deleted() for buffer in buffers)
     with pytest.raises(Exception, match="deleted"):
-        start.cache.own.tail[0].keys + 1.0
+        start.cache.tail.blocks[0].keys + 1.0
 
 
 def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
@@ -193,7 +193,14 @@ def test_several_samples_of_a_prompt_share_its_cache_and_are_those_of_as_many_pr
         )
     )
     assert carry.last.shape == (15,)
-    assert {block.keys.shape[0] for block in (*carry.cache.cross, *carry.cache.own.prompt)} == {5}
+    assert {
+        block.keys.shape[0]
+        for block in (
+            *carry.cache.cross.blocks,
+            *carry.cache.own.blocks,
+            *carry.cache.tail.blocks,
+        )
+    } == {5}
 
 
 def test_a_frozen_model_gives_what_the_model_gives():

@@ -135,7 +135,7 @@ class Mllama(nnx.Module):
         Nothing is pruned after the first cross-attention layer, so `select` is not asked again.
         """
         hidden, cache = self.language_model.back(front, keep, new_slots)
-        last = jnp.maximum(cache.next_position - 1, 0)[:, None, None]
+        last = jnp.maximum(cache.tail.next_position - 1, 0)[:, None, None]
         return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def step(

@@ -146,8 +146,8 @@ prefill = functools.partial(programs.prefill, new_slots=2)
 def room(cache: Any) -> list[int]:
     """The slots of every layer that the prompt takes."""
     if hasattr(cache, "cross"):
-        return [layer.keys.shape[2] for layer in cache.cross]
-    return [block.keys.shape[2] for segment in cache.segments for block in segment.prompt]
+        return [block.keys.shape[2] for block in cache.cross.blocks]
+    return [block.keys.shape[2] for prompt in cache.prompts for block in prompt.blocks]
 
 
 @pytest.mark.parametrize("name", ["vicuna", "t5"])
