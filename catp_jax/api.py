@@ -28,6 +28,7 @@ from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.instructblip import InstructBlip
 from catp_jax.models.mllama import Mllama
+from catp_jax.models.narrow import Weights
 from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
@@ -354,6 +355,7 @@ def load(
     dtype: str | None = None,
     *,
     mesh: MeshLike | None = None,
+    weights: Weights | None = None,
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
 ) -> Model:
@@ -362,15 +364,18 @@ def load(
 
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
     model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
-    its own devices. The modes are Llama 3.2 Vision's: which states of the tower the decoder gets
-    (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and what text does
-    that sees no image ("meta", see `cross_decoder.MaskMode`).
+    its own devices. `weights="int8"` (or "float8") narrows the language model's layers to 8 bits as
+    they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the
+    decoder gets (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and
+    what text does that sees no image ("meta", see `cross_decoder.MaskMode`).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     find_devices()
-    network, _ = convert.load(folder, dtype, None if mesh is None else partial(_spread, mesh))
+    network, _ = convert.load(
+        folder, dtype, None if mesh is None else partial(_spread, mesh), weights
+    )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode
         reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")

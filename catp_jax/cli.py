@@ -147,6 +147,10 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in Meta's code, or in transformers (hf)."),
     ] = None,
     dtype: Dtype = None,
+    weights: Annotated[
+        Literal["int8", "float8"] | None,
+        typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
+    ] = None,
     mesh: cli_cluster.MeshOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
@@ -199,7 +203,9 @@ def generate(
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
     from catp_jax import api  # here, so that --help does not wait for it
 
-    loaded = api.load(model, dtype, mesh=mesh, vision_mode=vision_mode, mask_mode=mask_mode)
+    loaded = api.load(
+        model, dtype, mesh=mesh, weights=weights, vision_mode=vision_mode, mask_mode=mask_mode
+    )
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):

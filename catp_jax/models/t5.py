@@ -37,6 +37,7 @@ from catp_jax.models.layers import (
     embedding,
     linear,
     merge_heads,
+    product,
     split_heads,
 )
 from catp_jax.struct import pytree, replace
@@ -288,7 +289,8 @@ class T5(nnx.Module):
             x = x * self.config.d_model**-0.5
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
-        return jnp.einsum("bsd,vd->bsv", x, self.shared.embedding[...])
+        table = self.shared.embedding[...]
+        return product(lambda x: jnp.einsum("bsd,vd->bsv", x, table), x)
 
     def encode(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n d"]:
         """The encoder's output; padding is seen by nobody."""
