@@ -227,7 +227,7 @@ def reference(kind: Kind, pruners: tuple[Any, ...]) -> programs.Generated:
 def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[Any, ...]):
     model, expected = random_blip2(kind), reference(kind, pruners)
     start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
-    assert difference(start.logits, expected.logits) <= 1e-6
+    assert difference(start.logits, expected.logits) <= 5e-6
     logits, cache, tokens = start.logits, start.cache, []
     for _ in range(NEW):
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -263,7 +263,7 @@ def test_a_frozen_model_gives_what_the_model_gives(kind: Kind):
         freeze(random_blip2(kind)), (CATP(keep=BUDGET),), packed().inputs, new_slots=NEW
     )
     expected = whole(kind)["catp"]
-    assert difference(start.logits, expected.logits) <= 1e-6
+    assert difference(start.logits, expected.logits) <= 5e-6
     jax.tree.map(np.testing.assert_array_equal, start.selection.kept, expected.selection.kept)
 
 

@@ -12,7 +12,7 @@ import catp_jax
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.layers import Linear, linear
-from catp_jax.models.narrow import narrow
+from catp_jax.models.narrow import check, narrow
 from catp_jax.study.tasks import easy_vqa
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
@@ -110,6 +110,7 @@ def test_narrow_weights_from_a_converted_folder_and_on_a_mesh_are_the_same(tmp_p
     assert {array.dtype for array in jax.tree.leaves(theirs.logits)} == {np.dtype(np.float32)}
 
 
-def test_unknown_weights_are_refused_before_anything_is_read():
+def test_unknown_weights_are_refused():
     with pytest.raises(ValueError, match=r"weights is 'int8' or 'float8', or None .* got 'int4'"):
-        catp_jax.load("/no/such/folder", weights="int4")
+        check("int4")
+    check(None)
