@@ -5,7 +5,7 @@ visual tokens), of which all, half or a quarter are kept; one GPU. XLA compiles 
 so bytes are those of the program, and milliseconds are not measured. Floor: all weights but the
 embedding table, of which a step takes a row each, and the whole cache, read once.
 
-    JAX_PLATFORMS=cpu python benchmarks/gpu_programs.py --batches 1,32
+    JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --batches 1,32
 
 Needs JAX's CUDA compiler (`make test` puts it into .venv/gpu-compiler: PYTHONPATH). Figures go to
 benchmarks/results/gpu_programs_<target>.json after every program, where those of other batches
@@ -22,10 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-import convert
-from catp_jax import checkpoint, targets
+from benchmarks.programs import NEW, TEXT, in_dtype, nbytes, tables
+from catp_jax import targets
 from catp_jax.generation import generate as programs
 from catp_jax.models.frozen import freeze
 from catp_jax.models.mllama import MllamaConfig
@@ -34,23 +33,9 @@ from catp_jax.pruning import make
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets.compiling import program_of
-from convert.families import family_of
-from convert.reader import cast, with_dtypes
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3.2-11B-Vision"
-TEXT, NEW = 64, 64
-
-
-def in_dtype(config: Any, dtype: Any) -> Any:
-    """The abstract model, in the number types that a load at `dtype` gives."""
-    model, family = convert.abstract(config), family_of(config)
-    dtypes = {name: cast(family, name, np.dtype(dtype)) for name in checkpoint.names(model)}
-    return with_dtypes(model, dtypes)
-
-
-def nbytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def step_of(config: Any, target: str, batch: int, percent: int) -> dict[str, Any]:
@@ -69,9 +54,8 @@ def step_of(config: Any, target: str, batch: int, percent: int) -> dict[str, Any
     started = time.perf_counter()
     program = program_of(programs.step.trace(network, tokens, cache))
     seconds = time.perf_counter() - started
-    tables = [leaf for name, leaf in checkpoint.names(model).items() if "embed_tokens" in name]
     # a program's arguments are what it uses: not the vision tower
-    floor = program.arguments - nbytes(tables) - nbytes(tokens)
+    floor = program.arguments - tables(model) - nbytes(tokens)
     gpu = targets.find_gpu(target)
     return {
         "program": f"{MODEL} step",

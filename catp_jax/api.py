@@ -47,6 +47,7 @@ from catp_jax.readers.reading import (
 )
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
+from catp_jax.sharding.rules import shares
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
@@ -170,11 +171,14 @@ class Model:
         return self.reader.visual_tokens(question)
 
     def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
-        """A batch of questions as arrays."""
-        packed = self.reader.pack(questions)
-        if not isinstance(self.network, place.Sharded):
-            return packed
-        inputs = place.place_inputs(packed.inputs, self.network.mesh)
+        """A batch of questions as arrays, where the model is."""
+        if isinstance(self.network, place.Sharded):
+            mesh = self.network.mesh
+            packed = self.reader.pack(questions, shares(mesh))
+            inputs = place.place_inputs(packed.inputs, mesh)
+        else:
+            packed = self.reader.pack(questions)
+            inputs = jax.device_put(packed.inputs)  # here, and not again at every call
         return dataclasses.replace(packed, inputs=inputs)
 
     def generate(
