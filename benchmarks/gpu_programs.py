@@ -22,31 +22,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-import convert
 from catp_jax import checkpoint, targets
 from catp_jax.generation import generate as programs
 from catp_jax.models.frozen import freeze
 from catp_jax.models.mllama import MllamaConfig
-from catp_jax.plan import inputs_of
+from catp_jax.plan import abstract_model, inputs_of
 from catp_jax.pruning import make
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets.compiling import program_of
-from convert.families import family_of
-from convert.reader import cast, with_dtypes
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "Llama-3.2-11B-Vision"
 TEXT, NEW = 64, 64
-
-
-def in_dtype(config: Any, dtype: Any) -> Any:
-    """The abstract model, in the number types that a load at `dtype` gives."""
-    model, family = convert.abstract(config), family_of(config)
-    dtypes = {name: cast(family, name, np.dtype(dtype)) for name in checkpoint.names(model)}
-    return with_dtypes(model, dtypes)
 
 
 def nbytes(tree: Any) -> int:
@@ -55,7 +44,7 @@ def nbytes(tree: Any) -> int:
 
 def step_of(config: Any, target: str, batch: int, percent: int) -> dict[str, Any]:
     """A decode step's figures beside its floor."""
-    model = in_dtype(config, jnp.bfloat16)
+    model = abstract_model(config, jnp.bfloat16)
     mesh = make_mesh({}, kv_heads(model), targets.devices_of(target))
     model = place(model, mesh)
     network = Sharded(mesh=mesh, frozen=freeze(model))
