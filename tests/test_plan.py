@@ -5,6 +5,7 @@ parameters, and JAX counts its devices once. They have the real widths and few l
 """
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 import convert
 from catp_jax import targets
@@ -22,16 +24,18 @@ from catp_jax.models.mllama import MllamaConfig
 from catp_jax.plan import (
     PRESETS,
     Plan,
+    Work,
     abstract_model,
     make_plan,
     matrix_flops,
     shard_bytes,
+    table,
 )
 from catp_jax.plan.compiled import for_cpu, uses
 from catp_jax.plan.making import largest
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import kv_heads, place
-from catp_jax.targets import compiling
+from catp_jax.targets import Floor, compiling
 from tests.command import catp_jax
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,17 +151,60 @@ def test_weights_are_split_over_eight_devices(name, mesh, parameters):
     assert parameters * 2 / 8 < split < 1.1 * parameters * 2 / 8
 
 
-def test_the_batch_that_fits_is_told_by_a_line_until_one_is_found():
+def made_up(**given) -> Plan:
+    """A plan of 10 prompts."""
     sizes = {"weights": 1000, "self_kv": 300, "cross_kv": 500, "temporaries": 200, "memory": 4000}
     others: dict = {field.name: None for field in dataclasses.fields(Plan)}
     numbers = dict.fromkeys(("visual_tokens", "kept", "inputs", "prefill_flops", "token_flops"), 0)
     nothing = {"model": "", "mesh": {}, "dtype": "", "prefill_traffic": (), "token_traffic": ()}
-    plan = Plan(**others | numbers | nothing | sizes | {"batch": 10, "hosts": 1})
+    return Plan(**others | numbers | nothing | sizes | {"batch": 10, "hosts": 1} | given)
+
+
+def test_the_batch_that_fits_is_told_by_a_line_until_one_is_found():
+    plan = made_up()
     assert (plan.total, plan.largest_batch) == (2000, 30)
-    assert dataclasses.replace(plan, cross_kv=250).largest_batch == 40
-    assert dataclasses.replace(plan, memory=999).largest_batch == 0
-    found = dataclasses.replace(plan, found_batch=25)
+    assert made_up(cross_kv=250).largest_batch == 40
+    assert made_up(memory=999).largest_batch == 0
+    found = made_up(found_batch=25)
     assert (found.largest_batch, found.as_json()["largest_batch_is_compiled"]) == (25, True)
+
+
+def shown(plan: Plan) -> str:
+    """A plan's table, in one line."""
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(plan))
+    return " ".join(console.file.getvalue().split())
+
+
+def test_a_table_says_what_a_target_tells_and_what_is_not_told():
+    plain = shown(made_up())
+    assert "temporaries, at most, a device 200 B" in plain
+    assert "Not told: temporaries in the weights' number type, bytes moved, the least time" in plain
+    assert "--target names a GPU to compile for (h100, h200, a100, b200)" in plain
+    assert "floor" not in plain
+
+    floor = Floor(memory=0.004, arithmetic=0.001, links=0.0, network=0.005)
+    numbers = {"flops": 0, "sent": 0, "sent_between_hosts": 0, "temporaries": 0, "launches": 0}
+    bytes_moved: dict = {"moved": 9000, "moved_at_least": 8000, "moved_by_kind": {"copy": 9000}}
+    kernels = {"has_cudnn": False, "has_triton": True}
+    step = Work(**numbers, **bytes_moved, **kernels, floor=floor, seconds=0.005)
+    prompt = dataclasses.replace(step, has_cudnn=True)
+    given = {"target": "h100", "hosts": 2, "prefill_work": prompt, "token_work": step}
+    told = shown(made_up(**given, found_batch=25))
+    assert "h100 on 2 hosts" in told
+    assert "token, bytes moved, a device; at least 8 KB 9 KB" in told
+    assert "token, time of network alone 5 ms" in told
+    assert "links" not in told
+    assert "token, floor: it takes at least 5 ms" in told
+    assert "tokens a second at that floor, all prompts 2,000" in told
+    assert "largest batch, compiled for 25" in told
+    assert "Not told" not in told
+    assert "cuDNN" not in told
+
+    given["prefill_work"] = dataclasses.replace(step, has_triton=False)
+    lacking = shown(made_up(**given))
+    assert "cuDNN is not found, or refuses" in lacking
+    assert "XLA has no Triton kernel for these shapes" in lacking
 
 
 def test_without_a_target_nothing_is_told_of_one(command_on_one):

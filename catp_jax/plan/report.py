@@ -84,7 +84,7 @@ def table(plan: Plan) -> Table:
     """A plan for a terminal."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "1 device"
     kept = "" if plan.kept == plan.visual_tokens else f", {plan.kept:,} kept"
-    where = "" if plan.target is None else f" of {plan.target}"
+    where = "" if plan.target is None else f", {plan.target}"
     where += f" on {plan.hosts} hosts" if plan.hosts > 1 else ""
     out = Table(
         title=f"{plan.model} in {plan.dtype} on {mesh}{where}, batch {plan.batch}, "
@@ -121,7 +121,7 @@ def table(plan: Plan) -> Table:
         for part, seconds in dataclasses.asdict(work.floor).items():
             if seconds:
                 out.add_row(f"{name}, time of {part} alone", duration(seconds))
-        out.add_row(f"{name}, floor: no GPU is faster", duration(work.seconds))
+        out.add_row(f"{name}, floor: it takes at least", duration(work.seconds))
     if plan.tokens_per_second is not None:
         out.add_row("tokens a second at that floor, all prompts", f"{plan.tokens_per_second:,.0f}")
     out.add_section()
@@ -140,14 +140,17 @@ def duration(seconds: float) -> str:
 
 def untold(plan: Plan) -> str | None:
     """What this plan cannot tell, and how to have it told."""
-    if plan.target is None:
+    if plan.prefill_work is None or plan.token_work is None:
         return (
             "Not told: temporaries in the weights' number type, bytes moved, the least time, the "
             f"largest batch. --target names a GPU to compile for ({', '.join(GPUS)})."
         )
-    if plan.prefill_work is not None and not plan.prefill_work.has_cudnn:
-        return (
-            "Without cuDNN's attention, since none is found or it refuses: pip install nvidia-"
-            "cudnn-cu13. With it a prefill of long prompts moves less."
+    said = []
+    if not plan.prefill_work.has_cudnn:
+        said.append(
+            "cuDNN is not found, or refuses: attention goes through memory, as it would there. Its "
+            "package is nvidia-cudnn-cu13."
         )
-    return None
+    if not (plan.prefill_work.has_triton and plan.token_work.has_triton):
+        said.append("XLA has no Triton kernel for these shapes: a GPU may copy less.")
+    return " ".join(said) or None
