@@ -196,8 +196,8 @@ def ours(results: Results, cases: tuple[Case, ...], is_smoke: bool) -> None:
         if case.model != loaded:
             network = None  # before the next one is drawn
             gc.collect()
-            config = programs.config_of(case.model, is_smoke)
-            network = freeze(on_device(programs.in_dtype(config, jnp.bfloat16), 0))
+            model, config = programs.abstract(case, is_smoke)
+            network = freeze(on_device(model, 0))
             loaded = case.model
         try:
             actual = largest(case, results.rows) if case.what == "largest" else case

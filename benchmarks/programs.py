@@ -11,16 +11,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-import convert
 from catp_jax import checkpoint
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
-from catp_jax.plan import PRESETS, inputs_of, matrix_flops
+from catp_jax.models.narrow import Weights, with_scales
+from catp_jax.plan import PRESETS, abstract_model, inputs_of
+from catp_jax.plan.sizes import flops_in
 from catp_jax.pruning import make
-from convert.families import family_of
-from convert.reader import cast, with_dtypes
 
 TEXT, NEW = 64, 64
 LLAMA, OPT, T5, VICUNA = (
@@ -33,25 +32,31 @@ LLAMA, OPT, T5, VICUNA = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`prefill`; `decode`: the loop after it, to the last new token; `generate`: both in one.
+    """`prefill`; `step`: one token more for every row; `decode`: the loop after the prefill, to the
+    last new token; `generate`: all in one.
 
     `largest` is `generate` at the largest batch that should fit. `percent` of the visual tokens are
-    kept. `model` is one of `plan.PRESETS`.
+    kept. `model` is one of `plan.PRESETS`, its weights narrowed as `weights` says.
     """
 
     model: str
-    what: Literal["prefill", "decode", "generate", "largest"]
+    what: Literal["prefill", "step", "decode", "generate", "largest"]
     batch: int
     percent: int = 100
     beams: int = 1
+    weights: Weights | None = None
 
     @property
     def name(self) -> str:
         """What tells it from the others, to be read."""
-        kept = "" if self.percent == 100 else f", {self.percent} % kept"
-        beams = "" if self.beams == 1 else f", {self.beams} beams"
-        batch = "" if self.what == "largest" else f", batch {self.batch}"
-        return f"{self.model} {self.what}{batch}{kept}{beams}"
+        parts = [
+            f"{self.model} {self.what}",
+            "" if self.what == "largest" else f"batch {self.batch}",
+            "" if self.percent == 100 else f"{self.percent} % kept",
+            "" if self.beams == 1 else f"{self.beams} beams",
+            self.weights or "",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 # Most telling first: a run that is cut off has the better part.
@@ -84,7 +89,7 @@ TABLE = (
     Case(T5, "decode", 64),
     Case(VICUNA, "decode", 64),
 )
-"""What issue 9 holds against a floor, of one GPU."""
+"""What is held against its floor on one GPU."""
 
 
 def config_of(model: str, is_toy: bool = False) -> Any:
@@ -152,11 +157,11 @@ def shrunk(config: Any) -> Any:
     )
 
 
-def in_dtype(config: Any, dtype: Any) -> Any:
-    """The abstract model, in the number types that a load at `dtype` gives."""
-    model, family = convert.abstract(config), family_of(config)
-    dtypes = {name: cast(family, name, np.dtype(dtype)) for name in checkpoint.names(model)}
-    return with_dtypes(model, dtypes)
+def abstract(case: Case, is_toy: bool = False) -> tuple[Any, Any]:
+    """A case's abstract model in bfloat16, and its configuration."""
+    config = config_of(case.model, is_toy)
+    model = abstract_model(config, jnp.bfloat16)
+    return (model if case.weights is None else with_scales(model, case.weights)), config
 
 
 def nbytes(tree: Any) -> int:
@@ -207,6 +212,13 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
         return Program(jax.jit(prefill), (inputs,), visual, kept, nbytes(start.cache), 0)
     carry = jax.eval_shape(programs.begin, start, decoding, stop)
     cache = nbytes(carry.cache)
+    if case.what == "step":
+
+        def step(network: Any, carry: Any, decoding: Any, stop: Any) -> Any:
+            return programs.advance(network, carry, decoding, stop)
+
+        function = jax.jit(step, donate_argnames=("carry",))
+        return Program(function, (carry, decoding, stop), visual, kept, cache, 1)
     if case.what == "decode":
         return Program(
             jax.jit(programs.decode), (start, decoding, stop), visual, kept, cache, NEW - 1
@@ -217,4 +229,4 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
 
 def flops_of(traced: Any) -> int:
     """FLOPs of matrix products, in a decode loop of one step."""
-    return matrix_flops(traced.jaxpr.jaxpr)
+    return flops_in(traced.jaxpr.jaxpr)

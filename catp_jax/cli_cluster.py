@@ -1,8 +1,11 @@
 """The commands that look before a job is sent: `catp-jax plan`, `catp-jax doctor`."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +15,7 @@ from rich.markup import escape
 from catp_jax.contract import Site
 from catp_jax.pruning import budget, make, methods_for
 from catp_jax.sharding.mesh import parse_mesh
+from catp_jax.targets import GPUS, devices_of, find_gpu
 
 MeshOption = Annotated[
     str | None,
@@ -47,36 +51,85 @@ def plan(
     ] = None,
     keep: Annotated[str | None, typer.Option(help="Visual tokens to keep.", metavar="N|P%")] = None,
     dtype: Annotated[str, typer.Option(help="Number type of the weights.")] = "bfloat16",
-    memory: Annotated[float, typer.Option(help="Memory of a device, in GB of 10⁹ bytes.")] = 80.0,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Compile for a GPU that need not exist, of {', '.join(GPUS)}: bytes moved, the "
+            "least time of a prefill and a token, temporaries. Takes JAX's CUDA compiler.",
+            metavar="GPU",
+        ),
+    ] = None,
+    hosts: Annotated[
+        int | None,
+        typer.Option(help="Hosts that the target's GPUs are on; 8 are on one, if not given."),
+    ] = None,
+    largest_batch: Annotated[
+        bool,
+        typer.Option(
+            "--largest-batch",
+            help="Find the largest batch that fits by compiling for several; takes minutes.",
+        ),
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory of a device, in GB of 10⁹ bytes; the target's, or 80, if not given."
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What each device of a mesh would hold, compute and send; nothing of the model is loaded."""
     if prune is not None and keep is None:
         raise typer.BadParameter("--prune wants --keep")
-    if not 0 < memory < math.inf:
+    if memory is not None and not 0 < memory < math.inf:
         raise typer.BadParameter(f"--memory is a size above 0, got {memory:g}")
+    if target is None and (largest_batch or hosts is not None):
+        raise typer.BadParameter("--largest-batch and --hosts want --target")
     from catp_jax import plan as planning
 
     planning.find_config(model)
-    planning.force_devices(math.prod(parse_mesh(mesh).values()))
+    with wrong_call():
+        places = math.prod(parse_mesh(mesh).values())
+        gpu = None if target is None else find_gpu(target)
+    planning.force_devices(places if gpu is None else 1)
+    if gpu is not None:
+        devices_of(gpu)  # says so if there is no compiler
 
     def pruner(visual: int, sites: frozenset[Site]) -> Any:
         return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
 
-    made = planning.make_plan(
-        model,
-        mesh,
-        batch=batch,
-        tiles=tiles,
-        prompt=prompt_tokens,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        pruner=None if keep is None else pruner,
-    )
+    def tell(batch: int, total: int) -> None:
+        print(f"a batch of {batch}: {total / 1e9:.3g} GB a device", file=sys.stderr, flush=True)
+
+    with wrong_call():
+        made = planning.make_plan(
+            model,
+            mesh,
+            batch=batch,
+            tiles=tiles,
+            prompt=prompt_tokens,
+            new_tokens=new_tokens,
+            dtype=dtype,
+            pruner=None if keep is None else pruner,
+            target=target,
+            hosts=hosts,
+            memory=None if memory is None else int(memory * 1e9),
+            fill=largest_batch,
+            tell=tell,
+        )
     if json_output:
-        print(json.dumps(made.as_json(int(memory * 1e9))))
+        print(json.dumps(made.as_json()))
     else:
-        Console(highlight=False).print(planning.table(made, int(memory * 1e9)))
+        Console(highlight=False).print(planning.table(made))
+
+
+@contextlib.contextmanager
+def wrong_call() -> Iterator[None]:
+    """What is refused inside was asked for wrongly: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def doctor(

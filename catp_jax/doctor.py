@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.attention import xla
-from catp_jax.plan import find_config, weight_bytes
+from catp_jax.plan import abstract_model, find_config, shard_bytes
 from catp_jax.pruning.scores import keep_best
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place
@@ -305,11 +305,10 @@ def room(model: str | Path | None, mesh: str | None) -> Findings:
     if model is None:
         return
     config = find_config(model)
-    abstract = convert.abstract(config)
+    abstract = abstract_model(config, jnp.bfloat16)
     parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.names(abstract).values())
     sizes = choose(model, mesh)
-    spread = place(abstract, make_mesh(sizes, kv_heads(abstract)))
-    each = weight_bytes(spread, config, np.dtype(jnp.bfloat16))
+    each = shard_bytes(place(abstract, make_mesh(sizes, kv_heads(abstract))))
     memory = device_memory()
     text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in bfloat16"
     if memory is None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +87,46 @@ def compile_for(target: str | Gpu, function: Any, *arguments: Any, **keywords: A
     return program_of(function.trace(*arguments, **keywords))
 
 
-def program_of(traced: Any) -> Program:
-    """What a traced function does on the devices that its arguments lie on, compiled for them."""
+def program_of(traced: Any, options: Mapping[str, Any] = OPTIONS) -> Program:
+    """What a traced function does on the devices that its arguments lie on, compiled for them with
+    XLA's `options`.
+    """
     lowered = traced.lower(lowering_platforms=("cuda",))
-    with tempfile.TemporaryDirectory() as folder:
-        # the only place where XLA tells of its graphs
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        executable = lowered.compile(compiler_options=OPTIONS | dump)
-        graphs = graphs_in(Path(folder))
-    kernels, collectives, open_loops = count(executable.as_text())
+    try:
+        executable, graphs = compiled(lowered, options)
+        has_triton = True
+    except jax.errors.JaxRuntimeError as error:
+        if "tile sizes" not in str(error):
+            raise
+        # one of XLA's Triton kernels cannot be made: a device would have tried others
+        executable, graphs = compiled(lowered, {**options, "xla_gpu_enable_triton_gemm": False})
+        has_triton = False
+    hosts = {
+        device.process_index
+        for sharding in jax.tree.leaves(executable.input_shardings)
+        for device in sharding.device_set
+    }
+    kernels, collectives, open_loops = count(executable.as_text(), max(len(hosts), 1))
     memory = executable.memory_analysis()
     return Program(
         kernels=kernels,
         collectives=collectives,
         open_loops=open_loops,
         graphs=graphs,
+        has_triton=has_triton,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
     )
+
+
+def compiled(lowered: Any, options: Mapping[str, Any]) -> tuple[Any, int | None]:
+    """An executable, and how many CUDA graphs it has."""
+    with tempfile.TemporaryDirectory() as folder:
+        # the only place where XLA tells of its graphs
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        executable = lowered.compile(compiler_options={**options, **dump})
+        return executable, graphs_in(Path(folder))
 
 
 def graphs_in(folder: Path) -> int | None:

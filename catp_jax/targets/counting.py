@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from catp_jax.targets.hlo import Computation, Instruction, parse
 from catp_jax.targets.program import Collective, Kernel
 
@@ -27,6 +29,9 @@ COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
     "collective-broadcast",
     "ragged-all-to-all",
 }
+# How often the data go round a ring.
+ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+TOGETHER = {"all-reduce", "all-gather", "reduce-scatter"}
 TAKES = {"slice", "dynamic-slice", "gather"}
 PUTS = {"dynamic-update-slice", "scatter"}
 # In a fusion: any part of their result is made of all of their operands.
@@ -35,10 +40,14 @@ WHOLE = {"dot", "convolution", "custom-call", "sort", "reduce-window", "get-tupl
 SCRATCH = ("__cublas", "__cudnn", "__cub$")
 
 
-def count(text: str) -> tuple[tuple[Kernel, ...], tuple[Collective, ...], tuple[str, ...]]:
-    """Kernels, collectives, and loops of unknown length of a module's text."""
+def count(
+    text: str, hosts: int = 1
+) -> tuple[tuple[Kernel, ...], tuple[Collective, ...], tuple[str, ...]]:
+    """Kernels, collectives, and loops of unknown length of a module's text, which runs on devices
+    that so many hosts have in order.
+    """
     computations, entry = parse(text)
-    counter = Counting(computations, devices_in(text))
+    counter = Counting(computations, devices_in(text), hosts)
     return counter.run(entry, 1)
 
 
@@ -57,6 +66,7 @@ class Counting:
 
     computations: Mapping[str, Computation]
     devices: int
+    hosts: int
 
     def run(self, name: str, times: int) -> Counts:
         """Everything a computation does when it runs so often."""
@@ -74,7 +84,7 @@ class Counting:
             if one.opcode in MOVES_NOTHING or one.opcode.endswith("-done"):
                 continue
             if one.opcode == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', one.attributes)
+                trips = re.search(r'known_trip_count": ?\{"n": ?"(\d+)"', one.attributes)
                 if trips is None:
                     loops.append(one.name)
                 again = times * (int(trips[1]) if trips else 1)
@@ -243,15 +253,17 @@ class Counting:
 
     def collective(self, own: Computation, one: Instruction, times: int) -> Collective:
         kind, result = one.opcode.removesuffix("-start"), self.result(own, one)
-        group = group_size(one.attributes) or self.devices
+        groups = groups_in(one.attributes) or [[*range(self.devices)]]
         sums = sum(own.instructions[name].nbytes for name in one.operands)
-        sent = {
-            "all-reduce": 2 * (group - 1) * sums // group,
-            "all-gather": (group - 1) * result // group,
-            "reduce-scatter": (group - 1) * sums // group,
-            "all-to-all": (group - 1) * sums // group,
-        }
-        return Collective(one.name, kind, times, group, result, sent.get(kind, sums))
+        data, size = result if kind == "all-gather" else sums, len(groups[0])
+        each = self.devices // self.hosts
+        hosts = max(len({device // each for device in group}) for group in groups)
+        between = least_sent(kind, data, hosts) if hosts > 1 else 0
+        if kind in TOGETHER:  # what a host's devices have is the same, or a sum: each sends a part
+            between = between * hosts // size
+        return Collective(
+            one.name, kind, times, size, result, least_sent(kind, data, size), between
+        )
 
 
 def moved(counts: Counts) -> int:
@@ -314,26 +326,43 @@ def convolution_flops(own: Computation, one: Instruction) -> int:
 
 
 def attention_flops(own: Computation, one: Instruction) -> int:
-    """Two products, over the logits that cuDNN never writes; heads are as wide as the queries'."""
+    """Two products, over the logits that cuDNN never writes; heads are as wide as the queries'.
+
+    0 where it is told as it runs how many rows and columns there are: they may be few.
+    """
     logits = re.search(
-        r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]', one.attributes
+        r'"intermediate_tensor_shape": ?\{[^}]*?"dimensions": ?\[([^\]]*)\]', one.attributes
     )
-    if logits is None:
+    if logits is None or re.search(r'"mask_type": ?"PADDING', one.attributes):
         return 0
     width = own.operand(one).shapes[0][1][-1]
     return 4 * width * math.prod(int(size) for size in re.findall(r"\d+", logits[1]))
 
 
-def group_size(attributes: str) -> int:
-    """Devices in a group, of {{0,1},{2,3}}, [4,2]<=[8] or mesh['a'=4,'b'=2] {'b'}; else 0."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+def groups_in(attributes: str) -> list[list[int]]:
+    """Which devices exchange, of {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}; else []."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}", attributes)
     if listed:
-        return len(listed[1].split(","))
-    folded = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+        return [[*map(int, group.split(","))] for group in re.findall(r"[\d,]+\b", listed[1])]
+    folded = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if folded:
-        return int(folded[1])
+        shape, order, turned = (
+            [*map(int, re.findall(r"\d+", part or ""))] for part in folded.groups()
+        )
+        grid = np.arange(math.prod(shape)).reshape(order)
+        return grid.transpose(turned or None).reshape(shape).tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
-        return math.prod(sizes[axis] for axis in re.findall(r"'([^']*)'", named[2]))
-    return 0
+        over = [[*sizes].index(axis) for axis in re.findall(r"'([^']*)'", named[2])]
+        grid = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        grid = np.moveaxis(grid, over, range(-len(over), 0))
+        return grid.reshape(-1, math.prod(grid.shape[-len(over) :])).tolist()
+    return []
+
+
+def least_sent(kind: str, nbytes: int, members: int) -> int:
+    """Bytes that leave each of so many members, as in a ring."""
+    if kind not in ROUNDS:
+        return nbytes
+    return ROUNDS[kind] * (members - 1) * nbytes // members

@@ -41,8 +41,8 @@ gpu_device_info {{
 class Gpu:
     """A GPU: what its compiler must know, and what bounds its programs from below.
 
-    `memory` in bytes; `bandwidth` of it and `link`, to other GPUs in one direction, in bytes a
-    second; `bf16_flops` a second, dense.
+    `memory` in bytes; `bandwidth` of it, `link` to other GPUs and `network` to other hosts, each in
+    one direction, in bytes a second; `bf16_flops` a second, dense.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Gpu:
     bandwidth: int
     bf16_flops: int
     link: int
+    network: int
     cores: int
     fpus_per_core: int
     clock_ghz: float
@@ -69,6 +70,7 @@ class Gpu:
 # h200, a100_sxm_80 and b200.txtpb. FLOP/s without sparsity and NVLink, half of the published sum of
 # both directions: NVIDIA's data sheets of the SXM parts (A100: 312 TFLOP/s, 600 GB/s; H100 and
 # H200: 1,979 TFLOP/s with sparsity, 900 GB/s; B200 in an HGX: 4.5 PFLOP/s with sparsity, 1.8 TB/s).
+# Network: one adapter a GPU, as in NVIDIA's DGX (A100: 200 Gbit/s; the others: 400 Gbit/s).
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -79,6 +81,7 @@ GPUS = {
             bandwidth=3_352_320_000_000,
             bf16_flops=989_500_000_000_000,
             link=450_000_000_000,
+            network=50_000_000_000,
             cores=132,
             fpus_per_core=128,
             clock_ghz=1.98,
@@ -94,6 +97,7 @@ GPUS = {
             bandwidth=4_800_000_000_000,
             bf16_flops=989_500_000_000_000,
             link=450_000_000_000,
+            network=50_000_000_000,
             cores=132,
             fpus_per_core=128,
             clock_ghz=1.98,
@@ -109,6 +113,7 @@ GPUS = {
             bandwidth=2_039_040_000_000,
             bf16_flops=312_000_000_000_000,
             link=300_000_000_000,
+            network=25_000_000_000,
             cores=108,
             fpus_per_core=64,
             clock_ghz=1.41,
@@ -124,6 +129,7 @@ GPUS = {
             bandwidth=7_672_320_000_000,
             bf16_flops=2_250_000_000_000_000,
             link=900_000_000_000,
+            network=50_000_000_000,
             cores=148,
             fpus_per_core=128,
             clock_ghz=1.965,

@@ -39,7 +39,7 @@ class Instruction:
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
         """The numbers of lhs_contracting_dims={1}, or of "lhs_contracting_dimensions":["1"]."""
-        found = re.search(rf'\b{attribute}"?[=:][{{\[]([\d,"]*)[}}\]]', self.attributes)
+        found = re.search(rf'\b{attribute}"?[=:] ?[{{\[]([\d,"\s]*)[}}\]]', self.attributes)
         return tuple(int(n) for n in re.findall(r"\d+", found[1])) if found else ()
 
     @property

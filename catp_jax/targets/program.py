@@ -30,7 +30,8 @@ class Kernel:
 class Collective:
     """An exchange in groups of `group` devices; `nbytes` of its result, and `sent`, by one device.
 
-    `sent` is what has to leave a device at least, as in a ring.
+    `sent` is what has to leave a device at least, as in a ring; `between_hosts` what has to leave
+    its host, shared by all devices there.
     """
 
     name: str
@@ -39,20 +40,24 @@ class Collective:
     group: int
     nbytes: int
     sent: int
+    between_hosts: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """The seconds that memory, arithmetic and links need at least, each if it were alone."""
+    """The seconds that memory, arithmetic, links between GPUs and the network between hosts need at
+    least, each if it were alone.
+    """
 
     memory: float
     arithmetic: float
     links: float
+    network: float
 
     @property
     def seconds(self) -> float:
-        """The least time: all three at once, and each as fast as its data sheet says."""
-        return max(self.memory, self.arithmetic, self.links)
+        """The least time: all at once, and each as fast as its data sheet says."""
+        return max(self.memory, self.arithmetic, self.links, self.network)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Program:
 
     Loops count as often as the compiler knows that they run; `open_loops` names those of which it
     does not, counted once. Of branches the one that moves most counts. `graphs` are the CUDA graphs
-    that kernels are gathered in, None if the compiler did not say.
+    that kernels are gathered in, None if the compiler did not say. Without Triton, which fails on a
+    few shapes, matrix products are cuBLAS's, with what these pad and copy.
     """
 
     kernels: tuple[Kernel, ...]
@@ -71,6 +77,7 @@ class Program:
     arguments: int
     outputs: int
     temporaries: int
+    has_triton: bool = True
 
     @property
     def moved(self) -> int:
@@ -100,10 +107,16 @@ class Program:
         """Bytes that have to leave the device for others."""
         return sum(one.times * one.sent for one in self.collectives)
 
+    @property
+    def between_hosts(self) -> int:
+        """Bytes that have to leave the device for other hosts."""
+        return sum(one.times * one.between_hosts for one in self.collectives)
+
     def floor(self, gpu: Gpu) -> Floor:
-        """The least time this very program takes on such GPUs."""
+        """The least time that this very program takes on such GPUs."""
         return Floor(
             memory=self.moved / gpu.bandwidth,
             arithmetic=self.flops / gpu.bf16_flops,
             links=self.sent / gpu.link,
+            network=self.between_hosts / gpu.network,
         )

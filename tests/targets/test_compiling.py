@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,10 @@ def test_a_product_split_over_eight_devices_sums_once(hosts: int):
     (exchange,) = program.collectives
     assert (exchange.kind, exchange.group, exchange.nbytes) == ("all-reduce", 8, 64 * 128 * 4)
     assert program.sent == 2 * 7 * 64 * 128 * 4 // 8
+    # of a host's four, each sends a fourth of what the other host lacks, and gets as much back
+    assert program.between_hosts == (64 * 128 * 4 // 4 if hosts == 2 else 0)
+    gpu = targets.find_gpu("h100")
+    assert program.floor(gpu).network == program.between_hosts / gpu.network
     assert program.flops == 2 * 64 * 1024 * 128 // 8
     assert program.arguments == (64 * 1024 + 1024 * 128) * 4 // 8
 
@@ -107,6 +112,26 @@ def test_kernels_in_a_row_are_one_graph_and_few_are_none():
     program = jax.jit(rows, static_argnames="times")
     assert targets.compile_for("h100", program, x, times=8).graphs == 1
     assert targets.compile_for("h100", jax.jit(jnp.tanh), x).graphs == 0
+
+
+@compiler
+def test_without_a_tiling_for_triton_the_product_is_cublas(monkeypatch: pytest.MonkeyPatch):
+    tried = []
+
+    def refusing(lowered: Any, options: dict[str, Any]) -> Any:
+        tried.append(options)
+        if options.get("xla_gpu_enable_triton_gemm", True):
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes")
+        return compiled(lowered, options)
+
+    compiled = compiling.compiled
+    monkeypatch.setattr(compiling, "compiled", refusing)
+    x = struct((64, 512), jnp.bfloat16)
+    program = targets.compile_for("h100", jax.jit(lambda x: x @ x.T), x)
+    assert (len(tried), program.has_triton) == (2, False)
+    assert program.flops == 2 * 64 * 512 * 64
+    monkeypatch.setattr(compiling, "compiled", compiled)
+    assert targets.compile_for("h100", jax.jit(lambda x: x @ x.T), x).has_triton
 
 
 def test_a_program_from_the_cache_tells_of_no_graphs(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from catp_jax.targets.counting import count, group_size
+from catp_jax.targets.counting import count, groups_in
 from catp_jax.targets.gpus import find_gpu
 from catp_jax.targets.hlo import bits
 from catp_jax.targets.program import Kernel, Program
@@ -233,19 +233,60 @@ ROOT %s = f32[8,16]{1,0} all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, t
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "devices"),
     [
-        ("{{0,1},{2,3}}", 2),
-        ("[4,2]<=[8]", 2),
-        ("mesh['a'=2,'b'=4] {'b'}", 4),
-        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
-        ("{}", 0),
+        ("{{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("[3,2]<=[2,3]T(1,0)", [[0, 3], [1, 4], [2, 5]]),
+        ("mesh['a'=2,'b'=3] {'b'}", [[0, 1, 2], [3, 4, 5]]),
+        ("mesh['a'=2,'b'=3] {'a'}", [[0, 3], [1, 4], [2, 5]]),
+        ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("{}", []),
     ],
 )
-def test_groups_are_read_in_all_their_spellings(groups: str, size: int):
-    assert (
-        group_size(f", channel_id=1, replica_groups={groups}, use_global_device_ids=true") == size
+def test_groups_are_read_in_all_their_spellings(groups: str, devices: list[list[int]]):
+    attributes = f", channel_id=1, replica_groups={groups}, use_global_device_ids=true"
+    assert groups_in(attributes) == devices
+
+
+@pytest.mark.parametrize(
+    ("line", "sent", "between"),
+    [
+        # two hosts of two: each adds up for itself, half of a host's sum goes each way, by two
+        ("all-reduce(%a), replica_groups={{0,1,2,3}}", 2 * 3 * 512 // 4, 512 // 2),
+        ("all-reduce(%a), replica_groups={{0,2},{1,3}}", 512, 512),
+        ("all-reduce(%a), replica_groups={{0,1},{2,3}}", 512, 0),
+        ("all-to-all(%a), replica_groups={{0,1,2,3}}", 3 * 512 // 4, 512 // 2),
+        ("collective-permute(%a), source_target_pairs={{0,2},{1,3}}", 512, 512),
+        ("collective-permute(%a), source_target_pairs={{0,1},{2,3}}", 512, 0),
+    ],
+)
+def test_what_has_to_leave_a_host(line: str, sent: int, between: int):
+    text = module(
+        f"""
+%a = f32[8,16]{{1,0}} parameter(0)
+ROOT %s = f32[8,16]{{1,0}} {line}
+""",
+        head="HloModule m, num_partitions=4",
     )
+    _, (exchange,), _ = count(text, hosts=2)
+    assert (exchange.sent, exchange.between_hosts) == (sent, between)
+
+
+@pytest.mark.parametrize(("mask", "flops"), [("NO_MASK", 4 * 8 * 2 * 3 * 5 * 7), ("PADDING", 0)])
+def test_attention_has_the_flops_that_are_sure(mask: str, flops: int):
+    kernel = one(
+        module(
+            """
+%q = bf16[2,5,3,8]{3,2,1,0} parameter(0)
+%k = bf16[2,7,3,8]{3,2,1,0} parameter(1)
+ROOT %c = (bf16[2,3,5,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), """
+            'custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":'
+            ' {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "5", '
+            f'"7"]}}, "mask_type": "{mask}"}}}}'
+        )
+    )
+    assert (kernel.kind, kernel.flops) == ("attention", flops)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +308,7 @@ def test_the_floor_is_what_takes_longest():
     nothing = {"collectives": (), "open_loops": (), "graphs": None}
     program = Program(kernels=(work,), arguments=0, outputs=0, temporaries=0, **nothing)
     floor = program.floor(gpu)
-    assert (floor.memory, floor.arithmetic, floor.links, floor.seconds) == (2, 2, 0, 2)
+    assert (floor.memory, floor.arithmetic, floor.links, floor.network) == (2, 2, 0, 0)
+    assert floor.seconds == 2
     assert program.moved_by_kind == {"": 2 * gpu.bandwidth}
     assert program.launches == 2
