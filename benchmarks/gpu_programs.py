@@ -31,11 +31,11 @@ from benchmarks.programs import program_of as make_program
 from catp_jax import targets
 from catp_jax.contract import run_pruners
 from catp_jax.models.frozen import freeze
-from catp_jax.plan.sizes import flops_in
 from catp_jax.pruning import make, methods_for
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets.compiling import OPTIONS, program_of
+from catp_jax.targets.products import matrix_flops
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3.2-90B-Vision"
@@ -89,7 +89,7 @@ def row_of(case: Case, target: str, is_toy: bool = False) -> dict[str, Any]:
         },
     }
     if case.what != "step":
-        return row | {"matrix_flops": flops_in(traced.jaxpr.jaxpr)}
+        return row | {"matrix_flops": matrix_flops(traced)}
     carry = arguments[0]
     state = nbytes((carry.last, carry.state, arguments[1:]))
     # a program's arguments are what it uses: not the vision tower

@@ -42,6 +42,7 @@ from benchmarks import programs
 from benchmarks.programs import LLAMA, OPT, T5, TABLE, VICUNA, Case
 from benchmarks.timing import measure, milliseconds
 from catp_jax.models.frozen import freeze
+from catp_jax.targets.products import matrix_flops
 
 SMOKE = (
     Case(LLAMA, "decode", 2, 50),
@@ -134,7 +135,7 @@ def row_of(case: Case, network: Any, config: Any, found: dict[str, Any]) -> dict
     needed = memory.argument_size_in_bytes
     given = programs.nbytes(program.arguments)
     weights = needed - given - programs.tables(network.thaw())
-    flops = programs.flops_of(traced)
+    flops = matrix_flops(traced)  # of a decode loop: of one step
 
     arguments = on_device(program.arguments, 1)
     spent, spread = milliseconds(

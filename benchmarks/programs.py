@@ -18,7 +18,6 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
 from catp_jax.models.narrow import Weights, with_scales
 from catp_jax.plan import PRESETS, abstract_model, inputs_of
-from catp_jax.plan.sizes import flops_in
 from catp_jax.pruning import make
 
 TEXT, NEW = 64, 64
@@ -225,8 +224,3 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
         )
     arguments = (pruners, inputs, decoding, stop)
     return Program(programs.generate, arguments, visual, kept, cache, NEW - 1)
-
-
-def flops_of(traced: Any) -> int:
-    """FLOPs of matrix products, in a decode loop of one step."""
-    return flops_in(traced.jaxpr.jaxpr)

@@ -27,7 +27,7 @@ ROOMS = {
     "convert": BELOW_MODELS | {"models", "sharding", "checkpoint"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"generation"},
-    "study": BELOW_GENERATION | {"generation"},
+    "study": BELOW_GENERATION | {"generation", "targets"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,

@@ -27,7 +27,6 @@ from catp_jax.plan import (
     Work,
     abstract_model,
     make_plan,
-    matrix_flops,
     shard_bytes,
     table,
 )
@@ -321,32 +320,6 @@ def test_arguments_that_rows_are_taken_from_are_told_apart():
     x = jnp.zeros((3, 3))
     traced = jax.jit(program).trace(x, x, x, x, jnp.zeros(2, jnp.int32))
     assert uses(traced.jaxpr.jaxpr) == [False, True, True, False, True]
-
-
-def test_flops_of_matrix_products_with_loops_counted_out():
-    def program(x, y):
-        def twice(carry, _):
-            return carry @ y, None
-
-        return jax.lax.scan(twice, x @ y, None, length=3)[0]
-
-    each = 2 * 2 * 5 * 5
-    x, y = jax.ShapeDtypeStruct((2, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
-    assert matrix_flops(program, x, y) == 4 * each
-    repeated = jax.jit(
-        lambda x, y, times: jax.lax.fori_loop(0, times, lambda _, x: x @ y, x),
-        static_argnames="times",
-    )
-    assert matrix_flops(repeated, x, y, times=7) == 7 * each
-    ended = jax.jit(lambda x, y: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ y, x))
-    assert matrix_flops(ended, x, y) == each
-
-
-def test_of_branches_the_one_with_most_products_counts():
-    def program(x):
-        return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, default=lambda x: x @ x)
-
-    assert matrix_flops(program, jnp.zeros((4, 4))) == 2 * 2 * 4**3
 
 
 def test_traffic_of_a_product_that_is_summed_over_devices():

@@ -16,7 +16,6 @@ from catp_jax.plan.sizes import (
     abstract_model,
     find_config,
     inputs_of,
-    matrix_flops,
     shard_bytes,
 )
 
@@ -31,7 +30,6 @@ __all__ = [
     "force_devices",
     "inputs_of",
     "make_plan",
-    "matrix_flops",
     "shard_bytes",
     "table",
 ]

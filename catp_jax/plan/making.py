@@ -20,7 +20,6 @@ from catp_jax.plan.sizes import (
     abstract_model,
     caches,
     find_config,
-    flops_in,
     inputs_of,
     shard_bytes,
 )
@@ -28,6 +27,7 @@ from catp_jax.sharding.mesh import MeshLike, make_mesh, parse_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets import devices_of, find_gpu
 from catp_jax.targets.gpus import Gpu
+from catp_jax.targets.products import matrix_flops
 from convert.reader import parse_dtype
 
 HOST = 8  # GPUs
@@ -217,7 +217,7 @@ class Asked:
         cache = place_inputs(prefill.out_info.cache, mesh)
         step = programs.step.trace(network, tokens, cache)
         own, cross = caches(cache)
-        flops = [flops_in(program.jaxpr.jaxpr) for program in (prefill, step)]
+        flops = [matrix_flops(program) for program in (prefill, step)]
         first, second = (partial(for_cpu, program, scale) for program in (prefill, step))
         if self.gpu is not None:
             # of a device, if all is divided

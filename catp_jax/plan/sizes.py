@@ -1,7 +1,7 @@
 """What a generation's arrays and products amount to, from shapes alone: nothing is compiled."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,40 +118,3 @@ def caches(state: Any) -> tuple[list[Block], list[Block]]:
             is_cross = jax.tree_util.keystr(path[:1], simple=True) == "cross"
             (cross if is_cross else own).append(leaf)
     return own, cross
-
-
-def matrix_flops(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> int:
-    """Floating-point operations of all matrix products in a call, which is traced and not made.
-
-    Loops count as often as they run, one that the data end once, and of branches the one with most
-    products. Arguments may be abstract; static ones of a jitted function are given by keyword.
-    """
-    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-    return flops_in(jitted.trace(*arguments, **keywords).jaxpr.jaxpr)
-
-
-def flops_in(jaxpr: Any) -> int:
-    """See `matrix_flops`."""
-    total = 0
-    for equation in jaxpr.eqns:
-        name, given = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = given["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        parts = [flops_in(part) for part in _programs_in(given.values())]
-        if parts:
-            times = given["length"] if name == "scan" else 1
-            total += max(parts) if name == "cond" else times * sum(parts)
-    return total
-
-
-def _programs_in(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _programs_in(value)
-        elif hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr

@@ -1,4 +1,6 @@
-"""What pruning saves: bytes of cache and FLOPs of the compiled prefill, exact anywhere; times."""
+"""What pruning saves: bytes of cache and FLOPs of the prefill's matrix products, exact anywhere;
+times.
+"""
 
 import dataclasses
 import math
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 
 from catp_jax.generation import generate as programs
 from catp_jax.study.results import median_and_spread
+from catp_jax.targets.products import matrix_flops
 
 ROUNDS = 5  # prefills timed of each setting
 STEPS = 8  # at most, after each
@@ -80,13 +83,13 @@ def measure(
                 tokens[number] += answered
     out = []
     for number, size in enumerate(sizes):
-        flops = _flops(compiled[number])
+        traced = programs.prefill.trace(network, pruned[number], inputs, new_slots=new_slots)
         prefill_ms, prefill_spread = median_and_spread(prefills[number])
         token_ms, token_spread = median_and_spread(tokens[number])
         out.append(
             Cost(
                 cache_bytes=size,
-                prefill_flops=None if flops is None else flops / batch,
+                prefill_flops=matrix_flops(traced) / batch,
                 prefill_ms=prefill_ms,
                 prefill_spread=prefill_spread,
                 token_ms=token_ms,
@@ -120,10 +123,3 @@ def _step_times(network: Any, start: Any, steps: int) -> list[float]:
         logits, cache = jax.block_until_ready(programs.step(network, token, cache))
         times.append(1000 * (time.perf_counter() - started))
     return times
-
-
-def _flops(compiled: Any) -> float | None:
-    """The compiler's own count; None where a backend gives none."""
-    analysis = compiled.cost_analysis()
-    flops = analysis.get("flops") if isinstance(analysis, dict) else None
-    return float(flops) if flops and flops > 0 else None

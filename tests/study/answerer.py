@@ -84,7 +84,9 @@ class Network:
         if keep is not None:
             tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
         cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
-        return tokens.sum(axis=1), Cache(tokens=cache, next=jnp.zeros(len(tokens), jnp.int32))
+        every = jnp.ones((len(tokens), tokens.shape[1]))
+        summed = jnp.einsum("bn,bnd->bd", every, tokens)
+        return summed, Cache(tokens=cache, next=jnp.zeros(len(tokens), jnp.int32))
 
     def step(self, tokens, cache):
         return cache.tokens.sum(axis=1), Cache(tokens=cache.tokens, next=cache.next + 1)
