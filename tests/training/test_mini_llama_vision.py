@@ -25,6 +25,9 @@ from catp_jax.training.mini_llama_vision import (
 from catp_jax.training.scoring import blind_accuracy, is_answered
 from catp_jax.training.tokenizer import load_processor, train_tokenizer
 
+logits = jax.jit(answer_logits)
+read = jax.jit(lambda model, inputs: model(inputs))
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -76,30 +79,31 @@ def test_at_the_start_a_word_attends_to_what_it_names():
 
 
 def test_questions_of_an_image_get_the_logits_they_get_alone(model, batch):
-    together = answer_logits(model, batch)
+    together = logits(model, batch)
     for number in range(batch.tokens.shape[1]):
-        alone = model(
+        alone = read(
+            model,
             Inputs(
                 tokens=batch.tokens[:, number],
                 token_valid=batch.token_valid[:, number],
                 images=batch.images,
-            )
+            ),
         )
         np.testing.assert_allclose(together[:, number], alone, atol=2e-5)
 
 
 def test_keeping_everything_changes_nothing_and_keeping_little_does(model, batch):
-    everything = answer_logits(model, batch)
+    everything = logits(model, batch)
     shape = (*batch.tokens.shape[:2], 260)
     indices = jnp.broadcast_to(jnp.arange(260, dtype=jnp.int32), shape)
-    np.testing.assert_allclose(answer_logits(model, batch, kept=indices), everything, atol=2e-5)
-    few = answer_logits(model, batch, kept=indices[..., :4])
+    np.testing.assert_allclose(logits(model, batch, kept=indices), everything, atol=2e-5)
+    few = logits(model, batch, kept=indices[..., :4])
     assert not np.allclose(few, everything, atol=1e-3)
 
 
 def test_a_closed_first_layer_is_skipped_for_that_question_alone(model, batch):
-    usual = answer_logits(model, batch)
-    closed = answer_logits(model, batch, jnp.array([True, False, True]))
+    usual = logits(model, batch)
+    closed = logits(model, batch, jnp.array([True, False, True]))
     np.testing.assert_allclose(closed[:, [0, 2]], usual[:, [0, 2]], atol=2e-5)
     assert not np.allclose(closed[:, 1], usual[:, 1], atol=1e-3)
 
