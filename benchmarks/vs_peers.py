@@ -151,6 +151,7 @@ def ours(
 
     import convert
     from catp_jax.generation import generate as programs
+    from catp_jax.generation.decoding import Stop
     from catp_jax.generation.sampling import sampling
     from catp_jax.models.blip2 import Blip2Inputs
     from catp_jax.models.frozen import freeze
@@ -170,7 +171,9 @@ def ours(
     greedy = sampling(len(images))
 
     def run(new: int) -> np.ndarray:
-        out = programs.generate(network, (), packed, greedy, never, pad, max_new_tokens=new)
+        out = programs.generate(
+            network, (), packed, greedy, Stop(ends=never, pad=pad, max_new_tokens=new)
+        )
         return np.asarray(out.tokens)
 
     lowered = programs.prefill.lower(network, (), packed, new_slots=0)

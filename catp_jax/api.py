@@ -17,21 +17,23 @@ import numpy as np
 from PIL import Image
 
 import convert
-from catp_jax.contract import Keep, Site, check_sites
+from catp_jax.contract import Keep, Pruners, Site, settle
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import EarlyStopping, beams, generate_beam
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
-from catp_jax.generation.sampling import sampling
+from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.instructblip import InstructBlip
 from catp_jax.models.mllama import Mllama
+from catp_jax.models.narrow import Weights
 from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
+from catp_jax.pruning.named import Named, named
+from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import (
@@ -45,13 +47,15 @@ from catp_jax.readers.reading import (
 )
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
+from catp_jax.sharding.rules import shares
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a batch of prompts got; lists have one entry a prompt.
+    """What a batch of prompts got; lists have one entry a prompt, `text` and `tokens` one an
+    answer, those of a prompt in succession.
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
     visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
@@ -167,11 +171,14 @@ class Model:
         return self.reader.visual_tokens(question)
 
     def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
-        """A batch of questions as arrays."""
-        packed = self.reader.pack(questions)
-        if not isinstance(self.network, place.Sharded):
-            return packed
-        inputs = place.place_inputs(packed.inputs, self.network.mesh)
+        """A batch of questions as arrays, where the model is."""
+        if isinstance(self.network, place.Sharded):
+            mesh = self.network.mesh
+            packed = self.reader.pack(questions, shares(mesh))
+            inputs = place.place_inputs(packed.inputs, mesh)
+        else:
+            packed = self.reader.pack(questions)
+            inputs = jax.device_put(packed.inputs)  # here, and not again at every call
         return dataclasses.replace(packed, inputs=inputs)
 
     def generate(
@@ -179,102 +186,46 @@ class Model:
         images: Sequence[ImageLike | Sequence[ImageLike] | None],
         prompts: Sequence[Prompt],
         pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
         **options: Any,
     ) -> Answers:
         """Answers each prompt about its images.
 
-        `pruners` apply in order. See `prepare` for images and prompts, and `generate_packed` for
-        the options.
+        Methods apply in order: `pruners`, or by name, as the command takes them: `prune="fastv",
+        keep="50%"`. The options are the fields of `generation.options.Options`. See `prepare` for
+        images and prompts.
 
         Raises ValueError for input that cannot be used, with the reason.
         """
-        return self.generate_packed(self.prepare(images, prompts), pruners, **options)
+        packed = self.prepare(images, prompts)
+        return self.generate_packed(packed, pruners, prune=prune, keep=keep, **options)
 
     def generate_packed(
         self,
         packed: Packed[Any],
         pruners: Sequence[Any] = (),
         *,
-        max_new_tokens: int = 32,
-        min_new_tokens: int = 0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: EarlyStopping = "heuristic",
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
     ) -> Answers:
-        """`generate` on prepared inputs.
-
-        Temperature 0 is greedy; otherwise row i draws with `seed + i`, or its own entry of `seed`.
-        From 2 beams on there is beam search instead, see `beam.Beams`; `length_penalty` and
-        `early_stopping` are for that alone.
-        """
-        pruners = tuple(pruners)
-        self._check(packed, pruners, max_new_tokens)
-        choice = sampling(
-            len(packed.available),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            min_new_tokens=min_new_tokens,
-        )
-        search = beams(
-            num_beams,
-            length_penalty=length_penalty,
-            min_new_tokens=min_new_tokens,
-            early_stopping=early_stopping,
-        )
-        if num_beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
-            raise ValueError(
-                "beam search draws nothing: give num_beams or a temperature (with top_k, top_p), "
-                "not both"
-            )
-        ends = jnp.asarray(self.end_tokens, jnp.int32)
-        pad = jnp.asarray(self.pad_token, jnp.int32)
+        """`generate` on prepared inputs."""
+        chosen = Options(**options)
+        pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
+        self._check_length(packed.longest, chosen.max_new_tokens)
+        decoding = chosen.decoding(len(packed.available))
+        stop = chosen.stop(self.end_tokens, self.pad_token)
         if isinstance(self.network, place.Sharded):
-            pruners, choice, search, ends, pad = place.everywhere(
-                (pruners, choice, search, ends, pad), self.network.mesh
-            )
+            pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
         if any(pruner.keep is None for pruner in pruners):
-            if num_beams > 1:
-                raise ValueError("a method that finds its own number goes with one beam only")
-            front, keep, selection = programs.look(self.network, pruners, packed.inputs)
-            if keep is not None:
-                keep, selection = programs.cut(keep, selection, self._capacity(keep))
-            out = programs.go_on(
-                self.network,
-                pruners,
-                front,
-                keep,
-                selection,
-                choice,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
-        elif num_beams > 1:
-            out = generate_beam(
-                self.network,
-                pruners,
-                packed.inputs,
-                search,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
+            front, found, selection = programs.look(self.network, pruners, packed.inputs)
+            if found is not None:
+                found, selection = programs.cut(found, selection, self._capacity(found))
+            out = programs.go_on(self.network, pruners, front, found, selection, decoding, stop)
         else:
-            out = programs.generate(
-                self.network,
-                pruners,
-                packed.inputs,
-                choice,
-                ends,
-                pad,
-                max_new_tokens=max_new_tokens,
-            )
+            out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
         return self._answers(place.fetch(out), packed)
 
     def picture(self, source: ImageLike) -> np.ndarray:
@@ -315,15 +266,16 @@ class Model:
             logits=np.asarray(out.logits, np.float32),
         )
 
-    def _check(self, packed: Packed[Any], pruners: tuple[Any, ...], max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is at least 1, got {max_new_tokens}")
-        self._check_length(packed.longest, max_new_tokens)
-        check_sites(pruners, self.sites, "this model")
-        room = packed.most
+    def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
+        if methods and pruners:
+            raise ValueError("give pruners, or methods by name (prune and keep), not both")
+        if methods:
+            return pruners_of(methods, packed.available, packed.slots, self.sites)
+        pruners, room = settle(pruners, self.sites), packed.most
         for pruner in pruners:
             if pruner.keep is not None and room:
                 room = budget.count(pruner.keep, room)
+        return pruners
 
     def _check_length(self, longest: int, new: int) -> None:
         room = self.reader.positions
@@ -407,6 +359,7 @@ def load(
     dtype: str | None = None,
     *,
     mesh: MeshLike | None = None,
+    weights: Weights | None = None,
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
 ) -> Model:
@@ -415,15 +368,18 @@ def load(
 
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
     model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
-    its own devices. The modes are Llama 3.2 Vision's: which states of the tower the decoder gets
-    (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and what text does
-    that sees no image ("meta", see `cross_decoder.MaskMode`).
+    its own devices. `weights="int8"` (or "float8") narrows the language model's layers to 8 bits as
+    they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the
+    decoder gets (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and
+    what text does that sees no image ("meta", see `cross_decoder.MaskMode`).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     find_devices()
-    network, _ = convert.load(folder, dtype, None if mesh is None else partial(_spread, mesh))
+    network, _ = convert.load(
+        folder, dtype, None if mesh is None else partial(_spread, mesh), weights
+    )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode
         reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")

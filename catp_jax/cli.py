@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import typer
 from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
-from catp_jax.contract import Site
-from catp_jax.generation import beam as search
 from catp_jax.generation.images import read_image
-from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import METHODS, budget, make
+from catp_jax.generation.options import Options
+from catp_jax.pruning import METHODS
+from catp_jax.pruning.named import limits, named
 from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
 from catp_jax.sharding.mesh import find_devices, parse_mesh
-
-AUTO = "auto"  # --keep for methods that find their own number
 
 app = typer.Typer(
     add_completion=False,
@@ -151,13 +147,22 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in Meta's code, or in transformers (hf)."),
     ] = None,
     dtype: Dtype = None,
+    weights: Annotated[
+        Literal["int8", "float8"] | None,
+        typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
+    ] = None,
     mesh: cli_cluster.MeshOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
 ) -> None:
     """Answer questions about images."""
-    methods = _methods(prune or [], keep or [])
+    if len(prune or []) != len(keep or []):
+        raise typer.BadParameter(
+            f"each --prune wants its --keep: got {len(prune or [])} methods and "
+            f"{len(keep or [])} budgets"
+        )
+    methods = named(prune, keep)
     if batch and (prompt or image):
         raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
     if batch:
@@ -171,8 +176,6 @@ def generate(
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
     parse_mesh({} if mesh is None else mesh)
     find_devices()
-    sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    search.beams(beams, length_penalty=length_penalty, min_new_tokens=min_new_tokens)
     if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
         raise typer.BadParameter(
             "beam search draws nothing: give --beams, or --temperature, --top-k, --top-p"
@@ -183,12 +186,26 @@ def generate(
         raise typer.BadParameter(
             f"--min-new-tokens {min_new_tokens} is more than --max-new-tokens {max_new_tokens}"
         )
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_beams=beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+    )
+    options.decoding(1)  # so that a number out of range is said before a model is loaded
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
     from catp_jax import api  # here, so that --help does not wait for it
 
-    loaded = api.load(model, dtype, mesh=mesh, vision_mode=vision_mode, mask_mode=mask_mode)
+    loaded = api.load(
+        model, dtype, mesh=mesh, weights=weights, vision_mode=vision_mode, mask_mode=mask_mode
+    )
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
     for start in range(0, len(requests), batch_size):
@@ -201,8 +218,8 @@ def generate(
                     max_new_tokens=max_new_tokens,
                     done=images,
                 )
-                limit = _limits(methods, loaded.visual_tokens(question))
-                read[request.number] = request, question, limit
+                limits(methods, loaded.visual_tokens(question))
+                read[request.number] = request, question
             except ValueError as error:
                 if request.line is None:
                     raise
@@ -216,25 +233,16 @@ def generate(
                 print(f"catp-jax: {problems[-1]}", file=sys.stderr)
         if not read:
             continue
-        some, questions, limits = ([*column] for column in zip(*read.values(), strict=True))
+        some, questions = ([*column] for column in zip(*read.values(), strict=True))
         # short batches are filled up, so that all have one shape
         missing = batch_size - len(questions)
         questions += questions[:1] * missing
-        limits += limits[:1] * missing
         numbers = [request.number for request in some] + [some[0].number] * missing
-        packed = loaded.pack(questions)
         answers = loaded.generate_packed(
-            packed,
-            _pruners(methods, limits, packed.slots, loaded.sites),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            num_beams=beams,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=[seed + number for number in numbers],
+            loaded.pack(questions),
+            prune=prune,
+            keep=keep,
+            **{**dataclasses.asdict(options), "seed": [seed + number for number in numbers]},
         )
         for index, request in enumerate(some):
             as_json = _as_json(request, answers, index) if json_output else None
@@ -370,46 +378,6 @@ def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
     if not requests and not problems:
         raise ValueError(f"batch file {str(path)!r} has no lines")
     return requests, problems
-
-
-def _methods(prune: list[str], keep: list[str]) -> list[tuple[str, str]]:
-    """The methods with their budgets, checked as far as that goes without a model."""
-    if len(prune) != len(keep):
-        raise typer.BadParameter(
-            f"each --prune wants its --keep: got {len(prune)} methods and {len(keep)} budgets"
-        )
-    for spec, text in zip(prune, keep, strict=True):
-        make(spec, None if text == AUTO else 1, frozenset(Site))
-        if text != AUTO:
-            budget.parse(text)
-    return list(zip(prune, keep, strict=True))
-
-
-def _limits(methods: list[tuple[str, str]], available: int) -> list[int]:
-    """How many of its visual tokens a prompt keeps, by each method in turn.
-
-    Raises ValueError if it has fewer than a count asks for.
-    """
-    limits = []
-    for _, text in methods:
-        if available and text != AUTO:
-            available = budget.count(text, available)
-        limits.append(available)
-    return limits
-
-
-def _pruners(
-    methods: list[tuple[str, str]], limits: list[list[int]], slots: int, sites: frozenset[Site]
-) -> list[Any]:
-    """One pruner a method; each prompt's own limit within room that depends on shapes alone."""
-    pruners = []
-    for (spec, text), own in zip(methods, zip(*limits, strict=True), strict=True):
-        if slots and text == AUTO:
-            pruners.append(make(spec, None, sites))
-        elif slots:
-            slots = budget.parse(text).count(slots)
-            pruners.append(make(spec, slots, sites, limit=jnp.asarray(own, jnp.int32)))
-    return pruners
 
 
 def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def run(
     ] = None,
 ) -> None:
     """Answer a task's questions unpruned and pruned; the figures go to a file."""
-    from catp_jax.generation.beam import beams as check_search
+    from catp_jax.generation.options import Options
     from catp_jax.sharding.distributed import gathered, is_first
     from catp_jax.sharding.mesh import find_devices
     from catp_jax.study.journal import Journal
@@ -131,12 +131,12 @@ def run(
     specs = _methods(methods)
     _check_numbers(batch_size, max_new_tokens, beams, min_new_tokens, seed)
     find_devices()
-    check_search(
-        beams,
+    Options(
+        num_beams=beams,
         length_penalty=length_penalty,
         min_new_tokens=min_new_tokens,
         early_stopping=early_stopping,
-    )
+    ).decoding(1)
     if prompt is not None:
         check_prompt(prompt)
     if not model.is_dir():

@@ -8,13 +8,13 @@ Numbers that fix a shape are static and counted in entries (`keep`), learned arr
 """
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.struct import pytree, static
+from catp_jax.struct import pytree, replace, static
 
 
 class Site(enum.Enum):
@@ -118,8 +118,8 @@ class Pruner(Protocol[State]):
     """The sites a method can work at."""
 
     site: Any
-    """The one that this pruner works at. At LAYER, its field `layer` is the number of the decoder
-    layer that it works in front of."""
+    """The one that this pruner works at; None: the first of `sites` that the model has (`settle`).
+    At LAYER, its field `layer` is the number of the decoder layer that it works in front of."""
 
     keep: Any
     """Entries that stay, a static count. None: the data decide; the selection is then as long as
@@ -197,14 +197,22 @@ def run_pruners(pruners: Pruners, view: View) -> tuple[Keep | None, tuple[Any, .
     return kept, tuple(states)
 
 
-def check_sites(pruners: Sequence[Any], sites: frozenset[Site], model: str) -> None:
-    """Raises ValueError if a pruner works at a site that the model does not have."""
+def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
+    """The pruners for a model with these sites: where one leaves its site open, it works at the
+    first of its `sites` that the model has.
+
+    Raises ValueError if a pruner works where the model has no site.
+    """
+    settled = []
     for pruner in pruners:
-        if pruner.site not in sites:
+        could = [site for site in pruner.sites if site in sites]
+        site = pruner.site or (could or pruner.sites)[0]
+        if site not in sites:
             name = type(pruner).__name__
-            could = [site.name for site in pruner.sites if site in sites]
-            way_out = f"; give {name} site=Site.{could[0]}" if could else ""
+            way_out = f"; give {name} site=Site.{could[0].name}" if could else ""
             raise ValueError(
-                f"{name} prunes {pruner.site.value} (site {pruner.site.name}), which {model} does "
-                f"not have; it has {', '.join(sorted(s.name for s in sites))}{way_out}"
+                f"{name} prunes {site.value} (site {site.name}), which this model does not have; "
+                f"it has {', '.join(sorted(s.name for s in sites)) or 'none'}{way_out}"
             )
+        settled.append(pruner if pruner.site is site else replace(pruner, site=site))
+    return tuple(settled)

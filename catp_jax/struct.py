@@ -14,10 +14,14 @@ from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 
 T = TypeVar("T")
 
 replace = dataclasses.replace
+
+AnyArray = jax.Array | np.ndarray
+"""What goes into a program: on the host, or on a device already."""
 
 
 def static(**options: Any) -> Any:

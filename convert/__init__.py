@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from catp_jax.models.narrow import Weights, check
 from convert.converted import MANIFEST, load_converted, to_hf, to_orbax
 from convert.families import Config, Model, config_json, read_config
 from convert.folders import refuse_unfinished
@@ -35,13 +36,18 @@ __all__ = [
 
 
 def load(
-    folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
+    folder: str | Path,
+    dtype: DTypeLike | None = None,
+    place: Place | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
     `dtype` changes the weights' number type; `place` gives the abstract model's leaves the
-    shardings they are read onto. Raises ValueError if the folder is neither or is damaged.
+    shardings they are read onto; `weights` has the language model's layers narrowed to 8 bits, see
+    `catp_jax.models.narrow`. Raises ValueError if the folder is neither or is damaged.
     """
+    check(weights)
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
@@ -50,9 +56,9 @@ def load(
         )
     refuse_unfinished(folder)
     if (folder / MANIFEST).exists():
-        model = load_converted(folder, dtype, place)
+        model = load_converted(folder, dtype, place, weights)
     elif (folder / "config.json").exists():
-        model, _ = load_hf(folder, dtype, place=place)
+        model, _ = load_hf(folder, dtype, place=place, weights=weights)
     else:
         raise ValueError(
             f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
+from catp_jax.models.narrow import Weights, with_scales
 from convert.families import FAMILIES, Config, Model, family_of, read_config
 from convert.folders import copy_side_files, forget, new_folder, refuse_unfinished
 from convert.reader import (
@@ -29,6 +30,7 @@ from convert.reader import (
     by_position,
     cast,
     file_bytes,
+    narrowed,
     open_source,
     parse_dtype,
     read_part,
@@ -218,11 +220,15 @@ def name_dtype(path: Path, dtype: np.dtype) -> None:
 
 
 def load_converted(
-    folder: str | Path, dtype: DTypeLike | None = None, place: Place | None = None
+    folder: str | Path,
+    dtype: DTypeLike | None = None,
+    place: Place | None = None,
+    weights: Weights | None = None,
 ) -> Model:
     """The model in a converted folder, its weights as `dtype` (None: as they are stored).
 
-    Number types and `place` are as in `load_hf`. Raises ValueError if the folder is damaged.
+    Number types, `place` and `weights` are as in `load_hf`, but that all is read before the first
+    kernel is narrowed. Raises ValueError if the folder is damaged.
     """
     wanted, folder = parse_dtype(dtype), Path(folder)
     refuse_unfinished(folder)
@@ -238,7 +244,14 @@ def load_converted(
     model = with_dtypes(model, dtypes)
     if place is not None:
         model = place(model)
-    return checkpoint.restore(folder / WEIGHTS, model)
+    restored = checkpoint.restore(folder / WEIGHTS, model)
+    if weights is None:
+        return restored
+    arrays, wide = {}, checkpoint.names(restored)
+    del restored
+    for name in [*wide]:
+        arrays |= narrowed(name, wide.pop(name), weights)
+    return checkpoint.fill(with_scales(model, weights), arrays)
 
 
 def _config(folder: Path, stored: Container[str]) -> Config:

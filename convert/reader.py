@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
+from catp_jax.models.narrow import SCALE, Weights, is_narrowed, narrow, with_scales
 from convert.families import Config, Model, family_of, read_config
 from convert.family import Family
 from convert.folders import refuse_unfinished
@@ -64,11 +65,13 @@ def load_hf(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     place: Place | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Model, Report]:
     """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them).
 
     Parts that compute in float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`.
-    `place` chooses shardings; each process then reads the bytes of its own shards. Raises
+    `place` chooses shardings; each process then reads the bytes of its own shards. `weights`
+    narrows kernels one by one as they come, see `catp_jax.models.narrow`. Raises
     ValueError if config.json or the weights are damaged, unsupported or do not fit together.
     """
     wanted = parse_dtype(dtype)
@@ -93,11 +96,22 @@ def load_hf(
 
     for found in ahead([[pair] for pair in pairs], read, read_bytes):
         for (match, tensor), array in found:
-            arrays[match.target] = array
+            arrays |= narrowed(match.target, array, weights)
+            del array
             done += tensor.nbytes
         if progress is not None:
             progress(done, total)
+    if weights is not None:
+        model = with_scales(model, weights)
     return checkpoint.fill(model, arrays), source.report(dtypes)
+
+
+def narrowed(name: str, array: jax.Array, weights: Weights | None) -> dict[str, jax.Array]:
+    """A parameter by its name: as it is, or as a narrow kernel and its scales."""
+    if weights is None or not is_narrowed(name):
+        return {name: array}
+    kernel, scale = jax.block_until_ready(narrow(array, weights))
+    return {name: kernel, f"{name.removesuffix('kernel')}{SCALE}": scale}
 
 
 def open_source(folder: Path) -> Source:

@@ -9,6 +9,7 @@ import numpy as np
 
 from catp_jax.contract import Keep, Site, View, run_pruners
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.inputs import Packed
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
@@ -47,9 +48,7 @@ def generate(
         pruners,
         inputs,
         sampling(inputs.tokens.shape[0], **choice),
-        NEVER,
-        PAD,
-        max_new_tokens=new,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=new),
     )
 
 
@@ -89,9 +88,7 @@ def at_entry(
             kept,
             programs.Selection(kept=kept, states=()),
             sampling(inputs.tokens.shape[0]),
-            NEVER,
-            PAD,
-            max_new_tokens=NEW,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )
         for name, kept in keeps.items()
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from catp_jax.contract import Keep, run_pruners
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.mllama_inputs import MllamaPacked, locate
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import CrossLayer, CrossMask
@@ -51,9 +52,7 @@ def generate(
         pruners,
         batch.inputs,
         sampling(len(batch.available), **choice),
-        NEVER,
-        PAD,
-        max_new_tokens=new,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=new),
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,6 +109,11 @@ def test_images_that_are_made_as_they_are_asked_for_are_not_mixed_up(model):
     for row, color in enumerate(Column.colors):
         expected = model.reader.process_image(Image.new("RGB", (64, 64), color)).pixels
         np.testing.assert_array_equal(own[row], expected)
+
+
+def test_a_prepared_batch_is_put_on_the_device_once_for_all_calls(model):
+    packed = model.prepare([CIRCLE], [COLOR])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(packed.inputs))
 
 
 def test_an_image_that_comes_again_is_encoded_once(model):

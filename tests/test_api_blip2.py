@@ -87,7 +87,8 @@ def test_logits_are_those_of_transformers(folder, model, questions):
 def test_a_prompt_answers_in_a_batch_as_alone(model, questions):
     images, prompts = [q.image for q in questions], [q.question for q in questions]
     together = model.generate(images, prompts, [CATP(keep=8)], max_new_tokens=4, num_beams=2)
-    for row in (0, 5, 11):
+    # not those whose eighth and ninth query are a few of 5,000 votes apart: rounding decides there
+    for row in (0, 3, 9):
         alone = model.generate(
             images[row : row + 1],
             prompts[row : row + 1],
@@ -162,7 +163,7 @@ def test_questions_that_do_not_fit_are_refused(model, images, prompts, says):
         ([CATP(keep=8, weights=jnp.ones(5))], r"got 5 layer weights, but this model has 6"),
         ([CATP(keep=8, layers=7)], "layers=7, but this model's cross-attention layers are 1 to 6"),
         ([TrimmedLlama(keep=8)], "site CROSS.*does not have"),
-        ([Random(keep=8)], "give Random site=Site.ENTRY"),
+        ([Random(keep=8, site=Site.CROSS)], "give Random site=Site.ENTRY"),
     ],
 )
 def test_pruners_that_do_not_fit_are_refused(model, pruners, says):
@@ -173,10 +174,41 @@ def test_pruners_that_do_not_fit_are_refused(model, pruners, says):
 def test_fastv_works_between_opt_layers_that_exist():
     model = catp_jax.load(ASSETS / "mini-blip2-opt")
     depth = model.config.text.num_hidden_layers
-    out = model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=1)])
+    out = model.generate([CIRCLE], [COLOR], [FastV(keep=8, layer=1)])
     assert len(out.kept[0].number) == 8
     with pytest.raises(ValueError, match=f"FastV works at layer {depth}, which this model does"):
         model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=depth)])
+
+
+def test_methods_by_name_are_those_by_class(model, questions):
+    images, prompts = [q.image for q in questions[:3]], [q.question for q in questions[:3]]
+    options = {"max_new_tokens": 2}
+    by_name = model.generate(images, prompts, prune="catp:layers=first", keep="25%", **options)
+    by_class = model.generate(images, prompts, [CATP(keep=8, layers="first")], **options)
+    assert by_name.tokens == by_class.tokens
+    for ours, theirs in zip(by_name.kept, by_class.kept, strict=True):
+        np.testing.assert_array_equal(ours.number, theirs.number)
+    two = model.generate(images, prompts, prune=["l2", "random:seed=3"], keep=["50%", 4], **options)
+    assert [len(kept.number) for kept in two.kept] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"prune": "catp"}, "wants its budget to keep: got 1 methods and 0 budgets"),
+        ({"keep": 8}, "got 0 methods and 1 budgets"),
+        ({"prune": ["catp", "l2"], "keep": 8}, "got 2 methods and 1 budgets"),
+        ({"prune": "captain", "keep": 8}, "unknown pruning method 'captain'"),
+        ({"prune": "trimmed_llama", "keep": 8}, "trimmed_llama prunes a place that this model"),
+        ({"prune": "catp", "keep": "0%"}, "above 0%"),
+        ({"prune": "catp", "keep": "auto"}, "catp wants a number"),
+        ({"prune": ["catp", "l2"], "keep": ["25%", 9]}, "keep is 9, but there are only 8"),
+        ({"prune": "catp", "keep": 8, "pruners": [CATP(keep=8)]}, "not both"),
+    ],
+)
+def test_methods_by_name_that_do_not_fit_are_refused(model, asked, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate([CIRCLE], [COLOR], **asked)
 
 
 def test_beams_and_a_temperature_do_not_go_together(model):

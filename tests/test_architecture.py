@@ -217,6 +217,7 @@ def test_checker_lets_pass(module: str, source: str, is_package: bool):
     assert faults(source, module, is_package) == []
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_import_is_quiet_and_light(tmp_path: Path):
     """A fresh interpreter: nothing printed, no torch, no matplotlib, no device started."""
     script = """

@@ -92,3 +92,51 @@ def test_pruning_overhead_runs_at_toy_size():
     saved = [row["flops_saved_percent"] for row in figures["saving"]]
     assert 0 < saved[0] < saved[1] < saved[2]
     assert all(row["flops_percent"] < 2 for row in figures["cost"])
+
+
+def gpu_suite(out: Path, *options: str) -> dict:
+    """What the suite prints last, at toy size."""
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--smoke", "--out", out, *options]
+    run = subprocess.run(
+        command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout.splitlines()[-1])
+    assert figures == json.loads(out.read_text())
+    return figures
+
+
+def test_the_gpu_suite_runs_at_toy_size_and_holds_programs_against_their_floor(tmp_path: Path):
+    figures = gpu_suite(tmp_path / "results.json", "--minutes", "20")
+    assert figures["not_reached"] == []
+    assert [row["error"] for row in figures["rows"] if "error" in row] == []
+    rows = {row["program"]: row for row in figures["rows"]}
+
+    opt = rows["blip2-opt-2.7b decode, batch 2"]
+    # bfloat16, two layers: products and biases, norms; the head is the embedding; the last norm
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    weights = 2 * (2 * layer + 256 * 32 + 2 * 32)
+    # 32 queries, 64 text tokens, 64 new; beside keys and values there are validity and positions
+    cache = 2 * (2 * 2 * 2 * (32 + 64 + 64) * 32)
+    assert weights + cache < opt["floor_bytes"] < weights + cache + 2 * 4 * (32 + 64) + 64
+    assert opt["flops"] == 2 * 2 * (2 * (4 * 32**2 + 2 * 32 * 64 + 2 * 160 * 32) + 256 * 32)
+    seconds = max(
+        opt["floor_bytes"] / figures["card"]["bandwidth"],
+        opt["flops"] / figures["card"]["flops_per_s"],
+    )
+    assert opt["ratio"] == pytest.approx(opt["ms"] / (1000 * seconds))
+
+    # a prompt's beams share its cache: a second one adds a tail alone
+    beams = rows["blip2-opt-2.7b decode, batch 2, 2 beams"]["floor_bytes"]
+    tails = 2 * (2 * 2 * 2 * 64 * 32)
+    assert tails <= beams - opt["floor_bytes"] < tails + 64
+    assert rows["Llama-3.2-11B-Vision decode, batch 2, 50 % kept"]["kept"] == 10
+    assert rows["blip2-opt-2.7b largest"]["batch"] == 3
+    assert rows["blip2-opt-2.7b, batch 2"]["token_ratio"] > 0
+
+
+def test_the_gpu_suite_says_what_did_not_fit_into_its_time(tmp_path: Path):
+    figures = gpu_suite(tmp_path / "results.json", "--minutes", "0")
+    assert figures["rows"] == []
+    assert "catp-jax: Llama-3.2-11B-Vision prefill, batch 2" in figures["not_reached"]
+    assert "transformers, sdpa: blip2-opt-2.7b, batch 2" in figures["not_reached"]

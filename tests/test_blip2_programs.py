@@ -13,14 +13,15 @@ import torch
 
 from catp_jax.contract import Reduction, Site, View
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
 from catp_jax.generation.blip2_inputs import pack
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
 from catp_jax.pruning.scores import Scored, keep_best
-from catp_jax.struct import pytree, static
+from catp_jax.struct import pytree, replace, static
 from tests.blip2_methods import (
     AT_ENTRY,
     BUDGET,
@@ -64,7 +65,11 @@ def test_pruned_answers_are_those_of_transformers_language_model_on_the_kept_que
     prompts = Prompts(config, seed=3)
     inputs, keep = prompts.ours("left"), 3
     out = programs.generate(
-        model, (CATP(keep=keep),), inputs, sampling(3), NEVER, PAD, max_new_tokens=NEW
+        model,
+        (CATP(keep=keep),),
+        inputs,
+        sampling(3),
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     cross: list[torch.Tensor] = []
     hooks = [
@@ -145,7 +150,13 @@ def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tupl
     keep, selection = programs.cut(keep, selection, wanted)
     choice = sampling(len(batch.available))
     out = programs.go_on(
-        model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=NEW
+        model,
+        pruners,
+        front,
+        keep,
+        selection,
+        choice,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     np.testing.assert_array_equal(out.tokens, whole.tokens)
     assert difference(out.logits, whole.logits) <= 1e-5
@@ -159,7 +170,15 @@ def test_a_pruner_without_a_place_is_an_error_after_the_cut_too():
     front, keep, selection = programs.look(model, pruners, batch.inputs)
     choice = sampling(len(batch.available))
     with pytest.raises(ValueError, match="FastV works at layer 99"):
-        programs.go_on(model, pruners, front, keep, selection, choice, NEVER, PAD, max_new_tokens=1)
+        programs.go_on(
+            model,
+            pruners,
+            front,
+            keep,
+            selection,
+            choice,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=1),
+        )
 
 
 # --- cached = uncached ------------------------------------------------------------------------
@@ -208,7 +227,7 @@ def reference(kind: Kind, pruners: tuple[Any, ...]) -> programs.Generated:
 def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[Any, ...]):
     model, expected = random_blip2(kind), reference(kind, pruners)
     start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
-    assert difference(start.logits, expected.logits) <= 1e-6
+    assert difference(start.logits, expected.logits) <= 5e-6
     logits, cache, tokens = start.logits, start.cache, []
     for _ in range(NEW):
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -216,13 +235,13 @@ def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[A
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), expected.tokens)
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     if kind == "t5":
-        assert cache.next_slot == NEW + 1  # the start token has a slot too
-        assert cache.cross_valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
+        assert cache.tail.next_slot.tolist() == [NEW + 1] * 4  # the start token has a slot too
+        assert cache.cross.valid.sum(axis=1).tolist() == [len(t) + BUDGET for t in PROMPTS]
     else:
-        for segment in cache.segments:
-            visual = QUERIES if segment is cache.segments[0] and len(cache.segments) > 1 else BUDGET
-            assert segment.next_slot == NEW
-            assert segment.valid.sum(axis=1).tolist() == [n - NEW + visual for n in lengths]
+        assert cache.tail.next_slot.tolist() == [NEW] * 4
+        for prompt in cache.prompts:
+            visual = QUERIES if prompt is cache.prompts[0] and len(cache.prompts) > 1 else BUDGET
+            assert prompt.valid.sum(axis=1).tolist() == [n - NEW + visual for n in lengths]
 
 
 @pytest.mark.parametrize(("kind", "pruners"), CASES)
@@ -244,7 +263,7 @@ def test_a_frozen_model_gives_what_the_model_gives(kind: Kind):
         freeze(random_blip2(kind)), (CATP(keep=BUDGET),), packed().inputs, new_slots=NEW
     )
     expected = whole(kind)["catp"]
-    assert difference(start.logits, expected.logits) <= 1e-6
+    assert difference(start.logits, expected.logits) <= 5e-6
     jax.tree.map(np.testing.assert_array_equal, start.selection.kept, expected.selection.kept)
 
 
@@ -297,32 +316,28 @@ def spread_cache(kind: Kind, is_pruned_inside: bool = False) -> Any:
     return cache
 
 
-def tails_and_prompts(cache: Any) -> tuple[Any, Any]:
-    """What each beam has for itself, and what the beams of a prompt share."""
-    if hasattr(cache, "segments"):
-        return [s.tail for s in cache.segments], [(s.prompt, s.valid) for s in cache.segments]
-    return cache.tail, (cache.cross, cache.cross_valid)
-
-
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_reordering_beams_moves_their_tails_alone(case: tuple):
+def test_reordering_beams_moves_what_they_see_alone(case: tuple):
     cache = spread_cache(*case)
     parents = np.asarray([2, 2, 0, 3, 5, 3, 8, 7, 6, 9, 9, 9], np.int32)  # of their own prompt
     moved = jax.jit(lambda c, p: c.reorder(p))(cache, jnp.asarray(parents))
-    (tails, prompts), (after, shared) = tails_and_prompts(cache), tails_and_prompts(moved)
-    jax.tree.map(np.testing.assert_array_equal, after, jax.tree.map(lambda x: x[parents], tails))
-    jax.tree.map(np.testing.assert_array_equal, shared, prompts)
-    assert any(
-        (np.asarray(a) != np.asarray(b)).any()
-        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(tails), strict=True)
+    seen = np.asarray(cache.tail.seen)
+    np.testing.assert_array_equal(moved.tail.seen, seen[parents])
+    assert (seen[parents] != seen).any()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        replace(moved, tail=replace(moved.tail, seen=cache.tail.seen)),
+        cache,
     )
 
 
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
-def test_beams_share_one_prompt_and_have_tails_of_their_own(case: tuple):
-    tails, prompts = tails_and_prompts(spread_cache(*case))
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(tails)} == {4 * 3}
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(prompts)} == {4}
+def test_beams_share_their_prompts_blocks_and_its_tail(case: tuple):
+    cache = spread_cache(*case)
+    rows = {name: leaf.shape[0] for name, leaf in vars(cache.tail).items() if name != "blocks"}
+    assert rows == {"positions": 4, "seen": 12, "next_slot": 4, "next_position": 12}
+    blocks = jax.tree.leaves(replace(cache, tail=cache.tail.blocks))
+    assert {leaf.shape[0] for leaf in blocks} == {4}
 
 
 @pytest.mark.parametrize(("kind", "pruners"), [CASES[1], CASES[2]])
@@ -330,21 +345,19 @@ def test_beam_search_with_pruning_is_one_program_and_one_beam_is_greedy(
     kind: Kind, pruners: tuple[Any, ...]
 ):
     def run(num_beams: int, **options: Any) -> programs.Generated:
-        return generate_beam(
+        return programs.generate(
             random_blip2(kind),
             pruners,
             packed().inputs,
             beams(num_beams, **options),
-            NEVER,
-            PAD,
-            max_new_tokens=NEW,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )
 
-    greedy, compiled = run(1), generate_beam._cache_size()
+    greedy, compiled = run(1), programs.generate._cache_size()
     np.testing.assert_array_equal(greedy.tokens, reference(kind, pruners).tokens)
     three = run(3)
     run(3, length_penalty=-1.0, min_new_tokens=2)
-    assert generate_beam._cache_size() == compiled + 1
+    assert programs.generate._cache_size() == compiled + 1
     jax.tree.map(np.testing.assert_array_equal, three.selection.kept, greedy.selection.kept)
     assert (np.asarray(three.tokens) != np.asarray(greedy.tokens)).any()
 
@@ -365,28 +378,27 @@ def cache_of(kind: Kind, *pruners: Any) -> Any:
 @pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
 def test_opts_cache_has_the_kept_queries_the_text_and_the_new_tokens(keep: int):
     cache = cache_of("opt", Position(keep=keep))
-    (segment,) = cache.segments
-    heads = OPT.num_attention_heads
-    assert len(segment.prompt) == len(segment.tail) == OPT.num_hidden_layers
-    for prompt, tail in zip(segment.prompt, segment.tail, strict=True):
+    (own,), heads = cache.prompts, OPT.num_attention_heads
+    assert len(own.blocks) == len(cache.tail.blocks) == OPT.num_hidden_layers
+    for prompt, tail in zip(own.blocks, cache.tail.blocks, strict=True):
         assert prompt.keys.shape == prompt.values.shape == (4, heads, keep + 16, 4)
         assert tail.keys.shape == tail.values.shape == (4, heads, NEW, 4)
-    assert segment.valid.shape == (4, keep + 16)
+    assert own.valid.shape == (4, keep + 16)
 
 
 def test_after_pruning_between_layers_opts_later_layers_have_smaller_caches():
     cache = cache_of("opt", CATP(keep=5), fastv(2))
-    sizes = [[block.keys.shape[2] for block in segment.prompt] for segment in cache.segments]
+    sizes = [[block.keys.shape[2] for block in prompt.blocks] for prompt in cache.prompts]
     assert sizes == [[5 + 16] * LAYER, [2 + 16]]
-    assert cache_of("opt", fastv(2)).segments[0].prompt[0].keys.shape[2] == QUERIES + 16
+    assert cache_of("opt", fastv(2)).prompts[0].blocks[0].keys.shape[2] == QUERIES + 16
 
 
 @pytest.mark.parametrize("keep", [1, BUDGET, QUERIES])
 def test_t5s_cross_attention_has_the_kept_queries_and_the_text(keep: int):
     cache = cache_of("t5", Position(keep=keep))
-    assert len(cache.cross) == len(cache.tail) == T5.num_decoder_layers
-    for layer in cache.cross:
+    assert len(cache.cross.blocks) == len(cache.tail.blocks) == T5.num_decoder_layers
+    for layer in cache.cross.blocks:
         assert layer.keys.shape == layer.values.shape == (4, T5.num_heads, keep + 16, T5.d_kv)
-    assert cache.cross_valid.shape == (4, keep + 16)
-    for layer in cache.tail:
+    assert cache.cross.valid.shape == (4, keep + 16)
+    for layer in cache.tail.blocks:
         assert layer.keys.shape == (4, T5.num_heads, NEW + 1, T5.d_kv)

@@ -14,10 +14,10 @@ from catp_jax.contract import (
     Site,
     View,
     chain,
-    check_sites,
     keep_columns,
     reduce_view,
     run_pruners,
+    settle,
 )
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
 from catp_jax.struct import pytree, replace, static
@@ -153,14 +153,29 @@ class Entrance:
 
 
 def test_a_pruner_for_a_site_the_model_lacks_is_refused_by_name():
-    check_sites([KNorm(keep=3)], frozenset({Site.CROSS}), "this model")
-    check_sites([], frozenset(), "this model")
+    assert settle((KNorm(keep=3),), frozenset({Site.CROSS})) == (KNorm(keep=3),)
+    assert settle((), frozenset()) == ()
     with pytest.raises(ValueError, match="Entrance") as error:
-        check_sites([KNorm(keep=3), Entrance()], frozenset({Site.CROSS, Site.CACHE}), "Tiny")
+        settle((KNorm(keep=3), Entrance()), frozenset({Site.CROSS, Site.CACHE}))
     message = str(error.value)
-    assert "Tiny does not have" in message
+    assert "this model does not have" in message
     assert "ENTRY" in message
     assert "CACHE, CROSS" in message
+
+
+def test_a_pruner_without_a_site_takes_the_first_that_the_model_has():
+    (fastv, draw, norm) = settle(
+        (FastV(keep=3), Random(keep=2), KNorm(keep=1)), frozenset({Site.CROSS})
+    )
+    assert (fastv.site, draw.site, norm.site) == (Site.CROSS,) * 3
+    both = frozenset({Site.ENTRY, Site.LAYER})
+    assert [pruner.site for pruner in settle((FastV(keep=3), Random(keep=2)), both)] == [
+        Site.LAYER,
+        Site.ENTRY,
+    ]
+    assert settle((Random(keep=2, site=Site.CROSS),), frozenset(Site))[0].site is Site.CROSS
+    with pytest.raises(ValueError, match=r"FastV prunes .*LAYER.* it has ENTRY"):
+        settle((FastV(keep=3),), frozenset({Site.ENTRY}))
 
 
 @pytree

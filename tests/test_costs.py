@@ -128,13 +128,14 @@ def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
         random_mllama(),
         inputs(),
     )
-    assert len(out.cache.cross) == len(TEXT.cross_attention_layers)
-    own = out.cache.own
-    assert len(own.prompt) == len(own.tail) == TEXT.num_hidden_layers - len(out.cache.cross)
-    for layers, slots in ((own.prompt, ROWS), (own.tail, 5), (out.cache.cross, keep)):
-        for layer in layers:
+    assert len(out.cache.cross.blocks) == len(TEXT.cross_attention_layers)
+    own, cross, tail = out.cache.own, out.cache.cross, out.cache.tail
+    depth = TEXT.num_hidden_layers - len(TEXT.cross_attention_layers)
+    assert len(own.blocks) == len(tail.blocks) == depth
+    for part, slots in ((own, ROWS), (tail, 5), (cross, keep)):
+        for layer in part.blocks:
             assert layer.keys.shape == layer.values.shape == (BATCH, KV_HEADS, slots, CHANNELS)
-    assert out.cache.seen.shape == out.cache.valid.shape == (BATCH, keep)
+    assert out.cache.seen.shape == cross.valid.shape == (BATCH, keep)
 
 
 def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
@@ -43,6 +44,19 @@ from tests.random_mllama import (
     picture,
     random_mllama,
 )
+
+
+def same(one: Any, other: Any) -> None:
+    """Of two programs: tokens, places and counts equal, numbers but for float32's rounding."""
+
+    def leaf(x: jax.Array, y: jax.Array) -> None:
+        if jnp.issubdtype(y.dtype, jnp.floating):
+            np.testing.assert_allclose(x, y, rtol=5e-6, atol=5e-6)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(leaf, one, other)
+
 
 # --- pruned = a slow reference ----------------------------------------------------------------
 
@@ -100,9 +114,9 @@ def test_prefill_and_steps_give_what_generate_gives():
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         logits, cache = programs.step(model, tokens[-1], cache)
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), reference.tokens)
-    assert cache.own.next_slot == NEW
+    assert cache.tail.next_slot.tolist() == [NEW] * 5
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
-    assert cache.next_position.tolist() == lengths
+    assert cache.tail.next_position.tolist() == lengths
     assert cache.own.valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
 
 
@@ -119,7 +133,7 @@ def test_step_reuses_the_memory_of_the_cache():
     programs.step(model, token, start.cache)
     assert all(buffer.is_deleted() for buffer in buffers)
     with pytest.raises(Exception, match="deleted"):
-        start.cache.own.tail[0].keys + 1.0
+        start.cache.tail.blocks[0].keys + 1.0
 
 
 def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
@@ -140,14 +154,12 @@ def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
         cut_keep,
         replace(cut, states=()),
         sampling(5),
-        NEVER,
-        PAD,
-        max_new_tokens=NEW,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     fixed = generate((TrimmedLlama(keep=BUDGET, k_ratio=0.01),), batch)
     np.testing.assert_array_equal(out.tokens, fixed.tokens)
     assert difference(out.logits, fixed.logits) <= 1e-6
-    jax.tree.map(np.testing.assert_array_equal, selection.states, fixed.selection.states)
+    same(selection.states, fixed.selection.states)
     for row in range(5):
         assert kept_places(cut.kept, batch, row) == kept_places(fixed.selection.kept, batch, row)
 
@@ -158,12 +170,50 @@ def test_a_fixed_budget_after_a_union_is_kept_in_the_cut_prefill_too():
     whole = generate(pruners, batch)
     front, keep, selection = programs.look(model, pruners, batch.inputs)
     out = programs.go_on(
-        model, pruners, front, keep, selection, sampling(5), NEVER, PAD, max_new_tokens=NEW
+        model,
+        pruners,
+        front,
+        keep,
+        selection,
+        sampling(5),
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     np.testing.assert_array_equal(out.tokens, whole.tokens)
     assert difference(out.logits, whole.logits) <= 1e-6
-    jax.tree.map(np.testing.assert_array_equal, out.selection, whole.selection)
+    same(out.selection, whole.selection)
     assert out.selection.kept.indices.shape == (5, 2)
+
+
+def test_several_samples_of_a_prompt_share_its_cache_and_are_those_of_as_many_prompts():
+    model, batch, stop = random_mllama(), packed(), Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW)
+    pruners = (METHODS["k_norm"](BUDGET),)
+    choice = {"temperature": 2.0, "top_k": 40}
+    out = programs.generate(model, pruners, batch.inputs, sampling(5, answers=3, **choice), stop)
+    assert out.tokens.shape == (15, NEW)
+    assert out.logits.shape[0] == 5
+    for sample in range(3):
+        seeds = [3 * row + sample for row in range(5)]
+        alone = programs.generate(
+            model, pruners, batch.inputs, sampling(5, seed=seeds, **choice), stop
+        )
+        np.testing.assert_array_equal(out.tokens[sample::3], alone.tokens)
+    assert len({*map(tuple, out.tokens.tolist())}) > 10
+    carry = jax.eval_shape(
+        lambda: programs.begin(
+            programs.prefill(model, pruners, batch.inputs, new_slots=NEW),
+            sampling(5, answers=3, **choice),
+            stop,
+        )
+    )
+    assert carry.last.shape == (15,)
+    assert {
+        block.keys.shape[0]
+        for block in (
+            *carry.cache.cross.blocks,
+            *carry.cache.own.blocks,
+            *carry.cache.tail.blocks,
+        )
+    } == {5}
 
 
 def test_a_frozen_model_gives_what_the_model_gives():
@@ -172,9 +222,7 @@ def test_a_frozen_model_gives_what_the_model_gives():
         (METHODS["fastv"](BUDGET),),
         packed().inputs,
         sampling(5),
-        NEVER,
-        PAD,
-        max_new_tokens=NEW,
+        Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
     )
     jax.tree.map(np.testing.assert_array_equal, out, mixed("fastv"))
 

@@ -18,6 +18,7 @@ import pytest
 from catp_jax import pruning
 from catp_jax.contract import Keep, Site, run_pruners
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.mllama import Inputs, Mllama
@@ -117,9 +118,7 @@ def all_methods(batch: MllamaPacked, pruners: dict[str, Any]) -> dict[str, progr
             keep,
             programs.Selection(kept=keep, states=()),
             sampling(len(batch.available)),
-            NEVER,
-            PAD,
-            max_new_tokens=NEW,
+            Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )
         for name, keep in keeps.items()
     }

@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
+from catp_jax.generation.inputs import Packed, image_room, pad_prompts
 from catp_jax.models.blip2 import Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipInputs
 from catp_jax.models.querying import QueryingConfig
@@ -24,25 +23,28 @@ class KeptQueries:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], images: Sequence[np.ndarray], config: QueryingConfig
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[np.ndarray],
+    config: QueryingConfig,
+    shares: int = 1,
 ) -> Packed[Blip2Inputs]:
     """Arrays for the model; `images[b]` [3, height, width] belongs to `prompts[b]`.
 
-    An array that stands with several prompts is encoded once. Raises ValueError for an empty
-    prompt.
+    An array that stands with several prompts is encoded once; `shares` say into how many parts the
+    images will be split. Raises ValueError for an empty prompt.
     """
     for number, tokens in enumerate(prompts):
         if not tokens:
             raise ValueError(f"prompt {number} is empty")
     text, valid = pad_prompts(prompts)
-    pixels, index = stack_images(images)
+    pixels, index = stack_images(images, shares)
     queries = config.num_query_tokens
     return Packed(
         inputs=Blip2Inputs(
-            pixels=jnp.asarray(pixels),
-            image_index=jnp.asarray(index),
-            tokens=jnp.asarray(text),
-            token_valid=jnp.asarray(valid),
+            pixels=pixels,
+            image_index=index,
+            tokens=text,
+            token_valid=valid,
         ),
         available=(queries,) * len(prompts),
         most=queries,
@@ -56,28 +58,29 @@ def pack_instructions(
     instructions: Sequence[Sequence[int]],
     images: Sequence[np.ndarray],
     config: QueryingConfig,
+    shares: int = 1,
 ) -> Packed[InstructBlipInputs]:
     """What `pack` does, with the prompts in the Q-Former's tokens too: `instructions`."""
-    packed = pack(prompts, images, config)
+    packed = pack(prompts, images, config, shares)
     text, valid = pad_prompts(instructions)
     inputs = InstructBlipInputs(
         pixels=packed.inputs.pixels,
         image_index=packed.inputs.image_index,
         tokens=packed.inputs.tokens,
         token_valid=packed.inputs.token_valid,
-        instruction=jnp.asarray(text),
-        instruction_valid=jnp.asarray(valid),
+        instruction=text,
+        instruction_valid=valid,
     )
     return dataclasses.replace(packed, inputs=inputs)  # type: ignore[return-value]
 
 
-def stack_images(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct arrays of `images` as one, filled up to a number out of `IMAGE_COUNTS`, and
-    where in it each of them is.
+def stack_images(images: Sequence[np.ndarray], shares: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct arrays of `images` as one, filled up as `image_room` says, and where in it each
+    of them is.
     """
     distinct = {id(image): image for image in images}
     place_of = {key: place for place, key in enumerate(distinct)}
     pixels = np.stack([*distinct.values()])
-    padding = round_up(len(pixels), IMAGE_COUNTS) - len(pixels)
+    padding = image_room(len(pixels), shares) - len(pixels)
     pixels = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
     return pixels, np.asarray([place_of[id(image)] for image in images], np.int32)

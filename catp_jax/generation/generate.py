@@ -1,11 +1,12 @@
 """Generation as compiled programs: prefill, one step, and the whole loop in one.
 
-    generate   = prefill + decode in one program; nothing returns to the host in between (`beam` has
-               the same with beam search)
+    generate   = prefill + decode in one program; nothing returns to the host in between
     prefill    → logits of the next token, a cache, what was kept       for streaming and serving
     step       token + cache → logits + cache; the old cache's memory is reused (donated)
     look, go_on   prefill cut in two where the model is first pruned: `look` scores, the host reads
                how many tokens were asked for, `go_on` runs at the capacity chosen
+
+A `Decoding` chooses the tokens, and how many rows a prompt has; there is one loop for all.
 
 Everything static is an argument here: prompt length, number of images and tiles come with the
 inputs' shapes (see `inputs` for the few that occur), budgets with the pruners.
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners
-from catp_jax.generation.sampling import Sampling
+from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners, settle
+from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.struct import pytree, replace
 
 
@@ -28,9 +29,11 @@ class Prefillable(Protocol):
     """What a model offers: a prefill cut where it is first pruned, and a step.
 
     `front` returns something with a `view`, None if there is nothing to prune. `back` shows the
-    views that come after it to `select`, and prunes as it says.
+    views that come after it to `select`, and prunes as it says. `sites` says where views come from.
     """
 
+    @property
+    def sites(self) -> frozenset[Site]: ...
     def front(self, inputs: Any) -> Any: ...
     def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any: ...
     def step(self, tokens: Int[Array, " b"], cache: Any) -> Any: ...
@@ -59,13 +62,14 @@ class Prefilled:
 
 @pytree
 class Generated:
-    """New tokens, padding after the end; `lengths` counts them, the end token included.
+    """New tokens of each answer, padding after the end; `lengths` counts them, the end token
+    included. A prompt's answers follow each other.
 
     `logits` are those of the first new token.
     """
 
-    tokens: Int[Array, "b new"]
-    lengths: Int[Array, " b"]
+    tokens: Int[Array, "answers new"]
+    lengths: Int[Array, " answers"]
     logits: Float[Array, "b vocab"]
     selection: Selection
 
@@ -73,11 +77,12 @@ class Generated:
 class Selector:
     """Answers a model's views with the pruners that work there, and notes what they left.
 
-    `noted` is what another one noted, with the same pruners, of the views before.
+    `sites` are the model's; `noted` is what another one noted, with the same pruners, of the views
+    before.
     """
 
-    def __init__(self, pruners: Pruners, noted: Selection | None = None):
-        self.pruners = pruners
+    def __init__(self, pruners: Pruners, sites: frozenset[Site], noted: Selection | None = None):
+        self.pruners = settle(pruners, sites)
         self.kept: Keep | None = None if noted is None else noted.kept
         self.states: list[Any] = [None] * len(pruners) if noted is None else [*noted.states]
         self.idle = {number for number, state in enumerate(self.states) if state is None}
@@ -122,50 +127,57 @@ class Selector:
 
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
-    front, select = model.front(inputs), Selector(pruners)
+    front, select = model.front(inputs), Selector(pruners, model.sites)
     keep = None if front.view is None else select(front.view)
     logits, cache = model.back(front, keep, select, new_slots)
     select.check()
     return Prefilled(logits=logits, cache=cache, selection=select.selection)
 
 
-def _decode(
-    model: Prefillable,
-    start: Prefilled,
-    sampling: Sampling,
-    ends: Int[Array, " e"],
-    pad: Int[Array, ""],
-    max_new_tokens: int,
-) -> Generated:
-    """The decode loop; it stops as soon as every sample has ended."""
-
-    def is_end(token: Int[Array, " b"]) -> Bool[Array, " b"]:
-        return (token[:, None] == ends[None]).any(axis=1)
-
-    def going(carry: Any) -> Bool[Array, ""]:
-        number, _, _, done, _ = carry
-        return (number < max_new_tokens) & ~done.all()
-
-    def add(carry: Any) -> Any:
-        number, tokens, last, done, cache = carry
-        logits, cache = model.step(last, cache)
-        token = jnp.where(done, pad, sampling.pick(logits, number, ends))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], number, axis=1)
-        return number + 1, tokens, token, done | is_end(token), cache
-
-    first = sampling.pick(start.logits, jnp.asarray(0, jnp.int32), ends)
-    tokens = jnp.full((first.shape[0], max_new_tokens), pad, jnp.int32).at[:, 0].set(first)
-    carry = (jnp.asarray(1, jnp.int32), tokens, first, is_end(first), start.cache)
-    _, tokens, _, _, _ = jax.lax.while_loop(going, add, carry)
-
-    return conclude(start, tokens, ends)
-
-
-def conclude(start: Prefilled, tokens: Int[Array, "b new"], ends: Int[Array, " e"]) -> Generated:
-    """What came of a prompt, from its new tokens; each answer is as long as its first end token
-    says.
+@pytree
+class Carry:
+    """The decode loop between two tokens: each row's `last` one, which the cache does not hold yet,
+    and the decoding's own state.
     """
-    ended = (tokens[:, :, None] == ends[None, None]).any(axis=-1)
+
+    last: Int[Array, " r"]
+    state: Any
+    cache: Any
+
+
+def begin(start: Prefilled, decoding: Decoding, stop: Stop) -> Carry:
+    """The loop after the first token."""
+    batch, rows = start.logits.shape[0], decoding.rows
+    logits, cache = start.logits, start.cache
+    if rows > 1:
+        logits, cache = jnp.repeat(logits, rows, axis=0), cache.spread(rows)
+    return _chosen(logits, decoding.start(batch, stop), cache, decoding, stop)
+
+
+def advance(model: Prefillable, carry: Carry, decoding: Decoding, stop: Stop) -> Carry:
+    """The loop after one token more."""
+    logits, cache = model.step(carry.last, carry.cache)
+    return _chosen(logits, carry.state, cache, decoding, stop)
+
+
+def _chosen(logits: Array, state: Any, cache: Any, decoding: Decoding, stop: Stop) -> Carry:
+    last, parents, state = decoding.advance(logits, state, stop)
+    return Carry(last=last, state=state, cache=cache if parents is None else cache.reorder(parents))
+
+
+def decode(model: Prefillable, start: Prefilled, decoding: Decoding, stop: Stop) -> Generated:
+    """The decode loop; it stops as soon as every answer has ended."""
+
+    def is_open(carry: Carry) -> Bool[Array, ""]:
+        return (carry.state.number < stop.max_new_tokens) & carry.state.is_open.any()
+
+    carry = jax.lax.while_loop(
+        is_open,
+        lambda carry: advance(model, carry, decoding, stop),
+        begin(start, decoding, stop),
+    )
+    tokens = decoding.answers(carry.state)
+    ended = stop.is_end(tokens)
     lengths = jnp.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
     return Generated(
         tokens=tokens,
@@ -175,20 +187,13 @@ def conclude(start: Prefilled, tokens: Int[Array, "b new"], ends: Int[Array, " e
     )
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens",))
+@jax.jit
 def generate(
-    model: Prefillable,
-    pruners: Pruners,
-    inputs: Any,
-    sampling: Sampling,
-    ends: Int[Array, " e"],
-    pad: Int[Array, ""],
-    *,
-    max_new_tokens: int,
+    model: Prefillable, pruners: Pruners, inputs: Any, decoding: Decoding, stop: Stop
 ) -> Generated:
     """Prefill and decode in one program."""
-    start = prefill_with(model, pruners, inputs, max_new_tokens)
-    return _decode(model, start, sampling, ends, pad, max_new_tokens)
+    start = prefill_with(model, pruners, inputs, stop.max_new_tokens)
+    return decode(model, start, decoding, stop)
 
 
 @partial(jax.jit, static_argnames=("new_slots",))
@@ -212,7 +217,7 @@ def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep |
     Kept entries stand before empty ones, so the host can cut the selection (`cut`) to any capacity
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
-    front, select = model.front(inputs), Selector(pruners)
+    front, select = model.front(inputs), Selector(pruners, model.sites)
     keep = None if front.view is None else select(front.view)
     return replace(front, view=None), keep, select.selection
 
@@ -226,22 +231,19 @@ def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selectio
     return first(keep), replace(selection, kept=first(selection.kept))
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens",))
+@jax.jit
 def go_on(
     model: Prefillable,
     pruners: Pruners,
     front: Any,
     keep: Keep | None,
     selection: Selection,
-    sampling: Sampling,
-    ends: Int[Array, " e"],
-    pad: Int[Array, ""],
-    *,
-    max_new_tokens: int,
+    decoding: Decoding,
+    stop: Stop,
 ) -> Generated:
     """What `generate` does after `look`; pruners that work further on have their turn here."""
-    select = Selector(pruners, selection)
-    logits, cache = model.back(front, keep, select, max_new_tokens)
+    select = Selector(pruners, model.sites, selection)
+    logits, cache = model.back(front, keep, select, stop.max_new_tokens)
     select.check()
     start = Prefilled(logits=logits, cache=cache, selection=select.selection)
-    return _decode(model, start, sampling, ends, pad, max_new_tokens)
+    return decode(model, start, decoding, stop)

@@ -2,7 +2,8 @@
 
 Prompts are padded on the right to a length out of `TEXT_LENGTHS`, the images of the batch to a
 number out of `IMAGE_COUNTS`, every prompt's tiles to one out of `TILE_COUNTS`: a steady stream of
-work compiles nothing new.
+work compiles nothing new. All arrays are NumPy's: on a mesh each device gets its part of them from
+here, and none the whole.
 """
 
 import dataclasses
@@ -40,6 +41,16 @@ def round_up(number: int, sizes: Sequence[int]) -> int:
         if number <= size:
             return size
     return -(-number // sizes[-1]) * sizes[-1]
+
+
+def image_room(number: int, shares: int) -> int:
+    """Out of `IMAGE_COUNTS`, and then so many that `shares` divide them: each encodes its own.
+
+    One image alone stays one: each share would have to encode one anyway.
+    """
+    if number == 1:
+        return 1
+    return -(-round_up(number, IMAGE_COUNTS) // shares) * shares
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,9 @@ follow each other directly share a span.
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.generation.inputs import IMAGE_COUNTS, TILE_COUNTS, Packed, pad_prompts, round_up
+from catp_jax.generation.inputs import TILE_COUNTS, Packed, image_room, pad_prompts, round_up
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
 
@@ -69,10 +68,12 @@ def pack(
     images: Sequence[Sequence[ProcessedImage]],
     config: MllamaConfig,
     mode: MaskMode = "meta",
+    shares: int = 1,
 ) -> MllamaPacked:
     """Arrays for the model; `images[b]` belong to the marks of `prompts[b]` in order.
 
-    An image object that stands in several prompts is encoded once.
+    An image object that stands in several prompts is encoded once; `shares` say into how many parts
+    the images will be split.
 
     In mode "hf" every prompt gets all tiles of as many images as the batch's richest one, padding
     included, since there some rows attend to padding.
@@ -103,12 +104,12 @@ def pack(
     packed_images = None
     if richest:
         seen = [image_spans(tokens, mark) for tokens in prompts]
-        packed_images = _images(images, tiles, seen, text.shape[1], config)
+        packed_images = _images(images, tiles, seen, text.shape[1], config, shares)
     return MllamaPacked(
         inputs=Inputs(
             mode=mode,
-            tokens=jnp.asarray(text),
-            token_valid=jnp.asarray(valid),
+            tokens=text,
+            token_valid=valid,
             images=packed_images,
         ),
         tiles=tiles,
@@ -125,13 +126,14 @@ def _images(
     spans: Sequence[Sequence[tuple[int, int]]],
     length: int,
     config: MllamaConfig,
+    shares: int,
 ) -> Images:
     most_tiles = config.vision.max_num_tiles
     # an image that several prompts share is encoded once
     distinct = {id(image): image for own in images for image in own}
     place_of = {key: place for place, key in enumerate(distinct)}
     flat = list(distinct.values())
-    flat += [ProcessedImage.padding(config)] * (round_up(len(flat), IMAGE_COUNTS) - len(flat))
+    flat += [ProcessedImage.padding(config)] * (image_room(len(flat), shares) - len(flat))
 
     batch, room = len(images), round_up(max(len(own) for own in tiles), TILE_COUNTS)
     index = np.zeros((batch, room), np.int32)
@@ -148,12 +150,12 @@ def _images(
     # an image of padding has one tile that counts as real, as in transformers
     real = np.asarray([max(image.num_tiles, 1) for image in flat])
     return Images(
-        pixels=jnp.asarray(np.stack([image.pixels for image in flat])),
-        aspect_ratio_ids=jnp.asarray(np.asarray([i.aspect_ratio_id for i in flat], np.int32)),
-        aspect_ratio_mask=jnp.asarray(np.arange(most_tiles)[None] < real[:, None]),
-        tile_index=jnp.asarray(index),
-        tile_valid=jnp.asarray(valid),
-        tile_seen=jnp.asarray(seen),
+        pixels=np.stack([image.pixels for image in flat]),
+        aspect_ratio_ids=np.asarray([image.aspect_ratio_id for image in flat], np.int32),
+        aspect_ratio_mask=np.arange(most_tiles)[None] < real[:, None],
+        tile_index=index,
+        tile_valid=valid,
+        tile_seen=seen,
     )
 
 

@@ -10,29 +10,65 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from catp_jax.generation.decoding import Stop
 from catp_jax.struct import pytree, static
 
 
 @pytree
+class Written:
+    """Answers in the making: `number` tokens of each are there, `is_open` where none is the end."""
+
+    number: Int[Array, ""]
+    tokens: Int[Array, "r new"]
+    is_open: Bool[Array, " r"]
+
+
+@pytree
 class Sampling:
-    """How to choose. Each row of the batch has a seed of its own, so its tokens don't depend on its
+    """How to choose. Each answer has a seed of its own, so its tokens don't depend on its
     neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play. No answer ends before it has
-    `min_new_tokens`, the end token apart.
+    `min_new_tokens`, the end token apart. A prompt gets `rows` answers.
     """
 
+    rows: int = static(default=1)
     is_greedy: bool = static()
     is_filtered: bool = static()
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
-    seeds: UInt32[Array, " b"]
+    seeds: UInt32[Array, " r"]
     min_new_tokens: Int[Array, ""]
 
+    def start(self, batch: int, stop: Stop) -> Written:
+        """No token yet."""
+        answers = batch * self.rows
+        return Written(
+            number=jnp.asarray(0, jnp.int32),
+            tokens=jnp.full((answers, stop.max_new_tokens), stop.pad, jnp.int32),
+            is_open=jnp.ones(answers, bool),
+        )
+
+    def advance(
+        self, logits: Float[Array, "r vocab"], state: Written, stop: Stop
+    ) -> tuple[Int[Array, " r"], None, Written]:
+        """One token more for each answer, padding for one that has ended."""
+        token = self.pick(logits, state.number, stop.ends)
+        token = jnp.where(state.is_open, token, stop.pad)
+        tokens = jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, token[:, None], state.number, axis=1
+        )
+        is_open = state.is_open & ~stop.is_end(token)
+        return token, None, Written(number=state.number + 1, tokens=tokens, is_open=is_open)
+
+    def answers(self, state: Written) -> Int[Array, "r new"]:
+        """All of them."""
+        return state.tokens
+
     def pick(
-        self, logits: Float[Array, "b vocab"], step: Int[Array, ""], ends: Int[Array, " e"]
-    ) -> Int[Array, " b"]:
+        self, logits: Float[Array, "r vocab"], step: Int[Array, ""], ends: Int[Array, " e"]
+    ) -> Int[Array, " r"]:
         """One token for each row; `step` numbers the new tokens of a generation, from 0."""
         is_end = jnp.zeros(logits.shape[-1], bool).at[ends].set(True)
         logits = jnp.where((is_end & (step < self.min_new_tokens))[None], -jnp.inf, logits)
@@ -64,10 +100,11 @@ def sampling(
     top_p: float = 1.0,
     seed: int | Sequence[int] | np.ndarray = 0,
     min_new_tokens: int = 0,
+    answers: int = 1,
 ) -> Sampling:
-    """Sampling for a batch; temperature 0 is greedy.
+    """Sampling for a batch, with so many `answers` to each prompt; temperature 0 is greedy.
 
-    With one `seed`, row i uses `seed + i`; give a sequence to choose each row's.
+    With one `seed`, answer i of all uses `seed + i`; give a sequence to choose each one's.
 
     Raises ValueError for numbers out of range.
     """
@@ -79,13 +116,20 @@ def sampling(
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
     if min_new_tokens < 0:
         raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
-    given = np.asarray(seed, object)
-    seeds = (given + np.arange(batch) if given.ndim == 0 else given).tolist()
-    if len(seeds) != batch:
-        raise ValueError(f"one seed per prompt is wanted ({batch}), got {len(seeds)}")
+    if answers < 1:
+        raise ValueError(f"a prompt gets at least 1 answer, got {answers}")
+    if answers > 1 and temperature == 0:
+        raise ValueError(
+            f"{answers} greedy answers to a prompt would be the same; give a temperature"
+        )
+    given, rows = np.asarray(seed, object), batch * answers
+    seeds = (given + np.arange(rows) if given.ndim == 0 else given).tolist()
+    if len(seeds) != rows:
+        raise ValueError(f"one seed per answer is wanted ({rows}), got {len(seeds)}")
     if any(number != int(number) or not 0 <= number < 2**32 for number in seeds):
         raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
     return Sampling(
+        rows=answers,
         is_greedy=temperature == 0,
         is_filtered=temperature > 0 and (top_k > 0 or top_p < 1),
         # float32 has no smaller number to divide by, int32 no larger one

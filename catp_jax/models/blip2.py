@@ -67,8 +67,8 @@ class Blip2(QueryingModel):
 
     def read_images(self, inputs: Blip2Inputs) -> tuple[Float[Array, "b q d"], Evidence]:
         """The last hidden states of each prompt's queries, and how they came about."""
-        visual, evidence = self.encode(inputs.pixels)
-        own = inputs.image_index
+        visual, evidence = self.encode(jnp.asarray(inputs.pixels))
+        own = jnp.asarray(inputs.image_index)
 
         def of_prompts(attention: Attention) -> Attention:
             return Attention(queries=attention.queries[own], keys=attention.keys[own])

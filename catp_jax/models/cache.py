@@ -3,14 +3,16 @@
     prompt   one `Block` a layer, written once by the prefill and only read afterwards
     tail     one `Block` a layer, where new tokens go
 
-Each row of the decode loop has a tail of its own; the rows of one prompt (its beams) read the same
-prompt block, which is held once. Heads stand before slots, so that a step reads keys and values in
-place: in any other order a GPU's compiler transposes all of them, in every layer of every step.
+The rows of one prompt (its beams, its samples) read the same prompt block and write to the same
+tail; each row sees its own slots of the tail. Heads stand before slots, so that a step reads keys
+and values in place: in any other order a GPU's compiler transposes all of them, in every layer of
+every step.
 
 Slots never shift: a token is written to a slot and stays there.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -20,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 from catp_jax.contract import Keep
 from catp_jax.struct import pytree, replace
 
-ALIGNED = 8
+ALIGNED = 32
 """Matrix products on a GPU read a block in place if its slots are a multiple of this."""
 
-Tree = TypeVar("Tree")
+Own = TypeVar("Own", bound="Cache")
 
 LONG = 128
 """A shorter block is as long as its tokens: copying it costs less than padding it."""
@@ -68,19 +70,22 @@ class Block:
 
     @classmethod
     def empty(cls, like: KeysValues, slots: int) -> "Block":
-        """Room for `slots` new tokens, for the rows and heads of `like`."""
+        """So many slots for new tokens, for the prompts and heads of `like`."""
         batch, _, kv, channels = like.keys.shape
-        nothing = jnp.zeros((batch, kv, capacity(slots), channels), like.keys.dtype)
+        nothing = jnp.zeros((batch, kv, slots, channels), like.keys.dtype)
         return cls(keys=nothing, values=nothing)
 
-    def write(self, new: KeysValues, slot: Int[Array, ""]) -> "Block":
-        """Overwrites the slots from `slot` on, the same ones in every row."""
+    def write(self, new: KeysValues, slot: Int[Array, " b"]) -> "Block":
+        """One token of each row is put into a slot of its own, those of a prompt's rows side by
+        side from the prompt's `slot` on.
+        """
 
-        def written(array: Array, some: Array) -> Array:
-            some = jnp.swapaxes(some, 1, 2)
-            return jax.lax.dynamic_update_slice_in_dim(array, some, slot, axis=2)
+        def put(array: Array, some: Array) -> Array:
+            rows = jnp.swapaxes(some.reshape(array.shape[0], -1, *some.shape[2:]), 1, 2)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+            return jax.vmap(write)(array, rows, slot)
 
-        return Block(keys=written(self.keys, new.keys), values=written(self.values, new.values))
+        return Block(keys=put(self.keys, new.keys), values=put(self.values, new.values))
 
 
 @pytree
@@ -110,11 +115,14 @@ def padded(valid: Bool[Array, "b n"]) -> Bool[Array, "b slots"]:
 
 @pytree
 class Read:
-    """A block that rows attend to: its slots that they see, and what is added to their logits."""
+    """A block that rows attend to: its slots that they see, and what is added to their logits.
+
+    Both are of a prompt, the same for all its rows, or of each row.
+    """
 
     block: Block
-    seen: Bool[Array, "#b slots"]
-    bias: Float[Array, "h slots"] | None = None
+    seen: Bool[Array, "rows slots"]
+    bias: Float[Array, "others h slots"] | None = None
 
 
 def attend_blocks(
@@ -135,8 +143,8 @@ def attend_blocks(
     total = jnp.zeros((rows, heads), jnp.float32)
     out = jnp.zeros((rows, heads, channels), jnp.float32)
     for part, read in zip(logits, reads, strict=True):
-        batch, kv, beams, group, _ = part.shape
-        highest = top.reshape(batch, beams, kv, group).transpose(0, 2, 1, 3)
+        batch, kv, own, group, _ = part.shape
+        highest = top.reshape(batch, own, kv, group).transpose(0, 2, 1, 3)
         weights = jnp.exp(part - highest[..., None])
         total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
         values = read.block.values
@@ -152,92 +160,159 @@ def attend_blocks(
 
 def _logits(
     queries: Float[Array, "r one h d"], read: Read, scale: float
-) -> Float[Array, "b kv beams group slots"]:
+) -> Float[Array, "b kv own group slots"]:
     (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
     grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
-    logits = jnp.einsum(
-        "bmkgd,bknd->bkmgn", grouped, read.block.keys, preferred_element_type=jnp.float32
-    )
+    # the barrier keeps XLA from merging the products of two blocks, for which it transposes both
+    grouped, keys = jax.lax.optimization_barrier((grouped, read.block.keys))
+    logits = jnp.einsum("bmkgd,bknd->bkmgn", grouped, keys, preferred_element_type=jnp.float32)
     logits = logits * scale
     if read.bias is not None:
-        bias = read.bias.astype(jnp.float32).reshape(kv, heads // kv, slots)
-        logits = logits + bias[None, :, None]
+        bias = read.bias.astype(jnp.float32).reshape(batch, -1, kv, heads // kv, slots)
+        logits = logits + bias.transpose(0, 2, 1, 3, 4)
+    seen = read.seen.reshape(batch, 1, -1, 1, slots)
     # finite, so that a row that sees nothing is no NaN
-    return jnp.where(read.seen[:, None, None, None], logits, -0.7 * jnp.finfo(jnp.float32).max)
+    return jnp.where(seen, logits, -0.7 * jnp.finfo(jnp.float32).max)
 
 
 @pytree
 class Past:
-    """What a new token finds in one layer: the prompt (None: there is none) and the tail that it
-    joins, at `slot`.
+    """What a new token finds in one layer: the prompt (None: there is none), and the tail that it
+    joins at its prompt's `slot`, with the slots there that it sees, its own among them.
     """
 
     prompt: Read | None
     tail: Block
-    slot: Int[Array, ""]
+    slot: Int[Array, " b"]
+    seen: Bool[Array, "r slots"]
 
     def attend(
         self,
         queries: Float[Array, "r one h d"],
         new: KeysValues,
-        bias: Float[Array, "h slots"] | None = None,
+        bias: Float[Array, "b h slots"] | None = None,
         scale: float | None = None,
     ) -> tuple[Float[Array, "r one h d"], Block]:
         """What the token attends to, itself included, and the tail with it. `bias` is that on the
         tail's logits.
         """
         tail = self.tail.write(new, self.slot)
-        seen = jnp.arange(tail.keys.shape[2], dtype=jnp.int32) <= self.slot
-        reads = [Read(block=tail, seen=seen[None], bias=bias)]
+        reads = [Read(block=tail, seen=self.seen, bias=bias)]
         if self.prompt is not None:
             reads.insert(0, self.prompt)
         return attend_blocks(queries, reads, scale), tail
 
 
 @pytree
-class Segment:
-    """Layers that hold the same tokens: `valid` says which slots of the prompt's blocks hold one.
+class Prompt:
+    """Layers that hold the same tokens of the prompt: `valid` says which slots hold one."""
 
-    New tokens take the tails' slots in order, from `next_slot` on, the same one in every row.
-    """
-
-    prompt: tuple[Block, ...]
+    blocks: tuple[Block, ...]
     valid: Bool[Array, "b slots"]
-    tail: tuple[Block, ...]
-    next_slot: Int[Array, ""]
 
     @classmethod
-    def after_prompt(
-        cls, layers: Sequence[KeysValues], valid: Bool[Array, "b n"], new_slots: int
-    ) -> "Segment":
-        """A prompt's blocks, with room for `new_slots` tokens."""
+    def of(cls, layers: Sequence[KeysValues], valid: Bool[Array, "b n"]) -> "Prompt":
+        """A prompt's blocks."""
+        return cls(blocks=tuple(Block.of(layer) for layer in layers), valid=padded(valid))
+
+    def reads(self) -> list[Read]:
+        """What a new token reads, by layer."""
+        return [Read(block=block, seen=self.valid) for block in self.blocks]
+
+
+@pytree
+class Tail:
+    """Where new tokens go, one block a layer. The rows of a prompt (its beams, its samples) share
+    its blocks: each step takes a slot for every row.
+
+    `positions` says where in its answer a slot's token stands; `seen` which slots a row sees, those
+    that its own answer wrote. When a row goes on from another one, nothing moves but `seen`. The
+    next token of a row stands at `next_position`; those of a prompt are written from its
+    `next_slot` on.
+    """
+
+    blocks: tuple[Block, ...]
+    positions: Int[Array, "b slots"]
+    seen: Bool[Array, "r slots"]
+    next_slot: Int[Array, " b"]
+    next_position: Int[Array, " r"]
+
+    @classmethod
+    def empty(
+        cls, layers: Sequence[KeysValues], next_position: Int[Array, " b"], new_tokens: int
+    ) -> "Tail":
+        """Room for so many tokens of one row a prompt."""
+        batch, slots = next_position.shape[0], capacity(new_tokens)
         return cls(
-            prompt=tuple(Block.of(layer) for layer in layers),
-            valid=padded(valid),
-            tail=tuple(Block.empty(layer, new_slots) for layer in layers),
-            next_slot=jnp.asarray(0, jnp.int32),
+            blocks=tuple(Block.empty(layer, slots) for layer in layers),
+            positions=jnp.zeros((batch, slots), jnp.int32),
+            seen=jnp.zeros((batch, slots), bool),
+            next_slot=jnp.zeros(batch, jnp.int32),
+            next_position=next_position,
         )
 
-    def pasts(self) -> list[Past]:
-        """What a new token finds, by layer."""
+    def opened(self) -> "Tail":
+        """The tail with a slot for every row's next token, which its layers are yet to write."""
+        (batch, slots), rows = self.positions.shape, self.seen.shape[0]
+        own = self.next_slot[:, None] + jnp.arange(rows // batch, dtype=jnp.int32)[None]
+        is_own = own[:, :, None] == jnp.arange(slots, dtype=jnp.int32)[None, None]
+        places = jnp.where(is_own, self.next_position.reshape(batch, -1, 1), 0)
+        return replace(
+            self,
+            positions=jnp.where(is_own.any(axis=1), places.sum(axis=1), self.positions),
+            seen=self.seen | is_own.reshape(rows, slots),
+        )
+
+    def pasts(self, prompts: Sequence[Read | None]) -> list[Past]:
+        """What each row's token finds in an opened tail, by layer."""
         return [
-            Past(prompt=Read(block=prompt, seen=self.valid), tail=tail, slot=self.next_slot)
-            for prompt, tail in zip(self.prompt, self.tail, strict=True)
+            Past(prompt=prompt, tail=block, slot=self.next_slot, seen=self.seen)
+            for prompt, block in zip(prompts, self.blocks, strict=True)
         ]
 
-    def grown(self, tail: Sequence[Block]) -> "Segment":
-        """The segment after a token was written to every layer's tail."""
-        return replace(self, tail=tuple(tail), next_slot=self.next_slot + 1)
+    def closed(self, blocks: Sequence[Block]) -> "Tail":
+        """An opened tail once every layer has written to its block."""
+        return replace(
+            self,
+            blocks=tuple(blocks),
+            next_slot=self.next_slot + self.seen.shape[0] // self.positions.shape[0],
+            next_position=self.next_position + 1,
+        )
 
-    def spread(self, rows: int) -> "Segment":
-        """So many rows a prompt, each with a tail of its own; all read the prompt's blocks."""
-        return replace(self, tail=spread(self.tail, rows))
+    def spread(self, rows: int) -> "Tail":
+        """So many rows a prompt where there was one, with as many tokens of room for each."""
+        slots = self.seen.shape[1]
+        more = capacity(slots * rows) - slots
 
-    def reorder(self, parents: Int[Array, " r"]) -> "Segment":
+        def longer(array: Array, axis: int) -> Array:
+            sizes = [(0, more if number == axis else 0) for number in range(array.ndim)]
+            return jnp.pad(array, sizes)
+
+        return Tail(
+            blocks=jax.tree.map(partial(longer, axis=2), self.blocks),
+            positions=longer(self.positions, 1),
+            seen=jnp.repeat(longer(self.seen, 1), rows, axis=0),
+            next_slot=self.next_slot,
+            next_position=jnp.repeat(self.next_position, rows),
+        )
+
+    def reorder(self, parents: Int[Array, " r"]) -> "Tail":
         """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, tail=jax.tree.map(lambda array: array[parents], self.tail))
+        return replace(self, seen=self.seen[parents])
 
 
-def spread(tree: Tree, rows: int) -> Tree:
-    """Arrays with each entry of the first axis repeated so often in succession."""
-    return jax.tree.map(lambda array: jnp.repeat(array, rows, axis=0), tree)
+@pytree
+class Cache:
+    """What a decoder keeps between two tokens; a model's own adds its prompt's blocks, which are
+    held once, however many rows a prompt has.
+    """
+
+    tail: Tail
+
+    def spread(self: Own, rows: int) -> Own:
+        """So many rows a prompt."""
+        return replace(self, tail=self.tail.spread(rows))
+
+    def reorder(self: Own, parents: Int[Array, " r"]) -> Own:
+        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
+        return replace(self, tail=self.tail.reorder(parents))

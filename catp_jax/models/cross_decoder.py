@@ -27,14 +27,15 @@ from catp_jax.contract import Attention, Keep, Site, View, keep_columns
 from catp_jax.models.attention import attend, scaled
 from catp_jax.models.cache import (
     Block,
+    Cache,
     KeysValues,
+    Prompt,
     Read,
-    Segment,
     Slots,
+    Tail,
     attend_blocks,
     causal_mask,
     padded,
-    spread,
 )
 from catp_jax.models.layers import (
     Llama3Scaling,
@@ -112,30 +113,15 @@ class Visual:
 
 
 @pytree
-class CrossCache:
-    """What the decoder keeps between two tokens.
-
-    `own`: the self-attention layers. `cross`: the cross-attention layers, empty if no sample of the
-    batch has an image; `valid` says which of their slots hold a visual token, `seen` which of them
-    generated tokens attend to.
+class CrossCache(Cache):
+    """`own`: the self-attention layers. `cross`: the cross-attention layers, None if no sample of
+    the batch has an image; `seen` says which of their slots generated tokens attend to.
     """
 
     mode: MaskMode = static()
-    own: Segment
-    cross: tuple[Block, ...]
-    valid: Bool[Array, "b slots"] | None
+    own: Prompt
+    cross: Prompt | None
     seen: Bool[Array, "b slots"] | None
-    next_position: Int[Array, " r"]
-
-    def spread(self, rows: int) -> "CrossCache":
-        """So many rows a prompt, which is held once."""
-        return replace(
-            self, own=self.own.spread(rows), next_position=spread(self.next_position, rows)
-        )
-
-    def reorder(self, parents: Int[Array, " r"]) -> "CrossCache":
-        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, own=self.own.reorder(parents))
 
 
 @pytree
@@ -326,18 +312,17 @@ class CrossDecoder(nnx.Module):
                 cross.append(layer.cross_attn.project(visual.features))
                 x = layer(x, cross[-1], masked)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
-        valid = seen = None
+        prompt = seen = None
         if visual is not None:
             last = jnp.maximum(length - 1, 0)[:, None, None]
-            valid = padded(visual.slots.valid)
+            prompt = Prompt.of(cross, visual.slots.valid)
             seen = padded(jnp.take_along_axis(visual.sees, last, axis=1)[:, 0])
         return self.norm(x), CrossCache(
             mode=front.mode,
-            own=Segment.after_prompt(own, text.valid, new_slots),
-            cross=tuple(Block.of(layer) for layer in cross),
-            valid=valid,
+            tail=Tail.empty(own, length, new_slots),
+            own=Prompt.of(own, text.valid),
+            cross=prompt,
             seen=seen,
-            next_position=length,
         )
 
     def step(
@@ -345,26 +330,26 @@ class CrossDecoder(nnx.Module):
     ) -> tuple[Float[Array, "b d"], CrossCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         x = self.embed_tokens(tokens[:, None])
-        rope = self._rope(cache.next_position[:, None])
-        masked = None
-        if cache.valid is not None and cache.seen is not None:
-            masked = cross_mask(cache.seen[:, None], cache.valid, cache.mode)
-            rows = x.shape[0] // cache.valid.shape[0]
+        tail, written = cache.tail.opened(), []
+        rope = self._rope(tail.next_position[:, None])
+        cross, masked = iter(()), None
+        if cache.cross is not None and cache.seen is not None:
+            cross = iter(cache.cross.blocks)
+            masked = cross_mask(cache.seen[:, None], cache.cross.valid, cache.mode)
+            rows = x.shape[0] // cache.seen.shape[0]
             masked = replace(
                 masked,
                 attends=jnp.repeat(masked.attends, rows, axis=0),
                 feeds=jnp.repeat(masked.feeds, rows, axis=0),
             )
-        own, cross, tail = iter(cache.own.pasts()), iter(cache.cross), []
+        pasts = iter(tail.pasts(cache.own.reads()))
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
-                x, _, written = layer(x, rope, None, next(own))
-                tail.append(written)
+                x, _, block = layer(x, rope, None, next(pasts))
+                written.append(block)
             elif masked is not None:
                 x = layer(x, next(cross), masked)
-        return self.norm(x)[:, 0], replace(
-            cache, own=cache.own.grown(tail), next_position=cache.next_position + 1
-        )
+        return self.norm(x)[:, 0], replace(cache, tail=tail.closed(written))
 
     def _rope(
         self, positions: Int[Array, "b s"]

@@ -14,27 +14,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Select, Site, View
 from catp_jax.models.attention import scaled
-from catp_jax.models.cache import Block, KeysValues, Past, Segment, Slots, causal_mask, spread
+from catp_jax.models.cache import (
+    Cache,
+    KeysValues,
+    Past,
+    Prompt,
+    Slots,
+    Tail,
+    causal_mask,
+)
 from catp_jax.struct import pytree, replace
 
 
 @pytree
-class DecoderCache:
-    """Segments in the order of the layers; after pruning between two layers a new one begins."""
+class DecoderCache(Cache):
+    """The prompt's layers in order; after pruning between two layers a new `Prompt` begins."""
 
-    segments: tuple[Segment, ...]
-    next_position: Int[Array, " r"]
-
-    def spread(self, rows: int) -> "DecoderCache":
-        """So many rows a prompt, which is held once."""
-        return DecoderCache(
-            segments=tuple(segment.spread(rows) for segment in self.segments),
-            next_position=spread(self.next_position, rows),
-        )
-
-    def reorder(self, parents: Int[Array, " r"]) -> "DecoderCache":
-        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, segments=tuple(segment.reorder(parents) for segment in self.segments))
+    prompts: tuple[Prompt, ...]
 
 
 @runtime_checkable
@@ -92,8 +88,9 @@ class Decoder(nnx.Module):
         next_position = slots.valid.sum(axis=1, dtype=jnp.int32)
         x = self.placed(x, slots.positions)
         layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
-        segments: list[Segment] = []
-        caches: list[KeysValues] = []
+        prompts: list[Prompt] = []
+        made: list[KeysValues] = []  # of all layers
+        caches: list[KeysValues] = []  # of those since the last pruning
         before: Attention | None = None
         for number in range(len(layers)):
             if before is not None:
@@ -110,7 +107,7 @@ class Decoder(nnx.Module):
                     sees=mask & slots.valid[:, :, None],
                 )
                 if (keep := select(view)) is not None:
-                    segments.append(Segment.after_prompt(caches, slots.valid, new_slots))
+                    prompts.append(Prompt.of(caches, slots.valid))
                     caches = []
                     num_visual -= x.shape[1] - keep.indices.shape[1]
                     x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
@@ -118,28 +115,25 @@ class Decoder(nnx.Module):
             x, queries, cache = layers[number](x, mask=mask)
             before = Attention(queries=scaled(queries), keys=cache.keys)
             caches.append(cache)
-        segments.append(Segment.after_prompt(caches, slots.valid, new_slots))
+            made.append(cache)
+        prompts.append(Prompt.of(caches, slots.valid))
         last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        cache = DecoderCache(segments=tuple(segments), next_position=next_position)
-        return self.logits(x)[:, 0], cache
+        tail = Tail.empty(made, next_position, new_slots)
+        return self.logits(x)[:, 0], DecoderCache(tail=tail, prompts=tuple(prompts))
 
     def step(
         self, tokens: Int[Array, " b"], cache: DecoderCache
     ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
-        position = cache.next_position[:, None]
+        tail, written = cache.tail.opened(), []
+        position = tail.next_position[:, None]
         x = self.placed(self.embed(tokens[:, None]), position)
-        segments: list[Segment] = []
-        layers = iter(self.layers_at(position))
-        for segment in cache.segments:
-            tail: list[Block] = []
-            for past, layer in zip(segment.pasts(), layers, strict=False):
-                x, _, written = layer(x, mask=None, past=past)
-                tail.append(written)
-            segments.append(segment.grown(tail))
-        cache = DecoderCache(segments=tuple(segments), next_position=cache.next_position + 1)
-        return self.logits(x)[:, 0], cache
+        reads = [read for prompt in cache.prompts for read in prompt.reads()]
+        for layer, past in zip(self.layers_at(position), tail.pasts(reads), strict=True):
+            x, _, block = layer(x, mask=None, past=past)
+            written.append(block)
+        return self.logits(x)[:, 0], replace(cache, tail=tail.closed(written))
 
     def __call__(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n vocab"]:
         """Logits of every row, nothing cached: for training and for comparison."""

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from catp_jax.contract import Keep, Select
+from catp_jax.contract import Keep, Select, Site
 from catp_jax.struct import pytree, static
 
 
@@ -46,6 +46,11 @@ class Frozen:
         parameters = sum(array.size for array in arrays)
         types = ", ".join(sorted({str(array.dtype) for array in arrays}))
         return f"{type(self.thaw()).__name__}, {parameters:,} parameters, {types}"
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """See the model's own."""
+        return self.thaw().sites
 
     def thaw(self) -> Any:
         """The model itself."""

@@ -23,7 +23,7 @@ from catp_jax.models.qformer import QFormerConfig, TextEmbeddings
 from catp_jax.models.querying import QueryingConfig, QueryingInputs, QueryingModel
 from catp_jax.models.t5 import T5, T5Config
 from catp_jax.models.vit import VitConfig
-from catp_jax.struct import pytree
+from catp_jax.struct import AnyArray, pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class InstructBlipInputs(QueryingInputs):
     the right.
     """
 
-    instruction: Int[Array, "b t"]
-    instruction_valid: Bool[Array, "b t"]
+    instruction: Int[AnyArray, "b t"]
+    instruction_valid: Bool[AnyArray, "b t"]
 
 
 class InstructBlip(QueryingModel):
@@ -80,12 +80,12 @@ class InstructBlip(QueryingModel):
 
     def read_images(self, inputs: InstructBlipInputs) -> tuple[Float[Array, "b q d"], Evidence]:
         """The last hidden states of each prompt's queries, and how they came about."""
-        image, vision = self.vision_model(inputs.pixels)
-        own, batch = inputs.image_index, inputs.tokens.shape[0]
+        image, vision = self.vision_model(jnp.asarray(inputs.pixels))
+        own, batch = jnp.asarray(inputs.image_index), inputs.tokens.shape[0]
         queries = self.query_tokens[...].astype(jnp.float32)
         number = queries.shape[1]
         queries = jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
-        x = jnp.concatenate([queries, self.embeddings(inputs.instruction)], axis=1)
+        x = jnp.concatenate([queries, self.embeddings(jnp.asarray(inputs.instruction))], axis=1)
         valid = jnp.concatenate([jnp.ones((batch, number), bool), inputs.instruction_valid], axis=1)
         x, among, cross = self.qformer(x, number, image[own], valid)
         return x[:, :number], Evidence(

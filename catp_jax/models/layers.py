@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,37 @@ HEADS = ("heads", "kv_heads", "vision_heads")
 """Axes that are made of attention heads, which belong together."""
 
 
+def product(
+    multiply: Callable[[Array], Array], rows: Float[Array, "*rows inputs"]
+) -> Float[Array, "*rows outputs"]:
+    """`multiply(rows)`, a product with a matrix. On a GPU a single row is doubled: its compiler
+    would make a sum of products of one, and write what is in between.
+    """
+    if math.prod(rows.shape[:-1]) > 1:
+        return multiply(rows)
+
+    def doubled(rows: Array) -> Array:
+        return multiply(jnp.concatenate([rows, rows], axis=-2))[..., :1, :]
+
+    return jax.lax.platform_dependent(rows, cuda=doubled, default=multiply)
+
+
+class Linear(nnx.Linear):
+    """`x @ kernel (+ bias)`. A narrow kernel comes with `kernel_scale`, see `narrow`."""
+
+    kernel_scale: Any  # nnx.Param, or None where the kernel is as wide as the activations
+
+    def __call__(
+        self, inputs: Float[Array, "*rows inputs"], out_sharding: Any = None
+    ) -> Float[Array, "*rows outputs"]:
+        return product(super().__call__ if self.kernel_scale is None else self._widened, inputs)
+
+    def _widened(self, inputs: Array) -> Array:
+        out = inputs @ self.kernel[...].astype(inputs.dtype)
+        out = out * _last_axis(self.kernel_scale, out).astype(inputs.dtype)
+        return out if self.bias is None else out + _last_axis(self.bias, out)
+
+
 def linear(
     inputs: int,
     outputs: int,
@@ -38,11 +70,11 @@ def linear(
     rngs: nnx.Rngs,
     bias: bool = False,
     heads: int | None = None,
-) -> nnx.Linear:
+) -> Linear:
     """`x @ kernel (+ bias)`; `axes` names the kernel's input and output axis. One of `HEADS` has
     room for `heads` of them.
     """
-    return nnx.Linear(
+    made = Linear(
         inputs,
         outputs,
         use_bias=bias,
@@ -51,6 +83,8 @@ def linear(
         bias_metadata={"axes": axes[1:], "heads": heads},
         rngs=rngs,
     )
+    made.kernel_scale = nnx.data(None)
+    return made
 
 
 def embedding(

@@ -26,7 +26,7 @@ from catp_jax.models.cross_decoder import (
 )
 from catp_jax.models.layers import linear
 from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig
-from catp_jax.struct import pytree, static
+from catp_jax.struct import AnyArray, pytree, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Images:
     tiles come first (`tile_valid`); `tile_seen` says which text rows see them.
     """
 
-    pixels: Float[Array, "i t c height width"]
-    aspect_ratio_ids: Int[Array, " i"]
-    aspect_ratio_mask: Bool[Array, "i t"]
-    tile_index: Int[Array, "b tiles"]
-    tile_valid: Bool[Array, "b tiles"]
-    tile_seen: Bool[Array, "b s tiles"]
+    pixels: Float[AnyArray, "i t c height width"]
+    aspect_ratio_ids: Int[AnyArray, " i"]
+    aspect_ratio_mask: Bool[AnyArray, "i t"]
+    tile_index: Int[AnyArray, "b tiles"]
+    tile_valid: Bool[AnyArray, "b tiles"]
+    tile_seen: Bool[AnyArray, "b s tiles"]
 
 
 @pytree
@@ -72,8 +72,8 @@ class Inputs:
     """
 
     mode: MaskMode = static(default="meta")
-    tokens: Int[Array, "b s"]
-    token_valid: Bool[Array, "b s"]
+    tokens: Int[AnyArray, "b s"]
+    token_valid: Bool[AnyArray, "b s"]
     images: Images | None
 
 
@@ -104,7 +104,9 @@ class Mllama(nnx.Module):
         """
         per_tile = self.config.vision.tokens_per_tile
         features = self.vision_model(
-            images.pixels, images.aspect_ratio_ids, images.aspect_ratio_mask
+            jnp.asarray(images.pixels),
+            jnp.asarray(images.aspect_ratio_ids),
+            jnp.asarray(images.aspect_ratio_mask),
         )
         features = features.reshape(-1, *features.shape[2:])[images.tile_index]
         batch, tiles = images.tile_index.shape
@@ -121,11 +123,13 @@ class Mllama(nnx.Module):
     def front(self, inputs: Inputs) -> Front:
         """The prefill up to and including the first cross-attention layer, before any pruning."""
         visual = None if inputs.images is None else self.encode(inputs.images)
-        numbers = jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)
+        tokens = jnp.asarray(inputs.tokens)
+        numbers = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         text = Slots(
-            positions=jnp.broadcast_to(numbers, inputs.tokens.shape), valid=inputs.token_valid
+            positions=jnp.broadcast_to(numbers, tokens.shape),
+            valid=jnp.asarray(inputs.token_valid),
         )
-        return self.language_model.front(inputs.tokens, text, visual, inputs.mode)
+        return self.language_model.front(tokens, text, visual, inputs.mode)
 
     def back(
         self, front: Front, keep: Keep | None, select: Select, new_slots: int
@@ -135,7 +139,7 @@ class Mllama(nnx.Module):
         Nothing is pruned after the first cross-attention layer, so `select` is not asked again.
         """
         hidden, cache = self.language_model.back(front, keep, new_slots)
-        last = jnp.maximum(cache.next_position - 1, 0)[:, None, None]
+        last = jnp.maximum(cache.tail.next_position - 1, 0)[:, None, None]
         return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def step(

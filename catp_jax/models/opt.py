@@ -23,6 +23,7 @@ from catp_jax.models.layers import (
     embedding,
     linear,
     merge_heads,
+    product,
     split_heads,
 )
 
@@ -155,4 +156,5 @@ class Opt(Decoder):
         x = self.model.decoder.final_layer_norm(x)
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
-        return jnp.einsum("bsd,vd->bsv", x, self.model.decoder.embed_tokens.embedding[...])
+        table = self.model.decoder.embed_tokens.embedding[...]
+        return product(lambda x: jnp.einsum("bsd,vd->bsv", x, table), x)

@@ -26,7 +26,7 @@ from catp_jax.models.opt import Opt, OptConfig
 from catp_jax.models.qformer import QFormer, QFormerConfig
 from catp_jax.models.t5 import T5, T5Cache, T5Config
 from catp_jax.models.vit import Vit, VitConfig
-from catp_jax.struct import pytree, replace
+from catp_jax.struct import AnyArray, pytree, replace
 
 LANGUAGE_MODELS: dict[type, type[Opt] | type[T5] | type[Llama]] = {
     OptConfig: Opt,
@@ -57,10 +57,10 @@ class QueryingInputs:
     `image_index` says which image each prompt (`b`) has; an image of several is encoded once.
     """
 
-    pixels: Float[Array, "i c height width"]
-    image_index: Int[Array, " b"]
-    tokens: Int[Array, "b s"]
-    token_valid: Bool[Array, "b s"]
+    pixels: Float[AnyArray, "i c height width"]
+    image_index: Int[AnyArray, " b"]
+    tokens: Int[AnyArray, "b s"]
+    token_valid: Bool[AnyArray, "b s"]
 
     def alone(self, row: int) -> Any:
         """One prompt and its image."""
@@ -117,7 +117,8 @@ class QueryingModel(nnx.Module):
         visual, evidence = self.read_images(inputs)
         batch, number = visual.shape[:2]
         numbers = jnp.arange(number, dtype=jnp.int32)
-        sees = jnp.broadcast_to(inputs.token_valid[:, :, None], (*inputs.token_valid.shape, number))
+        tokens, token_valid = jnp.asarray(inputs.tokens), jnp.asarray(inputs.token_valid)
+        sees = jnp.broadcast_to(token_valid[:, :, None], (*token_valid.shape, number))
         view = View(
             site=Site.ENTRY,
             layer=0,
@@ -130,9 +131,7 @@ class QueryingModel(nnx.Module):
             valid=jnp.ones((batch, number), bool),
             sees=sees,
         )
-        return QueryingFront(
-            visual=visual, tokens=inputs.tokens, token_valid=inputs.token_valid, view=view
-        )
+        return QueryingFront(visual=visual, tokens=tokens, token_valid=token_valid, view=view)
 
     def back(
         self, front: QueryingFront, keep: Keep | None, select: Select, new_slots: int

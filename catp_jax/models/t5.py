@@ -12,7 +12,6 @@ Source: Raffel et al., "T5", arXiv 1910.10683; Hugging Face transformers (`model
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,14 +21,15 @@ from catp_jax.contract import Select, Site
 from catp_jax.models.attention import attend
 from catp_jax.models.cache import (
     Block,
+    Cache,
     KeysValues,
     Past,
+    Prompt,
     Read,
     Slots,
+    Tail,
     attend_blocks,
     causal_mask,
-    padded,
-    spread,
 )
 from catp_jax.models.layers import (
     ACTIVATIONS,
@@ -37,6 +37,7 @@ from catp_jax.models.layers import (
     embedding,
     linear,
     merge_heads,
+    product,
     split_heads,
 )
 from catp_jax.struct import pytree, replace
@@ -97,23 +98,12 @@ class T5Config:
 
 
 @pytree
-class T5Cache:
-    """The decoder's own tokens by layer (`tail`; the next one goes to `next_slot`), and the
-    encoder's output as cross-attention sees it.
+class T5Cache(Cache):
+    """The decoder's own tokens are the tail; `cross` is the encoder's output as cross-attention
+    sees it.
     """
 
-    tail: tuple[Block, ...]
-    next_slot: Int[Array, ""]
-    cross: tuple[Block, ...]
-    cross_valid: Bool[Array, "b slots"]
-
-    def spread(self, rows: int) -> "T5Cache":
-        """So many rows a prompt, which is held once."""
-        return replace(self, tail=spread(self.tail, rows))
-
-    def reorder(self, parents: Int[Array, " r"]) -> "T5Cache":
-        """Row i goes on from what row `parents[i]` wrote; both have the same prompt."""
-        return replace(self, tail=jax.tree.map(lambda array: array[parents], self.tail))
+    cross: Prompt
 
 
 def buckets(config: T5Config, is_bidirectional: bool) -> np.ndarray:
@@ -201,7 +191,7 @@ class T5SelfAttention(nnx.Module):
         return x + self.SelfAttention(normed, self.SelfAttention.project(normed), mask, bias)
 
     def step(
-        self, x: Float[Array, "r one d"], past: Past, bias: Float[Array, "h slots"]
+        self, x: Float[Array, "r one d"], past: Past, bias: Float[Array, "b h slots"]
     ) -> tuple[Float[Array, "r one d"], Block]:
         """One new token a row, and the tail with it."""
         normed, attention = self.layer_norm(x), self.SelfAttention
@@ -299,7 +289,8 @@ class T5(nnx.Module):
             x = x * self.config.d_model**-0.5
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
-        return jnp.einsum("bsd,vd->bsv", x, self.shared.embedding[...])
+        table = self.shared.embedding[...]
+        return product(lambda x: jnp.einsum("bsd,vd->bsv", x, table), x)
 
     def encode(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n d"]:
         """The encoder's output; padding is seen by nobody."""
@@ -324,11 +315,9 @@ class T5(nnx.Module):
         """
         encoded = self.encode(x, slots)
         cross = [block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block]
+        nowhere = jnp.zeros(x.shape[0], jnp.int32)
         cache = T5Cache(
-            tail=tuple(Block.empty(layer, new_slots + 1) for layer in cross),
-            next_slot=jnp.asarray(0, jnp.int32),
-            cross=tuple(Block.of(layer) for layer in cross),
-            cross_valid=padded(slots.valid),
+            tail=Tail.empty(cross, nowhere, new_slots + 1), cross=Prompt.of(cross, slots.valid)
         )
         start = jnp.full((x.shape[0],), self.config.decoder_start_token_id)
         return self.step(start, cache)
@@ -337,17 +326,19 @@ class T5(nnx.Module):
         self, tokens: Int[Array, " b"], cache: T5Cache
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
-        slot = cache.next_slot
-        x = self.embed(tokens[:, None].astype(jnp.int32))
-        places = jnp.arange(cache.tail[0].keys.shape[2], dtype=jnp.int32)
-        bias = self.decoder.bias(slot[None, None], places[None])[0, :, 0]
-        tail = []
-        for block, own, cross in zip(self.decoder.block, cache.tail, cache.cross, strict=True):
+        x, written = self.embed(tokens[:, None].astype(jnp.int32)), []
+        tail = cache.tail.opened()
+        batch = tail.next_slot.shape[0]
+        # the rows of a prompt are equally long
+        position = tail.next_position.reshape(batch, -1)[:, :1]
+        bias = self.decoder.bias(position, tail.positions)[:, :, 0]
+        pasts = tail.pasts([None] * len(tail.blocks))
+        for block, past, read in zip(self.decoder.block, pasts, cache.cross.reads(), strict=True):
             attention, cross_attention, feed_forward = block.layer
-            x, written = attention.step(x, Past(prompt=None, tail=own, slot=slot), bias)
-            x = feed_forward(cross_attention.step(x, Read(block=cross, seen=cache.cross_valid)))
-            tail.append(written)
-        return self.logits(x)[:, 0], replace(cache, tail=tuple(tail), next_slot=slot + 1)
+            x, grown = attention.step(x, past, bias)
+            x = feed_forward(cross_attention.step(x, read))
+            written.append(grown)
+        return self.logits(x)[:, 0], replace(cache, tail=tail.closed(written))
 
     def __call__(
         self, x: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]

@@ -25,7 +25,7 @@ class FastV(Scored):
 
     sites: ClassVar[tuple[Site, ...]] = (Site.LAYER, Site.CROSS)
 
-    site: Site = static(default=Site.CROSS)
+    site: Site | None = static(default=None)
     layer: int = static(default=2)
 
     def __post_init__(self) -> None:

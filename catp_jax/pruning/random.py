@@ -22,7 +22,7 @@ class Random(Scored):
 
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY, Site.CROSS)
 
-    site: Site = static(default=Site.CROSS)
+    site: Site | None = static(default=None)
     seed: int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"] = 0
 
     def __post_init__(self) -> None:

@@ -121,10 +121,13 @@ class Blip2Reader(QueryingReader):
             config, processor
         )
 
-    def pack(self, questions: Sequence[Question[np.ndarray]]) -> Packed[Blip2Inputs]:
-        """A batch of questions as arrays."""
+    def pack(
+        self, questions: Sequence[Question[np.ndarray]], shares: int = 1
+    ) -> Packed[Blip2Inputs]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         tokens = [question.tokens for question in questions]
-        return pack(tokens, [question.images[0] for question in questions], self.config)
+        images = [question.images[0] for question in questions]
+        return pack(tokens, images, self.config, shares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +197,14 @@ class InstructBlipReader(QueryingReader):
         check_tokens(tokens, qformer.vocab_size, "the Q-Former")
         return Instruction(question.tokens, question.images, tokens)
 
-    def pack(self, questions: Sequence[Any]) -> Packed[InstructBlipInputs]:
-        """A batch of questions as arrays."""
+    def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[InstructBlipInputs]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         return pack_instructions(
             [question.tokens for question in questions],
             [question.instruction for question in questions],
             [question.images[0] for question in questions],
             self.config,
+            shares,
         )
 
 

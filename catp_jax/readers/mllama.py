@@ -92,11 +92,11 @@ class MllamaReader:
         per_tile = self.config.vision.tokens_per_tile
         return sum(image.num_tiles for image in question.images) * per_tile
 
-    def pack(self, questions: Sequence[Question[ProcessedImage]]) -> MllamaPacked:
-        """A batch of questions as arrays."""
+    def pack(self, questions: Sequence[Question[ProcessedImage]], shares: int = 1) -> MllamaPacked:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         tokens = [question.tokens for question in questions]
         images = [question.images for question in questions]
-        return pack(tokens, images, self.config, self.mask_mode)
+        return pack(tokens, images, self.config, self.mask_mode, shares)
 
     def locate(self, packed: MllamaPacked, row: int, numbers: np.ndarray) -> KeptTokens:
         """Where the visual tokens `numbers` of a prompt come from."""

@@ -77,8 +77,8 @@ class Reader(Protocol):
         """How many visual tokens a question has, before any pruning."""
         ...
 
-    def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
-        """A batch of questions as arrays."""
+    def pack(self, questions: Sequence[Question[Any]], shares: int = 1) -> Packed[Any]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         ...
 
     def locate(self, packed: Any, row: int, numbers: np.ndarray) -> Kept:

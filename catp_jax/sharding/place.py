@@ -48,8 +48,10 @@ def kv_heads(model: Any) -> int:
 
 
 def place_inputs(inputs: Any, mesh: Mesh) -> Any:
-    """A batch of inputs on the mesh. Prompts, or images, that do not divide over `data` and `fsdp`
-    are whole on every device, which all do the same work on them.
+    """A batch of inputs on the mesh; from NumPy's arrays each device gets no more than its part.
+
+    Prompts, or images, that do not divide over `data` and `fsdp` are whole on every device, which
+    all do the same work on them.
     """
     leaves = [
         _put(leaf, where(axes, leaf.shape, mesh) or whole(mesh))
@@ -109,6 +111,11 @@ class Sharded:
     def arrays(self) -> Any:
         """The parameters."""
         return self.frozen.arrays
+
+    @property
+    def sites(self) -> Any:
+        """See the model's own."""
+        return self.frozen.sites
 
     def thaw(self) -> Any:
         """The model itself."""

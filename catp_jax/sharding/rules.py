@@ -80,6 +80,11 @@ def split(
     return PartitionSpec(*parts)
 
 
+def shares(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[part] for part in BATCH)
+
+
 def in_words(onto: Sequence[str], mesh: Mesh) -> str:
     """Axes of the mesh by the names that users know, with their sizes."""
     sizes: dict[str, int] = {}

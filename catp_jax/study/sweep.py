@@ -21,7 +21,7 @@ import numpy as np
 
 from catp_jax.contract import Site
 from catp_jax.generation.beam import EarlyStopping
-from catp_jax.pruning import budget, make
+from catp_jax.pruning import named
 from catp_jax.struct import replace
 from catp_jax.study.cost import Cost, cache_bytes, in_parallel, measure
 from catp_jax.study.journal import Journal, Row
@@ -379,13 +379,11 @@ class _Sweep:
         """
         if setting.method == UNPRUNED:
             return ()
-        keep = budget.parse(setting.keep or "")
+        methods, most = ((setting.method, setting.keep or ""),), max(packed.available)
         try:
-            limits = [keep.count(available) for available in packed.available]
+            (pruner,) = named.pruners(methods, packed.available, most, self.model.sites)
         except ValueError as error:
             raise ValueError(f"{setting.method}: {error}") from None
-        limit = None if keep.percent is None else jnp.asarray(limits, jnp.int32)
-        pruner = make(setting.method, max(limits), self.model.sites, limit=limit)
         if hasattr(pruner, "seed") and batch is not None:
             first = pruner.seed + self.conditions.seed + batch * self.conditions.batch
             rows = np.arange(len(packed.available), dtype=np.uint32)

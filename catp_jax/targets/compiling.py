@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,19 @@ def compile_for(target: str | Gpu, function: Any, *arguments: Any, **keywords: A
     return program_of(function.trace(*arguments, **keywords))
 
 
-def program_of(traced: Any) -> Program:
-    """What a traced function does on the devices that its arguments lie on, compiled for them."""
+def program_of(traced: Any, options: Mapping[str, Any] = OPTIONS) -> Program:
+    """What a traced function does on the devices that its arguments lie on, compiled for them with
+    XLA's `options`.
+    """
     lowered = traced.lower(lowering_platforms=("cuda",))
     try:
-        executable, graphs = compiled(lowered, OPTIONS)
+        executable, graphs = compiled(lowered, options)
         has_triton = True
     except jax.errors.JaxRuntimeError as error:
         if "tile sizes" not in str(error):
             raise
         # one of XLA's Triton kernels cannot be made: a device would have tried others
-        executable, graphs = compiled(lowered, OPTIONS | {"xla_gpu_enable_triton_gemm": False})
+        executable, graphs = compiled(lowered, {**options, "xla_gpu_enable_triton_gemm": False})
         has_triton = False
     hosts = {
         device.process_index
@@ -117,12 +120,12 @@ def program_of(traced: Any) -> Program:
     )
 
 
-def compiled(lowered: Any, options: dict[str, Any]) -> tuple[Any, int | None]:
+def compiled(lowered: Any, options: Mapping[str, Any]) -> tuple[Any, int | None]:
     """An executable, and how many CUDA graphs it has."""
     with tempfile.TemporaryDirectory() as folder:
         # the only place where XLA tells of its graphs
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        executable = lowered.compile(compiler_options=options | dump)
+        executable = lowered.compile(compiler_options={**options, **dump})
         return executable, graphs_in(Path(folder))
 
 

@@ -289,6 +289,7 @@ def test_names_of_the_original_code_are_explained(tmp_path: Path):
         convert.load(folder)
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_pickles_are_made_safetensors_by_the_lines_of_the_error(tmp_path: Path):
     folder = hf_folder(tmp_path / "hf", name="t5 untied")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -192,7 +192,14 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says to each process that it found no torch; the tests hide it."""
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 @pytest.mark.parametrize("step", ["to_orbax", "to_hf"])
+@pytest.mark.usefixtures("quiet")
 def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, step: str):
     """A limit on the size of files stands for a full disk: some writes succeed, others do not."""
     source = hf_folder(tmp_path / "hf")
@@ -342,6 +349,7 @@ def test_threads_and_parts_change_no_byte(tmp_path: Path, monkeypatch, verify: b
         np.testing.assert_array_equal(checkpoint.names(whole)[name], wanted)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_termination_leaves_nothing(tmp_path: Path):
     source = hf_folder(tmp_path / "hf")
     script = f"""

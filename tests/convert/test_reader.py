@@ -227,6 +227,7 @@ def test_folder_of_no_model_says_what_was_looked_for(tmp_path: Path):
         convert.load(tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_no_torch_is_needed(tmp_path: Path):
     folder = hf_folder(tmp_path / "hf")
     script = f"""

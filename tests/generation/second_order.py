@@ -47,6 +47,8 @@ class SecondOrder:
 
     table: Array
 
+    sites = frozenset()
+
     def front(self, inputs: Array) -> Start:
         return Start(tokens=inputs)
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from tests.generation.second_order import HfSecondOrder, ours, table
 
@@ -46,7 +47,7 @@ def theirs(
             )[:, 2:]
             .numpy()
         )
-    answers = np.full((len(PROMPTS), NEW), PAD)
+    answers = np.full((len(out), NEW), PAD)
     answers[:, : out.shape[1]] = out
     return answers
 
@@ -61,14 +62,14 @@ def search(
     **options: Any,
 ) -> programs.Generated:
     """Our answers."""
-    return generate_beam(
+    return programs.generate(
         ours(logits),
         (),
         jnp.asarray(prompts, jnp.int32),
         beams(num_beams, early_stopping=early, **options),
-        jnp.asarray(ends, jnp.int32),
-        jnp.asarray(PAD, jnp.int32),
-        max_new_tokens=new,
+        Stop(
+            ends=jnp.asarray(ends, jnp.int32), pad=jnp.asarray(PAD, jnp.int32), max_new_tokens=new
+        ),
     )
 
 
@@ -95,6 +96,17 @@ def test_answers_are_transformers(num_beams: int, early: str):
     assert min(lengths) <= 2
     assert lengths.count(NEW) > 3
     assert len(set(lengths)) > 4
+
+
+@pytest.mark.parametrize("answers", [2, 4])
+def test_several_answers_are_transformers(answers: int):
+    for seed, penalty, minimum, push in TRIALS[:6]:
+        logits = table(VOCAB, seed, ENDS, push)
+        options = {"length_penalty": penalty, "min_new_tokens": minimum}
+        out = search(logits, 4, answers=answers, **options)
+        options["num_return_sequences"] = answers
+        np.testing.assert_array_equal(out.tokens, theirs(logits, 4, "heuristic", **options))
+        assert len({*map(tuple, out.tokens[:answers].tolist())}) == answers
 
 
 @pytest.mark.parametrize("ends", [(), (8,), (3, 5, 8)])
@@ -150,9 +162,11 @@ def test_one_beam_is_greedy(early: str, minimum: int):
             (),
             jnp.asarray(PROMPTS, jnp.int32),
             sampling(len(PROMPTS), min_new_tokens=minimum),
-            jnp.asarray(ENDS, jnp.int32),
-            jnp.asarray(PAD, jnp.int32),
-            max_new_tokens=NEW,
+            Stop(
+                ends=jnp.asarray(ENDS, jnp.int32),
+                pad=jnp.asarray(PAD, jnp.int32),
+                max_new_tokens=NEW,
+            ),
         )
         np.testing.assert_array_equal(out.tokens, greedy.tokens)
         np.testing.assert_array_equal(out.lengths, greedy.lengths)
@@ -197,14 +211,14 @@ def test_the_search_stops_when_all_prompts_have_their_answers():
     )
     logits = table(VOCAB, 0, (), 0.0)
     logits[:, :, ENDS[0]] = 20  # every answer ends at once
-    out = generate_beam(
+    out = programs.generate(
         Counting(table=jnp.asarray(logits)),
         (),
         jnp.asarray(PROMPTS, jnp.int32),
         beams(2, early_stopping="heuristic"),
-        jnp.asarray(ENDS, jnp.int32),
-        jnp.asarray(PAD, jnp.int32),
-        max_new_tokens=200,
+        Stop(
+            ends=jnp.asarray(ENDS, jnp.int32), pad=jnp.asarray(PAD, jnp.int32), max_new_tokens=200
+        ),
     )
     jax.block_until_ready(out)
     jax.effects_barrier()
@@ -230,7 +244,7 @@ def test_more_tokens_wanted_than_there_may_be_gives_as_many_as_there_may_be():
 
 def test_other_numbers_compile_nothing_and_another_number_of_beams_one_program():
     search(table(VOCAB, 0, ENDS, 0.0), 3)
-    compiled = generate_beam._cache_size()
+    compiled = programs.generate._cache_size()
     for seed, penalty, minimum, push in TRIALS[:5]:
         search(
             table(VOCAB, seed, ENDS, push),
@@ -240,10 +254,10 @@ def test_other_numbers_compile_nothing_and_another_number_of_beams_one_program()
             min_new_tokens=minimum,
             prompts=PROMPTS[::-1].copy(),
         )
-    assert generate_beam._cache_size() == compiled
+    assert programs.generate._cache_size() == compiled
     search(table(VOCAB, 0, ENDS, 0.0), 4)
     search(table(VOCAB, 1, ENDS, 0.0), 4, length_penalty=0.0)
-    assert generate_beam._cache_size() == compiled + 1
+    assert programs.generate._cache_size() == compiled + 1
 
 
 def test_logits_are_those_of_the_first_new_token():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.struct import replace
 from tests.parity import tiny as mllama
@@ -66,14 +67,14 @@ def theirs(name: str, ends: tuple[int, ...], **options: Any) -> np.ndarray:
 
 def ours(name: str, ends: tuple[int, ...], how: Any, inputs: Any = None) -> programs.Generated:
     _, _, model, batch = both(name)
-    return generate_beam(
+    return programs.generate(
         model,
         (),
         batch if inputs is None else inputs,
         how,
-        jnp.asarray(ends, jnp.int32),
-        jnp.asarray(PAD, jnp.int32),
-        max_new_tokens=NEW,
+        Stop(
+            ends=jnp.asarray(ends, jnp.int32), pad=jnp.asarray(PAD, jnp.int32), max_new_tokens=NEW
+        ),
     )
 
 
@@ -110,9 +111,11 @@ def test_greedy_tokens_are_transformers(name: str, minimum: int):
             (),
             inputs,
             sampling(inputs.tokens.shape[0], min_new_tokens=minimum),
-            jnp.asarray(ends, jnp.int32),
-            jnp.asarray(PAD, jnp.int32),
-            max_new_tokens=NEW,
+            Stop(
+                ends=jnp.asarray(ends, jnp.int32),
+                pad=jnp.asarray(PAD, jnp.int32),
+                max_new_tokens=NEW,
+            ),
         )
         np.testing.assert_array_equal(out.tokens, theirs(name, ends, min_new_tokens=minimum))
 

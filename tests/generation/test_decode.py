@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import io_callback
 
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.struct import pytree, replace
 
@@ -32,6 +33,8 @@ class Scripted:
 
     script: Any
 
+    sites = frozenset()
+
     def front(self, inputs: Any) -> Start:
         return Start()
 
@@ -46,18 +49,22 @@ class Scripted:
         return jax.nn.one_hot(self.script[number], 10)
 
 
+def scripted(script: list[list[int]], room: int = 0) -> Scripted:
+    rows = np.full((max(room, len(script)), len(script[0])), 5)
+    rows[: len(script)] = script
+    return Scripted(script=jnp.asarray(rows, jnp.int32))
+
+
+def stopped(new: int, ends: tuple[int, ...] = (END, OTHER_END)) -> Stop:
+    return Stop(
+        ends=jnp.asarray(ends, jnp.int32), pad=jnp.asarray(PAD, jnp.int32), max_new_tokens=new
+    )
+
+
 def run(script: list[list[int]], new: int, ends: tuple[int, ...] = (END, OTHER_END)) -> Any:
     calls.clear()
-    rows = np.full((max(new, len(script)), len(script[0])), 5)
-    rows[: len(script)] = script
     out = programs.generate(
-        Scripted(script=jnp.asarray(rows, jnp.int32)),
-        (),
-        None,
-        sampling(len(script[0])),
-        jnp.asarray(ends, jnp.int32),
-        jnp.asarray(PAD, jnp.int32),
-        max_new_tokens=new,
+        scripted(script, new), (), None, sampling(len(script[0])), stopped(new, ends)
     )
     jax.block_until_ready(out)
     jax.effects_barrier()
@@ -147,3 +154,15 @@ def test_prefill_and_steps_follow_the_same_script(new: int):
             cache,
         )
     assert jnp.stack(tokens).tolist() == script.script[:new].tolist()
+
+
+def test_single_steps_are_the_loop_one_token_at_a_time():
+    rows = [[1, 2, END], [3, 8, 4], [END, 5, 6], [9, 9, 9]]
+    model, how, stop = scripted(rows), sampling(3), stopped(6)
+    carry = programs.begin(programs.prefill(model, (), None, new_slots=6), how, stop)
+    seen = [carry.state.tokens[:, 0]]
+    while carry.state.is_open.any():
+        carry = programs.advance(model, carry, how, stop)
+        seen.append(carry.last)
+    np.testing.assert_array_equal(jnp.stack(seen, axis=1), run(rows, 6).tokens[:, : len(seen)])
+    np.testing.assert_array_equal(how.answers(carry.state), run(rows, 6).tokens)

@@ -7,7 +7,13 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from catp_jax.generation.inputs import IMAGE_COUNTS, TEXT_LENGTHS, TILE_COUNTS, round_up
+from catp_jax.generation.inputs import (
+    IMAGE_COUNTS,
+    TEXT_LENGTHS,
+    TILE_COUNTS,
+    image_room,
+    round_up,
+)
 from catp_jax.generation.mllama_inputs import ProcessedImage, image_spans, locate, pack
 from tests.random_mllama import AVAILABLE, CONFIG, IMAGE, PER_TILE, PROMPTS, packed, picture
 
@@ -85,6 +91,14 @@ def test_counts_of_images_and_tiles_go_to_few_sizes_close_above():
         assert len(set(rounded)) < 30
     assert IMAGE_COUNTS[:7] == (1, 2, 3, 4, 6, 8, 12)
     assert TILE_COUNTS[:6] == (1, 2, 4, 6, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("number", "shares", "room"),
+    [(5, 1, 6), (12, 8, 16), (3, 8, 8), (16, 8, 16), (17, 8, 24), (5, 4, 8), (7, 3, 9), (1, 8, 1)],
+)
+def test_images_are_so_many_that_all_devices_get_as_many(number: int, shares: int, room: int):
+    assert image_room(number, shares) == room
 
 
 def test_the_mixed_batch_has_the_shapes_of_its_buckets():

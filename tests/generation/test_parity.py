@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from catp_jax.generation import generate as programs
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import MaskMode
 from tests.parity.tiny import CONFIGS, batch, hf_inputs, meta_masks, our_inputs, tiny
@@ -40,9 +41,11 @@ def ours(name: str, samples: str, mode: MaskMode, end: int | None = None) -> pro
         (),
         inputs,
         sampling(len(batch(samples))),
-        jnp.asarray([-1 if end is None else end], jnp.int32),
-        jnp.asarray(PAD, jnp.int32),
-        max_new_tokens=NEW,
+        Stop(
+            ends=jnp.asarray([-1 if end is None else end], jnp.int32),
+            pad=jnp.asarray(PAD, jnp.int32),
+            max_new_tokens=NEW,
+        ),
     )
 
 

@@ -162,7 +162,7 @@ def test_more_than_the_vocabulary_is_all_of_it():
         ({"seed": -1}, "seeds lie between"),
         ({"seed": 2**32}, "seeds lie between"),
         ({"seed": 2**32 - 1}, "seeds lie between"),  # row 1 would have 2**32
-        ({"seed": [1]}, r"one seed per prompt is wanted \(2\), got 1"),
+        ({"seed": [1]}, r"one seed per answer is wanted \(2\), got 1"),
         ({"seed": [1, 2, 3]}, "got 3"),
         ({"seed": []}, "got 0"),
         ({"seed": 1.5}, "seed"),

@@ -4,7 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.models.cache import Block, KeysValues, Past, Read, attend_blocks, capacity, padded
+from catp_jax.models.cache import (
+    Block,
+    KeysValues,
+    Prompt,
+    Read,
+    Tail,
+    attend_blocks,
+    capacity,
+    padded,
+)
 
 PROMPTS, BEAMS, KV, GROUP, CHANNELS = 2, 3, 2, 3, 4
 ROWS, HEADS = PROMPTS * BEAMS, KV * GROUP
@@ -35,35 +44,65 @@ def plain(queries, columns, scale):
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("tokens", [5, 131])
-def test_beams_read_their_prompts_block_and_their_own_tails_under_one_softmax(tokens, scale):
-    queries = draw(ROWS, 1, HEADS, CHANNELS, seed=0)
-    prompt, before, new = made(PROMPTS, tokens, 1), made(ROWS, 2, 3), made(ROWS, 1, 5)
+def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softmax(tokens, scale):
+    prompt = made(PROMPTS, tokens, 1)
     valid = np.random.default_rng(7).random((PROMPTS, tokens)) < 0.6
     valid[:, 1] = True
-    bias = draw(HEADS, 4, seed=8)
-    tail = Block.empty(new, 4).write(before, jnp.asarray(0))
-    past = Past(
-        prompt=Read(block=Block.of(prompt), seen=padded(jnp.asarray(valid))),
-        tail=tail,
-        slot=jnp.asarray(2),
-    )
-    out, grown = past.attend(jnp.asarray(queries), new, jnp.asarray(bias), scale)
+    reads = Prompt.of([prompt], jnp.asarray(valid)).reads()
+    lengths = np.asarray([4, 9])
+    tail = Tail.empty([prompt], jnp.asarray(lengths, jnp.int32), 4)
+    # a token before the beams part
+    first, answers = made(PROMPTS, 1, 3), [[] for _ in range(ROWS)]
+    (past,) = (opened := tail.opened()).pasts(reads)
+    tail = opened.closed([past.tail.write(first, past.slot)]).spread(BEAMS)
+    for row in range(ROWS):
+        answers[row].append((first.keys[row // BEAMS, 0], first.values[row // BEAMS, 0]))
 
-    def columns(row, head):
-        own, kv, seen = row // BEAMS, head // GROUP, valid[row // BEAMS]
-        keys, values = (
-            np.concatenate([np.asarray(x)[own, seen, kv], *(np.asarray(y)[row, :, kv] for y in z)])
-            for x, z in (
-                (prompt.keys, (before.keys, new.keys)),
-                (prompt.values, (before.values, new.values)),
+    for step, parents in enumerate([[0, 1, 2, 3, 4, 5], [1, 1, 0, 5, 3, 5], [2, 0, 0, 3, 3, 4]]):
+        tail = tail.reorder(jnp.asarray(parents))
+        answers = [[*answers[parent]] for parent in parents]
+        queries, new = draw(ROWS, 1, HEADS, CHANNELS, seed=20 + step), made(ROWS, 1, 30 + step)
+        for row in range(ROWS):
+            answers[row].append((new.keys[row, 0], new.values[row, 0]))
+        tail = tail.opened()
+        by_distance = draw(HEADS, 5, seed=8)
+        distance = np.asarray(tail.next_position).reshape(PROMPTS, -1)[:, :1] - tail.positions
+        bias = np.moveaxis(by_distance[:, np.clip(distance, 0, 4)], 0, 1)
+        (past,) = tail.pasts(reads)
+        out, grown = past.attend(jnp.asarray(queries), new, jnp.asarray(bias), scale)
+        tail = tail.closed([grown])
+
+        def columns(row, head, answers=answers, by_distance=by_distance):
+            prompt_row, kv, seen = row // BEAMS, head // GROUP, valid[row // BEAMS]
+            keys, values = (
+                np.concatenate(
+                    [
+                        np.asarray(of_prompt)[prompt_row, seen, kv],
+                        [np.asarray(token[part])[kv] for token in answers[row]],
+                    ]
+                )
+                for part, of_prompt in enumerate((prompt.keys, prompt.values))
             )
-        )
-        return keys, values, np.concatenate([np.zeros(seen.sum()), bias[head, :3]])
+            own = by_distance[head, len(answers[row]) - 1 :: -1][: len(answers[row])]
+            return keys, values, np.concatenate([np.zeros(seen.sum()), own])
 
-    expected = plain(queries, columns, CHANNELS**-0.5 if scale is None else scale)
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
-    np.testing.assert_array_equal(np.asarray(grown.keys)[:, :, 2], np.asarray(new.keys)[:, 0])
-    np.testing.assert_array_equal(np.asarray(grown.keys)[:, :, 3], 0)
+        expected = plain(queries, columns, CHANNELS**-0.5 if scale is None else scale)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+    assert tail.next_position.tolist() == (lengths.repeat(BEAMS) + 4).tolist()
+    assert tail.next_slot.tolist() == [1 + 3 * BEAMS] * PROMPTS
+
+
+def test_each_prompt_writes_at_its_own_slot():
+    block = Block.empty(made(PROMPTS, 1, 0), 8)
+    new = made(ROWS, 1, 5)
+    written = block.write(new, jnp.asarray([4, 1]))
+    for prompt, slot in enumerate([4, 1]):
+        own = np.asarray(new.keys)[prompt * BEAMS : (prompt + 1) * BEAMS, 0]
+        np.testing.assert_array_equal(
+            np.asarray(written.keys)[prompt, :, slot : slot + BEAMS], np.swapaxes(own, 0, 1)
+        )
+        left = np.delete(np.asarray(written.keys)[prompt], np.s_[slot : slot + BEAMS], axis=1)
+        assert not left.any()
 
 
 def test_a_row_that_sees_nothing_gives_numbers():
@@ -74,8 +113,8 @@ def test_a_row_that_sees_nothing_gives_numbers():
     np.testing.assert_allclose(out, mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (127, 127), (128, 128), (6404, 6408)])
-def test_long_blocks_have_a_multiple_of_eight_slots(tokens, slots):
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (127, 127), (128, 128), (6404, 6432)])
+def test_long_blocks_have_a_multiple_of_32_slots(tokens, slots):
     assert capacity(tokens) == slots
     prompt = made(1, tokens, 1)
     block, valid = Block.of(prompt), padded(jnp.ones((1, tokens), bool))

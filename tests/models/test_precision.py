@@ -56,7 +56,8 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(llama, dtype):
     for logits, cache in ((out.logits, out.cache), again):
         assert logits.dtype == dtype
         assert {
-            leaf.dtype for leaf in jax.tree.leaves((cache.own.prompt, cache.own.tail, cache.cross))
+            leaf.dtype
+            for leaf in jax.tree.leaves((cache.own.blocks, cache.tail.blocks, cache.cross.blocks))
         } == {jnp.dtype(dtype)}
 
 

@@ -11,7 +11,8 @@ import torch
 
 from catp_jax.contract import Site
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.pruning import CATP, FastV, SelfAttention
 from catp_jax.struct import replace
@@ -128,10 +129,14 @@ def test_tokens_are_transformers(name: str, num_beams: int):
     for ends, tokens in ((98, free), (end, expected)):
         stop = jnp.asarray([ends], jnp.int32)
         if num_beams == 1:
-            out = programs.generate(ours, (), batch, sampling(3), stop, pad, max_new_tokens=NEW)
+            out = programs.generate(
+                ours, (), batch, sampling(3), Stop(ends=stop, pad=pad, max_new_tokens=NEW)
+            )
         else:
             how = beams(num_beams)
-            out = generate_beam(ours, (), batch, how, stop, pad, max_new_tokens=NEW)
+            out = programs.generate(
+                ours, (), batch, how, Stop(ends=stop, pad=pad, max_new_tokens=NEW)
+            )
         np.testing.assert_array_equal(out.tokens, tokens)
 
 
@@ -141,8 +146,8 @@ prefill = functools.partial(programs.prefill, new_slots=2)
 def room(cache: Any) -> list[int]:
     """The slots of every layer that the prompt takes."""
     if hasattr(cache, "cross"):
-        return [layer.keys.shape[2] for layer in cache.cross]
-    return [block.keys.shape[2] for segment in cache.segments for block in segment.prompt]
+        return [block.keys.shape[2] for block in cache.cross.blocks]
+    return [block.keys.shape[2] for prompt in cache.prompts for block in prompt.blocks]
 
 
 @pytest.mark.parametrize("name", ["vicuna", "t5"])

@@ -34,10 +34,10 @@ ENTRY = frozenset({Site.ENTRY})
         ("trimmed_llama:per_head=3", 8, TrimmedLlama(keep=8, per_head=3)),
         ("trimmed_llama:k_ratio=0.25", None, TrimmedLlama(keep=None, k_ratio=0.25)),
         ("trimmed_llama:k_ratio=1", 8, TrimmedLlama(keep=8, k_ratio=1.0)),
-        ("fastv", 8, FastV(keep=8)),
+        ("fastv", 8, FastV(keep=8, site=Site.CROSS)),
         ("k_norm", 8, KNorm(keep=8)),
-        ("random", 8, Random(keep=8)),
-        ("random:seed=5", 8, Random(keep=8, seed=5)),
+        ("random", 8, Random(keep=8, site=Site.CROSS)),
+        ("random:seed=5", 8, Random(keep=8, site=Site.CROSS, seed=5)),
     ],
 )
 def test_names_and_options_make_the_method(spec: str, keep: int | None, method):

@@ -1,5 +1,6 @@
 """The same tokens on every mesh of up to eight devices, pruned and not, as on one device."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from catp_jax.generation import generate as programs
-from catp_jax.generation.beam import beams, generate_beam
+from catp_jax.generation.beam import beams
+from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import make
@@ -18,29 +20,31 @@ from tests.sharding.cases import CASES, SITES, SIZES, name_of
 from tests.sharding.models import CONFIGS, inputs, model, on_mesh
 
 NEW = 3
-ENDS, PAD = jnp.asarray([79], jnp.int32), jnp.asarray(0, jnp.int32)
+STOP = Stop(ends=jnp.asarray([79], jnp.int32), pad=jnp.asarray(0, jnp.int32), max_new_tokens=NEW)
 
 
-def run(network, batch, kind, method, mesh=None):
+def pruners_of(kind, method):
+    return () if method is None else (make(method, 4, SITES[kind]),)
+
+
+def run(network, batch, kind, method, mesh):
     """Greedy tokens, first logits and kept numbers."""
-    pruners = () if method is None else (make(method, 4, SITES[kind]),)
-    rest = (pruners, sampling(8), ENDS, PAD)
-    pruners, choice, ends, pad = rest if mesh is None else everywhere(rest, mesh)
-    out = programs.generate(network, pruners, batch, choice, ends, pad, max_new_tokens=NEW)
-    return fetch(out)
+    pruners, choice, stop = everywhere((pruners_of(kind, method), sampling(8), STOP), mesh)
+    return fetch(programs.generate(network, pruners, batch, choice, stop))
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """What one device makes of each case."""
-    done = {}
+@jax.jit
+def run_all(network, every, batch):
+    """The same for several methods, as one program: they share what comes before."""
+    return [programs.generate(network, pruners, batch, sampling(8), STOP) for pruners in every]
 
-    def find(kind, method):
-        if (kind, method) not in done:
-            done[kind, method] = run(freeze(model(kind)), inputs(kind), kind, method)
-        return done[kind, method]
 
-    return find
+@functools.cache
+def alone(kind):
+    """What one device makes of each method."""
+    methods = [method for own, method in CASES if own == kind]
+    every = tuple(pruners_of(kind, method) for method in methods)
+    return dict(zip(methods, run_all(freeze(model(kind)), every, inputs(kind)), strict=True))
 
 
 def same(ours, alone):
@@ -61,11 +65,11 @@ SOME = [
 @pytest.mark.parametrize(
     ("sizes", "case"), SOME, ids=[f"{name_of(s)}-{k}-{m}" for s, (k, m) in SOME]
 )
-def test_tokens_are_those_of_one_device(sizes, case, alone):
+def test_tokens_are_those_of_one_device(sizes, case):
     kind, method = case
     mesh = make_mesh(name_of(sizes), kv_heads(model(kind)), jax.devices()[: math.prod(sizes)])
     ours = run(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), kind, method, mesh)
-    same(ours, alone(kind, method))
+    same(ours, alone(kind)[method])
 
 
 def test_every_case_is_among_them():
@@ -76,9 +80,9 @@ def test_every_case_is_among_them():
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_beam_search_too(kind):
     def search(network, batch, mesh=None):
-        rest = (beams(3), ENDS, PAD)
-        how, ends, pad = rest if mesh is None else everywhere(rest, mesh)
-        return fetch(generate_beam(network, (), batch, how, ends, pad, max_new_tokens=NEW))
+        rest = (beams(3), STOP)
+        how, stop = rest if mesh is None else everywhere(rest, mesh)
+        return fetch(programs.generate(network, (), batch, how, stop))
 
     mesh = make_mesh("data=2,tensor=4", kv_heads(model(kind)))
     ours = search(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), mesh)

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import catp_jax
 import convert
 from catp_jax.sharding.distributed import agreed, gathered, start
-from tests.sharding.ways import answer
+from tests.command import catp_jax
+from tests.sharding.ways import ASSETS, CIRCLE, answer
 
 ROOT = Path(__file__).resolve().parents[2]
-ASSETS = Path(catp_jax.__file__).parent / "assets"
-CIRCLE, MINI = ASSETS / "blue-circle.png", ASSETS / "mini-blip2-opt"
+MINI = ASSETS / "mini-blip2-opt"
 HEARTBEAT = 10  # seconds
 PRUNED = ["--prune", "catp", "--keep", "8", "--max-new-tokens", "4"]
 
@@ -78,13 +77,8 @@ def test_two_processes_answer_as_one_and_the_first_one_speaks(tmp_path):
     words = ["generate", str(MINI), "--json", *PRUNED]
     for prompt in ("what color is the shape?", "is there a triangle?"):
         words += ["--image", str(CIRCLE), "--prompt", prompt]
-    alone = subprocess.run(
-        [sys.executable, "-m", "catp_jax", *words],
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    alone = catp_jax(*words)
+    assert alone.returncode == 0, alone.stderr
     first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
     try:
         said, silence = first.communicate(timeout=300)[0], second.communicate(timeout=300)[0]

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from catp_jax.models.cache import Block, Segment
+from catp_jax.models.cache import Block, Prompt, Tail
 from catp_jax.models.cross_decoder import CrossCache
 from catp_jax.sharding.mesh import make_mesh, parse_mesh
 from catp_jax.sharding.rules import axes_of, named_leaves, split
@@ -93,21 +93,19 @@ def test_two_axes_of_one_array_cannot_share_a_part_of_the_mesh():
 def test_axes_are_read_from_the_annotations():
     x = jnp.zeros
     block = Block(keys=x((2, 1, 3, 1)), values=x((2, 1, 3, 1)))
-    tail = Block(keys=x((6, 1, 4, 1)), values=x((6, 1, 4, 1)))
-    own = Segment(prompt=(block,), valid=x((2, 3), bool), tail=(tail,), next_slot=x((), int))
-    cache = CrossCache(
-        mode="hf",
-        own=own,
-        cross=(block,),
-        valid=None,
-        seen=x((2, 3), bool),
+    tail = Tail(
+        blocks=(Block(keys=x((2, 1, 12, 1)), values=x((2, 1, 12, 1))),),
+        positions=x((2, 12), int),
+        seen=x((6, 12), bool),
+        next_slot=x((2,), int),
         next_position=x((6,), int),
     )
+    prompt = Prompt(blocks=(block,), valid=x((2, 3), bool))
+    cache = CrossCache(mode="hf", own=prompt, cross=prompt, seen=x((2, 3), bool), tail=tail)
     found = list(named_leaves(cache))
     keys, slots = ("b", "kv", "slots", "d"), ("b", "slots")
-    assert [axes for _, axes in found] == [
-        keys, keys, slots, keys, keys, (), keys, keys, slots, ("r",)
-    ]  # fmt: skip
+    tails = [keys, keys, slots, ("r", "slots"), ("b",), ("r",)]
+    assert [axes for _, axes in found] == [*tails, *[keys, keys, slots] * 2, slots]
     assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(cache)]
 
 

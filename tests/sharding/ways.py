@@ -39,17 +39,18 @@ def answer(converted: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
         out = model.generate([CIRCLE] * 3, PROMPTS, [pruner], max_new_tokens=3, **options)
         kept = [np.asarray(one.number).tolist() for one in out.kept]
         found[name] = [out.text, out.tokens, kept]
-    packed = llama.prepare([CIRCLE], PROMPTS[:1])
-    out = llama.generate_packed(packed, (trimmed,), max_new_tokens=1)
-    found["map"] = llama.kept_map(packed, 0, out.kept[0]).tolist()
-    results = sweep(
-        llama,
-        list(easy_vqa("test", limit=6)),
-        [Setting("trimmed_llama", 64)],
-        Conditions(batch=4, max_new_tokens=2),
-        journal=Journal(journal, is_written=is_first()),
-        is_timed=False,
+    results = list(
+        sweep(
+            llama,
+            list(easy_vqa("test", limit=6)),  # about one image, as above, and as many at a time
+            [Setting("trimmed_llama", 64)],
+            Conditions(batch=3, max_new_tokens=3, num_beams=3),
+            journal=Journal(journal, is_written=is_first()),
+            pictured=[1],
+            is_timed=False,
+        )
     )
+    found["map"] = np.asarray(results[1].maps[1]).tolist()
     found["study"] = [result.answers for result in results]
     return found
 

@@ -58,6 +58,8 @@ class Network:
 
     scale: Any
 
+    sites = frozenset({Site.ENTRY})
+
     def front(self, inputs):
         tokens = inputs * self.scale
         batch, count = tokens.shape[:2]

@@ -1,0 +1,76 @@
+"""Methods by name with their budgets, as the command, a study and `Model.generate` take them.
+
+prune=["catp:layers=first", "fastv"], keep=["50%", 8]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from catp_jax.contract import Site
+from catp_jax.pruning import budget, make
+
+AUTO = "auto"
+"""The budget of a method that finds its own number."""
+
+Named = tuple[tuple[str, int | str], ...]
+"""Methods in the order in which they apply, each with a count, a percentage or `AUTO`."""
+
+
+def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | str] | None) -> Named:
+    """Each method with its budget, checked as far as that goes without a model.
+
+    Raises ValueError if their numbers differ, and for what `make` or `budget.parse` refuse.
+    """
+    specs = [] if prune is None else [prune] if isinstance(prune, str) else [*prune]
+    budgets = [] if keep is None else [keep] if isinstance(keep, int | str) else [*keep]
+    if len(specs) != len(budgets):
+        raise ValueError(
+            f"each method to prune by wants its budget to keep: got {len(specs)} methods and "
+            f"{len(budgets)} budgets"
+        )
+    for spec, some in zip(specs, budgets, strict=True):
+        make(spec, None if some == AUTO else 1, frozenset(Site))
+        if some != AUTO:
+            budget.parse(some)
+    return tuple(zip(specs, budgets, strict=True))
+
+
+def limits(methods: Named, available: int) -> list[int]:
+    """How many of its visual tokens a prompt keeps, by each method in turn.
+
+    Raises ValueError if it has fewer than a count asks for.
+    """
+    found = []
+    for _, keep in methods:
+        if available and keep != AUTO:
+            available = budget.count(keep, available)
+        found.append(available)
+    return found
+
+
+def pruners(
+    methods: Named, available: Sequence[int], slots: int, sites: frozenset[Site]
+) -> tuple[Any, ...]:
+    """One pruner a method, for prompts with so many visual tokens each, of `slots` at most.
+
+    Shapes depend on `slots` alone; a percentage leaves each prompt its own share of its tokens.
+    Raises ValueError if a prompt has fewer than a count asks for, with its number if others don't.
+    """
+    own = []
+    for number, count in enumerate(available):
+        try:
+            own.append(limits(methods, count))
+        except ValueError as error:
+            where = f"prompt {number}: " if len({*available}) > 1 else ""
+            raise ValueError(f"{where}{error}") from None
+    made = []
+    for number, (spec, keep) in enumerate(methods):
+        if slots and keep == AUTO:
+            made.append(make(spec, None, sites))
+        elif slots:
+            slots = budget.count(keep, slots)
+            limit = jnp.asarray([counts[number] for counts in own], jnp.int32)
+            made.append(make(spec, slots, sites, limit=limit))
+    return tuple(made)
