@@ -156,7 +156,7 @@ def largest(total: Callable[[int], int], memory: int, known: dict[int, int], uni
             # totals may fall where other kernels are chosen, and lines through them mislead
             each = max(each, (known[low] - known[0]) / low / 4, 1)
             guess = low + int((memory - known[low]) / each)
-        elif len(known) % 3 == 2:
+        elif len(known) % 3 == 1:
             guess = (low + high) // 2
         else:
             guess = low + int((memory - known[low]) / (known[high] - known[low]) * (high - low))
@@ -206,7 +206,7 @@ class Asked:
         inputs, visual = inputs_of(self.config, batch, self.tiles, length)
         compiled_in = np.dtype(np.float32) if self.gpu is None else self.dtype
         scale = self.dtype.itemsize / compiled_in.itemsize
-        loaded, model = (abstract_model(self.config, t) for t in (self.dtype, compiled_in))
+        model = abstract_model(self.config, compiled_in)
         mesh = make_mesh(self.mesh, kv_heads(model), self.devices)
         model = place(model, mesh)
         network = Sharded(mesh=mesh, frozen=freeze(model))
@@ -226,7 +226,7 @@ class Asked:
             first = partial(for_gpu, prefill, self.gpu, own_flops[0], given[0], cache)
             second = partial(for_gpu, step, self.gpu, own_flops[1], given[1])
         return Traced(
-            weights=shard_bytes(place(loaded, mesh)),
+            weights=shard_bytes(place(abstract_model(self.config, self.dtype), mesh)),
             self_kv=int(shard_bytes(own) * scale),
             cross_kv=int(shard_bytes(cross) * scale),
             inputs=shard_bytes(inputs),
