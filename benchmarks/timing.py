@@ -11,6 +11,9 @@ import numpy as np
 Run = Callable[[int], np.ndarray]
 """Generates so many tokens and returns them [batch, new]."""
 
+Clock = Callable[[], float]
+"""Seconds since some moment."""
+
 
 def half_range(times: Sequence[float]) -> float:
     """Half the interquartile range."""
@@ -18,29 +21,32 @@ def half_range(times: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def milliseconds(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
+def milliseconds(
+    call: Callable[[], Any], rounds: int, clock: Clock = time.perf_counter
+) -> tuple[float, float]:
     """Median and spread of a call, after one that may compile."""
     jax.block_until_ready(call())
     times = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = clock()
         jax.block_until_ready(call())
-        times.append(1000 * (time.perf_counter() - started))
+        times.append(1000 * (clock() - started))
     return statistics.median(times), half_range(times)
 
 
-def seconds(run: Run, new: int) -> float:
-    """How long a run takes."""
-    started = time.perf_counter()
-    run(new)
-    return time.perf_counter() - started
-
-
-def measure(runs: Mapping[str, Run], new: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    runs: Mapping[str, Run], new: int, rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Prefill and decode times in ms, medians and half interquartile ranges.
 
     In a round all take their turn, so that a slow moment hits all alike.
     """
+
+    def seconds(run: Run, new: int) -> float:
+        started = clock()
+        run(new)
+        return clock() - started
+
     for run in runs.values():
         run(1), run(new)  # compiles
     one: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,27 +1,32 @@
-"""How fast is BLIP-2 here against transformers and keras-hub, on the same weights and machine?
+"""How fast is our BLIP-2 or Llama Vision against transformers' and keras-hub's, same weights here?
 
-Regime: one random BLIP-2 of the given size, written once as a Hugging Face folder that every
+Regime: one random model of the given size, written once as a Hugging Face folder that every
 implementation loads with its own loader; same images and prompts; greedy; float32 on a CPU,
 bfloat16 on a GPU. Prefill is the time to the first token, images in, token out. Decode is the time
 per further token: the difference between many tokens and one. Each is the median of several rounds;
 in a round all implementations take their turn, so that a slow moment hits all alike. Compiling is
-not timed. Floors: FLOPs of our compiled prefill over its time, weights of the language model read
-once per decoded token over its time.
+not timed. Floors: FLOPs of our prefill's matrix products over its time, weights of the language
+model read once per decoded token over its time. Beside them one matrix product of the vision
+tower's size, XLA's and torch's: what the prefills could reach.
 
-    pip install torch==2.13.0 keras-hub          # keras-hub brings TensorFlow
-    python benchmarks/vs_peers.py                # 0.3 B parameters; --size toy for a try
-    python benchmarks/vs_peers.py --language-model t5
+On a machine with other work --cpu-time, on one core (`taskset -c 0`), times what the process itself
+took of it.
+
+    pip install torch==2.13.0 keras-hub           # keras-hub brings TensorFlow
+    python -m benchmarks.vs_peers                 # BLIP-2, 0.3 B parameters; --size toy for a try
+    python -m benchmarks.vs_peers --model llama   # Llama Vision, 0.1 B; --model t5
 
 transformers runs eager, and with `torch.compile` and a static cache where that works. keras-hub
-runs on JAX, in one compiled program as it comes. The last line is one JSON object.
+runs on JAX, in one compiled program as it comes, and has no Llama Vision. The last line is one JSON
+object.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,254 +37,172 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-SIZES: dict[str, dict[str, Any]] = {
-    "toy": {
-        "vision": (2, 64, 2, 128, 56),
-        "qformer": (2, 48, 2, 96),
-        "opt": (2, 64, 2, 128),
-        "t5": (2, 64, 2, 128),
-        "vocabulary": 512,
+import convert
+from benchmarks import programs
+from benchmarks.programs import LLAMA, OPT, T5
+from benchmarks.timing import Clock, Run, measure, milliseconds
+from catp_jax.generation.generate import generate, prefill
+from catp_jax.generation.mllama_inputs import ProcessedImage, pack
+from catp_jax.generation.options import Options
+from catp_jax.models.blip2 import Blip2Inputs
+from catp_jax.models.frozen import freeze
+from catp_jax.models.mllama import MllamaConfig
+
+SIZES = ("toy", "base", "real")
+PROMPT = 16  # tokens
+
+# ViT-B, BERT-base, and language models of 12 layers of 1024
+BLIP2: dict[str, dict[str, Any]] = {
+    "vision": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
     },
-    # ViT-B, BERT-base, and language models of 12 layers of 1024
-    "base": {
-        "vision": (12, 768, 12, 3072, 224),
-        "qformer": (12, 768, 12, 3072),
-        "opt": (12, 1024, 16, 4096),
-        "t5": (8, 1024, 16, 2816),
-        "vocabulary": 16384,
+    "qformer": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "encoder_hidden_size": 768,
     },
-    # the real BLIP-2 opt-2.7b, flan-t5-xl
-    "real": {
-        "vision": (39, 1408, 16, 6144, 224),
-        "qformer": (12, 768, 12, 3072),
-        "opt": (32, 2560, 32, 10240),
-        "t5": (24, 2048, 32, 5120),
-        "vocabulary": 50304,
+    OPT: {
+        "vocab_size": 16384,
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "ffn_dim": 4096,
+    },
+    T5: {
+        "vocab_size": 16384,
+        "d_model": 1024,
+        "d_kv": 64,
+        "d_ff": 2816,
+        "num_layers": 8,
+        "num_decoder_layers": 8,
+        "num_heads": 16,
     },
 }
-QUERIES, PROMPT = 32, 16  # tokens
+# four tiles of 257 tokens; three query heads share keys and values, every fifth layer looks at the
+# image
+SMALL_LLAMA: dict[str, dict[str, Any]] = {
+    "vision": {
+        "hidden_size": 384,
+        "num_hidden_layers": 8,
+        "num_global_layers": 2,
+        "attention_heads": 6,
+        "intermediate_size": 1536,
+        "image_size": 224,
+        "intermediate_layers_indices": (1, 3, 5),
+    },
+    "text": {
+        "vocab_size": 8192,
+        "hidden_size": 768,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "cross_attention_layers": (3, 8),
+    },
+}
+MODELS = {"opt": OPT, "t5": T5, "llama": LLAMA}
 
 
-def write_checkpoint(size: str, kind: str, folder: Path, dtype: str) -> int:
-    """A random BLIP-2 as transformers saves it. Returns its number of parameters."""
+def config_of(size: str, name: str) -> Any:
+    """What is compared: toy, small, or as published."""
+    config = programs.config_of(name, size == "toy")
+    if size == "base":
+        parts = SMALL_LLAMA if name == LLAMA else {**BLIP2, "text": BLIP2[name]}
+        config = dataclasses.replace(
+            config,
+            vision=dataclasses.replace(config.vision, **parts["vision"]),
+            text=dataclasses.replace(config.text, **parts["text"]),
+        )
+        vocabulary = config.text.vocab_size
+        if name == LLAMA:
+            return dataclasses.replace(config, image_token_index=vocabulary, vision=as_hf(config))
+        qformer = dataclasses.replace(config.qformer, **parts["qformer"])
+        return dataclasses.replace(config, qformer=qformer, image_token_index=vocabulary - 1)
+    return dataclasses.replace(config, vision=as_hf(config)) if name == LLAMA else config
+
+
+def as_hf(config: Any) -> Any:
+    """The vision tower as transformers has it, for the same tokens."""
+    return dataclasses.replace(config.vision, vision_mode="hf")
+
+
+def write_checkpoint(config: Any, folder: Path, dtype: str) -> int:
+    """A random model as transformers saves it. Returns its number of parameters."""
     import torch
-    from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-    shape = SIZES[size]
-    layers, width, heads, inner, image = shape["vision"]
-    vision = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        "image_size": image,
-        "initializer_range": 0.02,
-    }
-    layers, width, heads, inner = shape["qformer"]
-    qformer = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        "encoder_hidden_size": vision["hidden_size"],
-    }
-    layers, width, heads, inner = shape[kind]
-    vocabulary = shape["vocabulary"]
-    if kind == "opt":
-        text = {
-            "model_type": "opt",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "word_embed_proj_dim": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "ffn_dim": inner,
-        }
-    else:
-        text = {
-            "model_type": "t5",
-            "vocab_size": vocabulary,
-            "d_model": width,
-            "d_kv": width // heads,
-            "num_heads": heads,
-            "d_ff": inner,
-            "num_layers": layers,
-            "num_decoder_layers": layers,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-        }
+    from benchmarks import peers
+
     torch.manual_seed(0)
-    config = Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=text,
-        num_query_tokens=QUERIES,
-        image_token_index=vocabulary - 1,
-        tie_word_embeddings=text.get("tie_word_embeddings", True),
-    )
-    model = Blip2ForConditionalGeneration(config).eval()
-    torch.nn.init.normal_(model.query_tokens, std=0.02)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model = peers.random_model(config, dtype)
+    model.save_pretrained(folder)
     # keras-hub reads some keys that transformers leaves out where they have their default
     written = json.loads((folder / "config.json").read_text())
     for part in ("vision_config", "qformer_config", "text_config"):
-        written[part] = {**getattr(config, part).to_dict(), **written[part]}
+        if (own := getattr(model.config, part, None)) is not None:
+            written[part] = {**own.to_dict(), **written[part]}
     (folder / "config.json").write_text(json.dumps(written))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def inputs(size: str, batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images [batch, 3, side, side] and prompts [batch, PROMPT]."""
+def inputs(config: Any, batch: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images and prompts, as `peers.given` has them."""
     rng = np.random.default_rng(seed)
-    side, vocabulary = SIZES[size]["vision"][4], SIZES[size]["vocabulary"]
-    images = rng.normal(size=(batch, 3, side, side)).astype(np.float32)
-    return images, rng.integers(5, vocabulary - 5, (batch, PROMPT)).astype(np.int32)
+    side, vocabulary = config.vision.image_size, config.text.vocab_size
+    tiles = (config.vision.max_num_tiles,) if isinstance(config, MllamaConfig) else ()
+    images = rng.normal(size=(batch, *tiles, 3, side, side)).astype(np.float32)
+    prompts = rng.integers(5, vocabulary - 5, (batch, PROMPT)).astype(np.int32)
+    if tiles:
+        prompts[:, 0] = config.image_token_index
+    return images, prompts
 
 
-Run = Callable[[int], np.ndarray]
-"""Generates so many tokens and returns them [batch, new]."""
+def packed(config: Any, images: np.ndarray, prompts: np.ndarray) -> Any:
+    """The arrays for our model, on the device."""
+    batch = len(images)
+    if isinstance(config, MllamaConfig):
+        tiles = images.shape[1]
+        own = [
+            [ProcessedImage(image, config.vision.supported_aspect_ratios.index((2, 2)) + 1, tiles)]
+            for image in images
+        ]
+        return jax.device_put(pack([row.tolist() for row in prompts], own, config, "hf").inputs)
+    return jax.device_put(
+        Blip2Inputs(
+            pixels=images,
+            image_index=np.arange(batch, dtype=np.int32),
+            tokens=prompts,
+            token_valid=np.ones(prompts.shape, bool),
+        )
+    )
 
 
 def ours(
     folder: Path, images: np.ndarray, prompts: np.ndarray, dtype: str
 ) -> tuple[Run, float, int]:
-    from flax import nnx
-
-    import convert
-    from catp_jax.generation import generate as programs
-    from catp_jax.generation.decoding import Stop
-    from catp_jax.generation.sampling import sampling
-    from catp_jax.models.blip2 import Blip2Inputs
-    from catp_jax.models.frozen import freeze
-
-    model = convert.load(folder, dtype)[0]
-    network = freeze(model)
+    """Our run, the FLOPs of its prefill, and the bytes of weights that a decoded token reads."""
+    network = freeze(convert.load(folder, dtype)[0])
+    model = network.thaw()
     # what a decoded token reads: T5's encoder is done by then
     parts = nnx.state(model.language_model, nnx.Not(nnx.PathContains("encoder")))
-    read = sum(x.nbytes for x in jax.tree.leaves(parts))
-    packed = Blip2Inputs(
-        pixels=jnp.asarray(images),
-        image_index=jnp.arange(len(images)),
-        tokens=jnp.asarray(prompts),
-        token_valid=jnp.ones(prompts.shape, bool),
-    )
-    never, pad = jnp.asarray([-1], jnp.int32), jnp.asarray(0, jnp.int32)
-    greedy = sampling(len(images))
+    read = sum(x.nbytes for x in jax.tree.leaves(parts)) - programs.tables(model)
+    read += programs.nbytes(getattr(model, "lm_head", ()))
+    given = packed(model.config, images, prompts)
 
     def run(new: int) -> np.ndarray:
-        out = programs.generate(
-            network, (), packed, greedy, Stop(ends=never, pad=pad, max_new_tokens=new)
-        )
-        return np.asarray(out.tokens)
+        options = Options(max_new_tokens=new)
+        decoding, stop = options.decoding(len(images)), options.stop((-1,), 0)
+        return np.asarray(generate(network, (), given, decoding, stop).tokens)
 
-    lowered = programs.prefill.lower(network, (), packed, new_slots=0)
-    return run, float(lowered.compile().cost_analysis()["flops"]), read
-
-
-def with_transformers(
-    folder: Path, images: np.ndarray, prompts: np.ndarray, dtype: str, is_compiled: bool
-) -> Run:
-    import torch
-    from transformers import Blip2ForConditionalGeneration
-
-    model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.eval().to(device)
-    options: dict[str, Any] = {"do_sample": False}
-    if is_compiled:
-        options["cache_implementation"] = "static"
-        model.vision_model.forward = torch.compile(model.vision_model.forward)
-        model.qformer.forward = torch.compile(model.qformer.forward)
-        model.language_model.forward = torch.compile(model.language_model.forward)
-    marks = np.full((len(prompts), QUERIES), model.config.image_token_index)
-    tokens = torch.from_numpy(np.concatenate([marks, prompts], axis=1).astype(np.int64)).to(device)
-    pixels = torch.from_numpy(images).to(device, getattr(torch, dtype))
-    model.generation_config.eos_token_id = None
-    model.language_model.generation_config.eos_token_id = None
-
-    def run(new: int) -> np.ndarray:
-        out = model.generate(
-            pixel_values=pixels,
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            **options,
-        )
-        return out[:, -new:].cpu().numpy()
-
-    return run
-
-
-def with_keras(folder: Path, images: np.ndarray, prompts: np.ndarray, dtype: str, kind: str) -> Run:
-    import keras_hub
-
-    backbone = keras_hub.models.BLIP2Backbone.from_preset(str(folder), dtype=dtype)
-    pixels = images.transpose(0, 2, 3, 1)
-    batch, length = prompts.shape
-    if kind == "opt":
-        model = keras_hub.models.BLIP2CausalLM(preprocessor=None, backbone=backbone)
-    else:
-        model = keras_hub.models.BLIP2Seq2SeqLM(preprocessor=None, backbone=backbone)
-
-    def run(new: int) -> np.ndarray:
-        first = length if kind == "opt" else 1
-        room = np.zeros((batch, first + new), np.int32)
-        room[:, :first] = prompts if kind == "opt" else 0
-        mask = np.zeros(room.shape, bool)
-        mask[:, :first] = True
-        given = {"images": pixels}
-        if kind == "opt":
-            given |= {"token_ids": room, "padding_mask": mask}
-        else:
-            given |= {
-                "encoder_token_ids": prompts,
-                "encoder_padding_mask": np.ones(prompts.shape, bool),
-                "decoder_token_ids": room,
-                "decoder_padding_mask": mask,
-            }
-        out = model.generate(given, stop_token_ids=None)
-        key = "token_ids" if kind == "opt" else "decoder_token_ids"
-        return np.asarray(out[key])[:, first:]
-
-    return run
-
-
-def seconds(run: Run, new: int) -> float:
-    started = time.perf_counter()
-    run(new)
-    return time.perf_counter() - started
-
-
-def measure(runs: dict[str, Run], new: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Prefill and decode times in ms, medians and half interquartile ranges."""
-    for run in runs.values():
-        run(1), run(new)  # compiles
-    one: dict[str, list[float]] = {name: [] for name in runs}
-    more: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            first = seconds(run, 1)
-            one[name].append(1000 * first)
-            more[name].append(1000 * (seconds(run, new) - first) / (new - 1))
-    out = {}
-    for name in runs:
-        out[name] = {
-            "prefill_ms": statistics.median(one[name]),
-            "prefill_spread_ms": half_range(one[name]),
-            "token_ms": statistics.median(more[name]),
-            "token_spread_ms": half_range(more[name]),
-        }
-    return out
-
-
-def half_range(times: list[float]) -> float:
-    low, _, high = statistics.quantiles(times, n=4)
-    return (high - low) / 2
+    traced = prefill.trace(network, (), given, new_slots=0)
+    return run, float(programs.flops_of(traced)), read
 
 
 def agreement(runs: dict[str, Run], new: int) -> dict[str, float]:
@@ -290,35 +213,71 @@ def agreement(runs: dict[str, Run], new: int) -> dict[str, float]:
     return {name: float((run(new) == wanted).mean()) for name, run in runs.items()}
 
 
+def bare_product(config: Any, batch: int, clock: Clock) -> dict[str, Any]:
+    """The first product of a vision layer's feed-forward part alone: GFLOP a second."""
+    import torch
+
+    vision = config.vision
+    rows = batch * (vision.grid**2 + 1) * getattr(vision, "max_num_tiles", 1)
+    width, inner = vision.hidden_size, vision.intermediate_size
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((rows, width), (width, inner)))
+    given, product = jax.device_put((x, kernel)), jax.jit(jax.numpy.matmul)
+    theirs = torch.from_numpy(x), torch.from_numpy(kernel.T.copy())
+    xla, _ = milliseconds(lambda: product(*given), 9, clock)
+    with torch.inference_mode():
+        torchs, _ = milliseconds(lambda: torch.nn.functional.linear(*theirs), 9, clock)
+    flops = 2 * rows * width * inner / 1e6
+    return {
+        "batch": batch,
+        "shape": [rows, width, inner],
+        "xla_gflops_per_s": flops / xla,
+        "torch_gflops_per_s": flops / torchs,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="base")
-    parser.add_argument("--language-model", choices=("opt", "t5"), default="opt")
+    parser.add_argument("--model", choices=MODELS, default="opt")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new", type=int, default=17, help="tokens; decode is from 1 to these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without", nargs="*", default=[], help="implementations to leave out")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, not the wall's")
+    parser.add_argument("--out", type=Path, help="a file for the JSON object, too")
     arguments = parser.parse_args()
-    kind, size = arguments.language_model, arguments.size
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
 
-    rows, skipped = [], {}
+    import torch
+
+    from benchmarks import peers
+
+    config = config_of(arguments.size, MODELS[arguments.model])
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    rows, products, skipped = [], [], {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        parameters = write_checkpoint(size, kind, folder, dtype)
+        parameters = write_checkpoint(config, folder, dtype)
         print(f"{parameters / 1e6:.0f} M parameters, {dtype}, {jax.devices()[0].device_kind}")
         for batch in arguments.batches:
-            images, prompts = inputs(size, batch)
+            images, prompts = inputs(config, batch)
             own, flops, read = ours(folder, images, prompts, dtype)
+
+            def theirs(
+                is_compiled: bool, images: np.ndarray = images, prompts: np.ndarray = prompts
+            ) -> Run:
+                model = peers.from_folder(folder, dtype)
+                return peers.greedy(model, peers.given(model, images, prompts), is_compiled)
+
             makers: dict[str, Callable[[], Run]] = {
-                "transformers": lambda i=images, p=prompts: with_transformers(
-                    folder, i, p, dtype, False
-                ),
-                "transformers, compiled": lambda i=images, p=prompts: with_transformers(
-                    folder, i, p, dtype, True
-                ),
-                "keras-hub": lambda i=images, p=prompts: with_keras(folder, i, p, dtype, kind),
+                "transformers": lambda run=theirs: run(False),
+                "transformers, compiled": lambda run=theirs: run(True),
             }
+            if arguments.model != "llama":
+                makers["keras-hub"] = lambda i=images, p=prompts: peers.with_keras(
+                    folder, i, p, dtype, arguments.model
+                )
             runs = {"catp-jax": own}
             for name, make in makers.items():
                 if name in arguments.without:
@@ -332,7 +291,7 @@ def main() -> None:
                     skipped[f"{name}, batch {batch}"] = said
                     print(f"{name} does not run here: {said}")
             same = agreement(runs, arguments.new)
-            times = measure(runs, arguments.new, arguments.rounds)
+            times = measure(runs, arguments.new, arguments.rounds, clock)
             mine = times["catp-jax"]
             mine["prefill_gflops_per_s"] = flops / mine["prefill_ms"] / 1e6
             mine["decode_gb_per_s"] = read / mine["token_ms"] / 1e6
@@ -352,16 +311,14 @@ def main() -> None:
                 f"         ours: {mine['prefill_gflops_per_s']:.0f} GFLOP/s in the prefill, "
                 f"{mine['decode_gb_per_s']:.1f} GB/s of weights in decode"
             )
+            if dtype == "float32":
+                products.append(bare_product(config, batch, clock))
+                print(
+                    f"         one product of the tower: XLA {products[-1]['xla_gflops_per_s']:.0f}"
+                    f", torch {products[-1]['torch_gflops_per_s']:.0f} GFLOP/s"
+                )
 
-    import torch
-    import transformers
-
-    versions = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = {"python": platform.python_version(), "jax": jax.__version__, **peers.versions()}
     if any(row["implementation"] == "keras-hub" for row in rows):
         import keras_hub
 
@@ -371,18 +328,23 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": "CPU time" if arguments.cpu_time else "wall",
         "versions": versions,
-        "size": size,
-        "language_model": kind,
+        "size": arguments.size,
+        "model": arguments.model,
         "parameters": parameters,
         "dtype": dtype,
         "prompt_tokens": PROMPT,
-        "query_tokens": QUERIES,
+        "visual_tokens": programs.inputs_of(config, 1, None, PROMPT)[1],
         "new_tokens": arguments.new,
         "rounds": arguments.rounds,
         "rows": rows,
+        "products": products,
         "skipped": skipped,
     }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

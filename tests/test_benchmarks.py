@@ -140,3 +140,22 @@ def test_the_gpu_suite_says_what_did_not_fit_into_its_time(tmp_path: Path):
     assert figures["rows"] == []
     assert "catp-jax: Llama-3.2-11B-Vision prefill, batch 2" in figures["not_reached"]
     assert "transformers, sdpa: blip2-opt-2.7b, batch 2" in figures["not_reached"]
+
+
+@pytest.mark.parametrize("model", ["opt", "llama"])
+def test_all_who_are_compared_give_the_same_tokens(model: str):
+    command = [sys.executable, "-m", "benchmarks.vs_peers", "--size", "toy", "--model", model]
+    options = ["--batches", "2", "--new", "5", "--rounds", "2", "--without"]
+    run = subprocess.run(
+        [*command, *options, "transformers, compiled", "keras-hub"],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout.splitlines()[-1])
+    assert figures["skipped"] == {}
+    same = {row["implementation"]: row["same_tokens"] for row in figures["rows"]}
+    assert same == {"catp-jax": 1, "transformers": 1}
+    assert all(row["prefill_ms"] > 0 for row in figures["rows"])

@@ -226,7 +226,9 @@ def test_padding_is_never_kept(method: str):
 def test_tokens_that_no_row_sees_are_never_kept(method: str):
     inputs = packed().inputs
     images = inputs.images
-    hidden = replace(images, tile_seen=images.tile_seen.at[1, :, 2].set(False))
+    seen = images.tile_seen.copy()
+    seen[1, :, 2] = False
+    hidden = replace(images, tile_seen=seen)
     keep, _ = prune(
         (METHODS[method](30),), view_of(random_mllama(), replace(inputs, images=hidden))
     )
