@@ -55,10 +55,10 @@ CASES = (
 )
 
 
-def row_of(case: Case, target: str, is_toy: bool = False) -> dict[str, Any]:
+def row_of(case: Case, target: str, size: str = "real") -> dict[str, Any]:
     """A program's figures, a step's beside its floor."""
     devices = targets.devices_of(target, 8 if case.model == LARGE else 1)
-    model, config = abstract(case, is_toy)
+    model, config = abstract(case, size)
     mesh = make_mesh({"tensor": len(devices)} if len(devices) > 1 else {}, kv_heads(model), devices)
     model = place(model, mesh)
     network = Sharded(mesh=mesh, frozen=freeze(model))

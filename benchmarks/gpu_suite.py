@@ -197,7 +197,7 @@ def ours(results: Results, cases: tuple[Case, ...], is_smoke: bool) -> None:
         if case.model != loaded:
             network = None  # before the next one is drawn
             gc.collect()
-            model, config = programs.abstract(case, is_smoke)
+            model, config = programs.abstract(case, "toy" if is_smoke else "real")
             network = freeze(on_device(model, 0))
             loaded = case.model
         try:
@@ -228,7 +228,9 @@ def theirs(results: Results, pairs: tuple[tuple[str, int], ...], is_smoke: bool)
             model = None
             gc.collect()
             torch.cuda.empty_cache()
-            model = peers.random_model(programs.config_of(name, is_smoke), "bfloat16")
+            model = peers.random_model(
+                programs.config_of(name, "toy" if is_smoke else "real"), "bfloat16"
+            )
             loaded = name
         for way in WAYS[:1] if is_smoke else WAYS:
             row: dict[str, Any] = {

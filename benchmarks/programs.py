@@ -91,12 +91,6 @@ TABLE = (
 """What is held against its floor on one GPU."""
 
 
-def config_of(model: str, is_toy: bool = False) -> Any:
-    """A model's configuration; as a toy it has the same parts, of few channels and layers."""
-    config = PRESETS[model]()
-    return shrunk(config) if is_toy else config
-
-
 SMALL: Mapping[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -140,25 +134,43 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     },
     "LlamaConfig": {**SMALL, "num_key_value_heads": 4, "vocab_size": 256},
 }
-"""What is smaller in a toy, by the class of the configuration."""
+SHALLOW: Mapping[str, Mapping[str, Any]] = {
+    "TiledVitConfig": {
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "intermediate_layers_indices": (0,),
+    },
+    "CrossDecoderConfig": {"num_hidden_layers": 5, "cross_attention_layers": (3,)},
+    "VitConfig": {"num_hidden_layers": 1},
+    "QFormerConfig": {"num_hidden_layers": 2},
+    "OptConfig": {"num_hidden_layers": 3},
+    "T5Config": {"num_layers": 1, "num_decoder_layers": 3},
+    "LlamaConfig": {"num_hidden_layers": 3},
+}
+SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "real": {},
+    "shallow": SHALLOW,
+    "toy": TOYS,
+}
+"""What is smaller, by the class of the configuration: nothing; layers; everything."""
 
 
-def shrunk(config: Any) -> Any:
-    """A configuration whose parts are as small as `TOYS` says."""
-    parts = ("vision", "qformer", "text")
-    small = {
-        part: dataclasses.replace(own, **TOYS[type(own).__name__])
-        for part in parts
+def config_of(model: str, size: str = "real") -> Any:
+    """A model's configuration in one of `SIZES`; they all have the same parts."""
+    config = PRESETS[model]()
+    parts = {
+        part: dataclasses.replace(own, **SIZES[size].get(type(own).__name__, {}))
+        for part in ("vision", "qformer", "text")
         if (own := getattr(config, part, None)) is not None
     }
-    return dataclasses.replace(
-        config, **small, image_token_index=255 if "qformer" in small else 256
-    )
+    if size == "toy":  # of 256 words
+        parts["image_token_index"] = 255 if "qformer" in parts else 256
+    return dataclasses.replace(config, **parts)
 
 
-def abstract(case: Case, is_toy: bool = False) -> tuple[Any, Any]:
+def abstract(case: Case, size: str = "real") -> tuple[Any, Any]:
     """A case's abstract model in bfloat16, and its configuration."""
-    config = config_of(case.model, is_toy)
+    config = config_of(case.model, size)
     model = abstract_model(config, jnp.bfloat16)
     return (model if case.weights is None else with_scales(model, case.weights)), config
 

@@ -113,7 +113,7 @@ MODELS = {"opt": OPT, "t5": T5, "llama": LLAMA}
 
 def config_of(size: str, name: str) -> Any:
     """What is compared: toy, small, or as published."""
-    config = programs.config_of(name, size == "toy")
+    config = programs.config_of(name, "toy" if size == "toy" else "real")
     if size == "base":
         parts = SMALL_LLAMA if name == LLAMA else {**BLIP2, "text": BLIP2[name]}
         config = dataclasses.replace(

@@ -261,7 +261,7 @@ def backends(sizes: set[int]) -> Findings:
         good = np.abs(own - expected).max() < 0.1
         text = f"heads of {size} channels: XLA's kernel {'works' if good else 'is wrong'}"
         if jax.devices()[0].platform == "gpu":
-            text += f", cuDNN's {_cudnn(arrays, expected)}"
+            text += f"; cuDNN's, which vision towers take, {_cudnn(arrays, expected)}"
         advice = "" if good else "; report it with these versions"
         yield Finding("ok" if good else "fail", "attention", text + advice)
 
