@@ -159,3 +159,24 @@ def test_all_who_are_compared_give_the_same_tokens(model: str):
     same = {row["implementation"]: row["same_tokens"] for row in figures["rows"]}
     assert same == {"catp-jax": 1, "transformers": 1}
     assert all(row["prefill_ms"] > 0 for row in figures["rows"])
+
+
+def test_tables_of_the_pages_are_what_the_results_say():
+    from benchmarks import performance
+
+    for path in performance.FILES:
+        assert performance.filled(path.read_text()) == path.read_text(), (
+            f"{path.name}: python -m benchmarks.performance"
+        )
+
+
+def test_a_page_is_filled_between_its_marks_alone(monkeypatch: pytest.MonkeyPatch):
+    from benchmarks import performance
+
+    prose = "word " * 30
+    monkeypatch.setattr(performance, "PARTS", {"a": lambda: "| x |\n| y |", "b": lambda: prose})
+    page = "one\n<!-- a -->\nold\n<!-- end -->\ntwo\n<!-- b -->\n<!-- end -->\nthree\n"
+    out = performance.filled(page)
+    assert out.startswith("one\n<!-- a -->\n\n| x |\n| y |\n\n<!-- end -->\ntwo\n")
+    assert max(map(len, out.splitlines())) <= 100
+    assert performance.filled(out) == out
