@@ -4,8 +4,8 @@
               candidates, of which those that end join the finished ones and the rest go on
     finished  the `num_beams` best ended answers, by log-probability / length ** length_penalty
 
-The beams of a prompt read one cache of it; each has only a tail of its own, which is what a step
-moves.
+The beams of a prompt share its cache; where one goes on from another, only what it sees of the
+answers' tail changes (`models.cache.Tail`).
 
 The rules, and which candidates count, are those of Hugging Face transformers
 (`GenerationMixin._beam_search`), so that both find the same answers. Each sample has its own end:
