@@ -76,14 +76,27 @@ def xla(
     scale: float | None = None,
 ) -> Float[Array, "b s h d"]:
     """`attend` on any device: logits go through memory, of some rows at a time."""
-    batch, rows, heads, _ = queries.shape
+    batch, rows, heads, channels = queries.shape
+    kv, factor = keys.shape[2], channels**-0.5 if scale is None else scale
+    turned_keys, turned_values = _heads_first(keys, values)
 
     def attend_some(queries: Array, mask: Array | None, bias: Array | None) -> Array:
-        mask = None if mask is None else mask[:, None]
-        with jax.numpy_dtype_promotion("standard"):  # it widens bfloat16 by itself
-            return jax.nn.dot_product_attention(
-                queries, keys, values, bias=bias, mask=mask, scale=scale
-            )
+        (turned,) = _heads_first(queries)
+        grouped = turned.reshape(batch, kv, heads // kv, -1, channels)
+        logits = jnp.einsum(
+            "bkgsd,bknd->bkgsn", grouped, turned_keys, preferred_element_type=jnp.float32
+        )
+        logits = logits * factor
+        if bias is not None:
+            bias = bias.astype(jnp.float32)
+            logits += bias.reshape(bias.shape[0], kv, heads // kv, *bias.shape[2:])
+        if mask is not None:
+            # finite, so that a row that sees nothing is no NaN
+            lowest = -0.7 * jnp.finfo(jnp.float32).max
+            logits = jnp.where(mask[:, None, None], logits, lowest)
+        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+        summed = jnp.einsum("bkgsn,bknd->bkgsd", weights, turned_values)
+        return jnp.swapaxes(summed.reshape(turned.shape), 1, 2)
 
     block = max(LOGITS_AT_ONCE // (batch * heads * keys.shape[1]), 1)
     if rows <= block:
@@ -100,6 +113,17 @@ def xla(
     parts = (blocks(queries), blocks(mask), blocks(bias, axis=2))
     out = jax.lax.map(lambda some: attend_some(*some), parts)
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *queries.shape[2:])[:, :rows]
+
+
+def _heads_first(*arrays: Float[Array, "b s h d"]) -> list[Float[Array, "b h s d"]]:
+    """Heads before rows; on a CPU in memory, too, where XLA's products of strided matrices take
+    twice the time.
+    """
+    return jax.lax.platform_dependent(
+        [jnp.swapaxes(array, 1, 2) for array in arrays],
+        cpu=jax.lax.optimization_barrier,
+        default=lambda arrays: arrays,
+    )
 
 
 def _xla_padded(queries: Array, keys: Array, values: Array, real: Array) -> Array:

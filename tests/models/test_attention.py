@@ -33,6 +33,27 @@ def test_attention_is_the_textbooks(kv_heads: int, at_once: int, monkeypatch):
     np.testing.assert_allclose(attention.attend(*floats, jnp.asarray(mask)), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+def test_a_bias_a_scale_and_gradients_are_those_of_jax(kv_heads: int):
+    rng = np.random.default_rng(3)
+    queries = jnp.asarray(rng.normal(size=(2, 5, 6, 4)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 2, 7, kv_heads, 4)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(1, 6, 5, 7)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 5, 7)) < 0.6).at[:, :, 0].set(True)
+
+    def ours(*floats):
+        return attention.attend(*floats[:3], mask, floats[3], 0.7)
+
+    def wanted(queries, keys, values, bias):
+        return jax.nn.dot_product_attention(
+            queries, keys, values, bias=bias, mask=mask[:, None], scale=0.7
+        )
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2, 3))):
+        one, other = (function(f)(queries, keys, values, bias) for f in (ours, wanted))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
+
+
 REAL = [7, 1, 4]
 
 
