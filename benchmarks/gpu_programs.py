@@ -31,6 +31,7 @@ from benchmarks.programs import program_of as make_program
 from catp_jax import targets
 from catp_jax.contract import run_pruners
 from catp_jax.models.frozen import freeze
+from catp_jax.plan import inputs_of
 from catp_jax.pruning import make, methods_for
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
@@ -107,14 +108,11 @@ def row_of(case: Case, target: str, size: str = "real") -> dict[str, Any]:
 
 def pruning_row(model: str, batch: int, method: str, target: str) -> dict[str, Any]:
     """What a method's scores and gathering move and compute, at half the visual tokens."""
-    case = Case(model, "prefill", batch, 50)
-    abstracted, config = abstract(case)
-    program = make_program(case, freeze(abstracted), config)
-    network, keep = freeze(abstracted), program.kept
-    pruner = make(method, keep, network.sites)
-    view = jax.eval_shape(
-        lambda network, inputs: network.front(inputs).view, network, *program.arguments
-    )
+    abstracted, config = abstract(Case(model, "prefill", batch))
+    network = freeze(abstracted)
+    inputs, visual = inputs_of(config, batch, None, TEXT)
+    pruner = make(method, visual // 2, network.sites)
+    view = jax.eval_shape(lambda network, inputs: network.front(inputs).view, network, inputs)
 
     def pruned(view: Any) -> Any:
         kept, states = run_pruners((pruner,), view)
@@ -136,8 +134,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="programs with this in their name")
     args = parser.parse_args()
     path = RESULTS / f"gpu_programs_{args.target}.json"
-    older = json.loads(path.read_text())["programs"] if path.exists() else []
-    rows = {row["program"]: row for row in older}
     todo = {case.name: (row_of, (case, args.target)) for case in CASES}
     for model, batch in ((LLAMA, 8), (OPT, 16)):
         for method in methods_for(abstract(Case(model, "prefill", 1))[0].sites):
@@ -147,8 +143,9 @@ def main() -> None:
     for name, (make_row, given) in todo.items():
         if args.only not in name:
             continue
-        rows[name] = make_row(*given)
-        row = rows[name]
+        row = make_row(*given)
+        older = json.loads(path.read_text())["programs"] if path.exists() else []
+        rows = {row["program"]: row for row in [*older, row]}
         ratio = f"{row['ratio']:7.3f} {row['ratio_whole_sums']:7.3f}" if "ratio" in row else ""
         print(
             f"{name:48s} {row['moved'] / 1e9:7.2f} GB  {row['temporaries'] / 1e9:6.3f} GB {ratio}",
@@ -165,7 +162,7 @@ def main() -> None:
             "programs": [rows[one] for one in todo if one in rows],
         }
         path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(list(rows.values())))
+    print(path.read_text())
 
 
 if __name__ == "__main__":

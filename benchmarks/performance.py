@@ -114,8 +114,8 @@ def saved() -> str:
     return (
         f"Compiled for an H100, a decode step of Llama 3.2 11B at batch 32, with images of four "
         f"tiles, goes through {gigabytes(all_['moved'])} GB of memory; with half of the visual "
-        f"tokens it is {less[0]:.0f} % less, with a quarter {less[1]:.0f} %, and that is the time "
-        f"which bandwidth takes. At batch 1 nearly all of it are weights, and half the tokens save "
+        f"tokens it is {less[0]:.0f} % less, with a quarter {less[1]:.0f} %, and so is the time "
+        f"that bandwidth takes. At batch 1 nearly all of it are weights, and half the tokens save "
         f"{single:.0f} %. The cache itself shrinks in proportion, so that larger batches fit."
     )
 

@@ -28,7 +28,7 @@ from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.instructblip import InstructBlip
 from catp_jax.models.mllama import Mllama
-from catp_jax.models.narrow import Weights
+from catp_jax.models.narrow import Weights, narrow_type
 from catp_jax.models.retrieval import Blip2Retrieval
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
@@ -116,6 +116,7 @@ class Model:
             **layers,
             "parameters": sum(array.size for array in self.network.arrays),
             "dtype": str(self.dtype),
+            **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
             "checksum": checksum.hexdigest()[:16],
         }
 

@@ -197,7 +197,6 @@ def generate(
         length_penalty=length_penalty,
         early_stopping=early_stopping,
     )
-    options.decoding(1)  # so that a number out of range is said before a model is loaded
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")

@@ -136,7 +136,7 @@ def run(
         length_penalty=length_penalty,
         min_new_tokens=min_new_tokens,
         early_stopping=early_stopping,
-    ).decoding(1)
+    )
     if prompt is not None:
         check_prompt(prompt)
     if not model.is_dir():

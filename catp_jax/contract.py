@@ -110,8 +110,8 @@ State = TypeVar("State")
 class Pruner(Protocol[State]):
     """A pruning method: pure, `(view, state) -> (reduction, state)`.
 
-    `state` is what a method carries between the calls of one generation, and what it reports: the
-    last state of every pruner is part of the output.
+    `state` is what a method reports: the last state of every pruner is part of the output. Today
+    each call begins with `start`; none is carried from one view to the next.
     """
 
     sites: ClassVar[tuple[Site, ...]]
@@ -201,10 +201,15 @@ def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
     """The pruners for a model with these sites: where one leaves its site open, it works at the
     first of its `sites` that the model has.
 
-    Raises ValueError if a pruner works where the model has no site.
+    Raises ValueError if a pruner works where the model has no site, or it itself cannot.
     """
     settled = []
     for pruner in pruners:
+        if pruner.site is not None and pruner.site not in pruner.sites:
+            raise ValueError(
+                f"{type(pruner).__name__} cannot work at site {pruner.site.name}; it can at "
+                f"{', '.join(site.name for site in pruner.sites)}"
+            )
         could = [site for site in pruner.sites if site in sites]
         site = pruner.site or (could or pruner.sites)[0]
         if site not in sites:

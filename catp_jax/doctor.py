@@ -6,6 +6,7 @@ Every check gives findings; a later one does not depend on an earlier one. What 
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -23,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
 from catp_jax import checkpoint
-from catp_jax.models.attention import xla
+from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.plan import abstract_model, find_config, shard_bytes
 from catp_jax.pruning.scores import keep_best
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
@@ -250,28 +251,43 @@ def backends(sizes: set[int]) -> Findings:
     for size in sorted(sizes):
         rng = np.random.default_rng(size)
         queries, keys, values = (
-            rng.normal(size=(2, 16, heads, size)).astype(np.float32) for heads in (4, 2, 2)
+            rng.normal(size=(2, 16, 4, size)).astype(np.float32) for _ in range(3)
         )
-        logits = np.einsum("bshd,bnhd->bhsn", queries, np.repeat(keys, 2, axis=2)) * size**-0.5
+        logits = np.einsum("bshd,bnhd->bhsn", queries, keys) * size**-0.5
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        expected = np.einsum("bhsn,bnhd->bshd", weights, np.repeat(values, 2, axis=2))
+        expected = np.einsum("bhsn,bnhd->bshd", weights, values)
         arrays = [jnp.asarray(x, jnp.bfloat16) for x in (queries, keys, values)]
-        own = np.asarray(xla(arrays[0], arrays[1], arrays[2], None), np.float32)
-        good = np.abs(own - expected).max() < 0.1
-        text = f"heads of {size} channels: XLA's kernel {'works' if good else 'is wrong'}"
+
+        def state(computed: Callable[[], jax.Array], right: np.ndarray = expected) -> str:
+            try:
+                out = np.asarray(computed(), np.float32)
+            except Exception as error:  # no such kernel, or none for this size
+                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                return f"does not work ({said})"
+            return "works" if np.abs(out - right).max() < 0.1 else "is wrong"
+
+        kernels = {"XLA's": state(functools.partial(xla, *arrays, None))}
         if jax.devices()[0].platform == "gpu":
-            text += f"; cuDNN's, which vision towers take, {_cudnn(arrays, expected)}"
-        advice = "" if good else "; report it with these versions"
-        yield Finding("ok" if good else "fail", "attention", text + advice)
-
-
-def _cudnn(arrays: list[Any], expected: np.ndarray) -> str:
-    try:
-        out = jax.nn.dot_product_attention(*arrays, implementation="cudnn")
-        return "works" if np.abs(np.asarray(out, np.float32) - expected).max() < 0.1 else "is wrong"
-    except Exception as error:  # no such kernel, or none for this size
-        return f"does not ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+            refused = cudnn_refuses(arrays[0], arrays[1])
+            all_real = jnp.full(2, 16, jnp.int32)
+            if refused:
+                kernels["cuDNN's"] = f"is not taken ({refused})"
+            else:
+                kernels["cuDNN's"] = state(functools.partial(attend, *arrays, None))
+                tiles = functools.partial(attend_padded, *arrays, all_real)
+                kernels["cuDNN's for tiles"] = state(tiles)
+        good = all(word == "works" or word.startswith("is not taken") for word in kernels.values())
+        text = ", ".join(f"{name} {word}" for name, word in kernels.items())
+        advice = (
+            ""
+            if good
+            else (
+                "; report it with these versions. catp_jax.models.attention.USE_CUDNN = False does "
+                "without cuDNN"
+            )
+        )
+        yield Finding("ok" if good else "fail", "attention", f"heads of {size}: {text}{advice}")
 
 
 def top_k() -> Findings:

@@ -106,6 +106,7 @@ def gpu_suite(out: Path, *options: str) -> dict:
     return figures
 
 
+@pytest.mark.usefixtures("with_torch")
 def test_the_gpu_suite_runs_at_toy_size_and_holds_programs_against_their_floor(tmp_path: Path):
     figures = gpu_suite(tmp_path / "results.json", "--minutes", "20")
     assert figures["not_reached"] == []
@@ -116,9 +117,9 @@ def test_the_gpu_suite_runs_at_toy_size_and_holds_programs_against_their_floor(t
     # bfloat16, two layers: products and biases, norms; the head is the embedding; the last norm
     layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
     weights = 2 * (2 * layer + 256 * 32 + 2 * 32)
-    # 32 queries, 64 text tokens, 64 new; beside keys and values there are validity and positions
+    # 32 queries, 64 text tokens, 64 new; beside keys and values: what is valid, seen, and where
     cache = 2 * (2 * 2 * 2 * (32 + 64 + 64) * 32)
-    assert weights + cache < opt["floor_bytes"] < weights + cache + 2 * 4 * (32 + 64) + 64
+    assert weights + cache < opt["floor_bytes"] < weights + cache + 2 * (96 + 5 * 64 + 8) + 64
     assert opt["flops"] == 2 * 2 * (2 * (4 * 32**2 + 2 * 32 * 64 + 2 * 160 * 32) + 256 * 32)
     seconds = max(
         opt["floor_bytes"] / figures["card"]["bandwidth"],
@@ -129,7 +130,7 @@ def test_the_gpu_suite_runs_at_toy_size_and_holds_programs_against_their_floor(t
     # a prompt's beams share its cache: a second one adds a tail alone
     beams = rows["blip2-opt-2.7b decode, batch 2, 2 beams"]["floor_bytes"]
     tails = 2 * (2 * 2 * 2 * 64 * 32)
-    assert tails <= beams - opt["floor_bytes"] < tails + 64
+    assert tails <= beams - opt["floor_bytes"] < tails + 2 * 64 * 8 + 64
     assert rows["Llama-3.2-11B-Vision decode, batch 2, 50 % kept"]["kept"] == 10
     assert rows["blip2-opt-2.7b largest"]["batch"] == 3
     assert rows["blip2-opt-2.7b, batch 2"]["token_ratio"] > 0
@@ -142,6 +143,7 @@ def test_the_gpu_suite_says_what_did_not_fit_into_its_time(tmp_path: Path):
     assert "transformers, sdpa: blip2-opt-2.7b, batch 2" in figures["not_reached"]
 
 
+@pytest.mark.usefixtures("with_torch")
 @pytest.mark.parametrize("model", ["opt", "llama"])
 def test_all_who_are_compared_give_the_same_tokens(model: str):
     command = [sys.executable, "-m", "benchmarks.vs_peers", "--size", "toy", "--model", model]

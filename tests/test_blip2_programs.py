@@ -227,7 +227,7 @@ def reference(kind: Kind, pruners: tuple[Any, ...]) -> programs.Generated:
 def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[Any, ...]):
     model, expected = random_blip2(kind), reference(kind, pruners)
     start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
-    assert difference(start.logits, expected.logits) <= 5e-6
+    assert difference(start.logits, expected.logits) <= 1e-5  # sums go another way
     logits, cache, tokens = start.logits, start.cache, []
     for _ in range(NEW):
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
@@ -263,7 +263,7 @@ def test_a_frozen_model_gives_what_the_model_gives(kind: Kind):
         freeze(random_blip2(kind)), (CATP(keep=BUDGET),), packed().inputs, new_slots=NEW
     )
     expected = whole(kind)["catp"]
-    assert difference(start.logits, expected.logits) <= 5e-6
+    assert difference(start.logits, expected.logits) <= 1e-5  # sums go another way
     jax.tree.map(np.testing.assert_array_equal, start.selection.kept, expected.selection.kept)
 
 
@@ -336,7 +336,8 @@ def test_beams_share_their_prompts_blocks_and_its_tail(case: tuple):
     cache = spread_cache(*case)
     rows = {name: leaf.shape[0] for name, leaf in vars(cache.tail).items() if name != "blocks"}
     assert rows == {"positions": 4, "seen": 12, "next_slot": 4, "next_position": 12}
-    blocks = jax.tree.leaves(replace(cache, tail=cache.tail.blocks))
+    prompts = [part for name, part in vars(cache).items() if name != "tail"]
+    blocks = jax.tree.leaves((cache.tail.blocks, prompts))
     assert {leaf.shape[0] for leaf in blocks} == {4}
 
 

@@ -163,6 +163,11 @@ def test_a_pruner_for_a_site_the_model_lacks_is_refused_by_name():
     assert "CACHE, CROSS" in message
 
 
+def test_a_pruner_at_a_site_that_it_cannot_work_at_is_refused():
+    with pytest.raises(ValueError, match="KNorm cannot work at site LAYER; it can at CROSS"):
+        settle((KNorm(keep=3, site=Site.LAYER),), frozenset(Site))
+
+
 def test_a_pruner_without_a_site_takes_the_first_that_the_model_has():
     (fastv, draw, norm) = settle(
         (FastV(keep=3), Random(keep=2), KNorm(keep=1)), frozenset({Site.CROSS})

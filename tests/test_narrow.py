@@ -12,7 +12,7 @@ import catp_jax
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.layers import Linear, linear
-from catp_jax.models.narrow import check, narrow
+from catp_jax.models.narrow import _program, check, narrow
 from catp_jax.study.tasks import easy_vqa
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
@@ -49,6 +49,26 @@ def test_a_narrow_layer_multiplies_what_its_kernel_stands_for(rows: int, has_bia
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
     half = layer(jnp.asarray(x, jnp.bfloat16)) if not has_bias else None
     assert half is None or half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("weights", STEPS)
+def test_a_narrow_layer_does_not_overflow_in_float16(weights: str):
+    layer = linear(4096, 3, ("embed", "mlp"), rngs=nnx.Rngs(0))
+    x = 30 * np.random.default_rng(1).normal(size=(2, 4096)).astype(np.float16)
+    kernel, scale = narrow(layer.kernel[...], weights)
+    wide = x.astype(np.float32) @ (np.asarray(kernel, np.float32) * np.asarray(scale))
+    layer.kernel, layer.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+    out = layer(jnp.asarray(x))
+    assert out.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(out, np.float32), wide, rtol=2e-3, atol=0.05)
+
+
+def test_kernels_of_one_shape_are_narrowed_by_one_program():
+    narrow(jnp.ones((7, 3)), "int8")
+    compiled = _program("int8", None)._cache_size()
+    for seed in range(3):
+        narrow(jnp.asarray(np.random.default_rng(seed).normal(size=(7, 3)), jnp.float32), "int8")
+    assert _program("int8", None)._cache_size() == compiled
 
 
 @pytest.mark.parametrize("mini", MINIS)

@@ -110,7 +110,8 @@ def test_readme_step_works(language: str, step: str, clone: Path):
         assert unknown(step) is None
         return
     # As a reader's shell would be: the environment's commands first, as many devices as there are.
-    # Only that XLA compiles quickly is as in conftest.py.
+    # What makes the tests quick is as in conftest.py: how XLA compiles, where programs are kept,
+    # and that no torch is found.
     bin_dir = str(Path(sys.executable).parent)
     env = os.environ | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
     env["PATH"] = bin_dir + os.pathsep + env["PATH"]

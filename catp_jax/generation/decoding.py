@@ -1,8 +1,8 @@
 """What a way of decoding offers to the one loop: greedy, sampling and beam search are cases of it.
 
-start(batch)               a state without tokens
-advance(logits, state)     one token more for every row, and which row each went on from
-answers(state)             the tokens, once the loop has ended
+start(batch, stop)             a state without tokens
+advance(logits, state, stop)   one token more for every row, and which row each went on from
+answers(state)                 the tokens, once the loop has ended
 """
 
 from typing import Any, Protocol, runtime_checkable

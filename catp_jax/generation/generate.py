@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners, settle
 from catp_jax.generation.decoding import Decoding, Stop
-from catp_jax.struct import pytree, replace
+from catp_jax.struct import pytree, replace, static
 
 
 @runtime_checkable
@@ -53,8 +53,11 @@ class Selection:
 
 @pytree
 class Prefilled:
-    """A prompt's result: logits of the next token, and the cache to go on with."""
+    """A prompt's result: logits of the next token, and the cache to go on with, which has room for
+    `new_slots` tokens of each row.
+    """
 
+    new_slots: int = static()
     logits: Float[Array, "b vocab"]
     cache: Any
     selection: Selection
@@ -131,7 +134,7 @@ def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: i
     keep = None if front.view is None else select(front.view)
     logits, cache = model.back(front, keep, select, new_slots)
     select.check()
-    return Prefilled(logits=logits, cache=cache, selection=select.selection)
+    return Prefilled(new_slots=new_slots, logits=logits, cache=cache, selection=select.selection)
 
 
 @pytree
@@ -146,7 +149,15 @@ class Carry:
 
 
 def begin(start: Prefilled, decoding: Decoding, stop: Stop) -> Carry:
-    """The loop after the first token."""
+    """The loop after the first token.
+
+    Raises ValueError if the cache has too little room for `stop.max_new_tokens`.
+    """
+    if start.new_slots < stop.max_new_tokens - 1:  # the last one is not fed back
+        raise ValueError(
+            f"the cache has room for {start.new_slots} new tokens of a row, and max_new_tokens is "
+            f"{stop.max_new_tokens}; give prefill new_slots={stop.max_new_tokens}"
+        )
     batch, rows = start.logits.shape[0], decoding.rows
     logits, cache = start.logits, start.cache
     if rows > 1:
@@ -206,7 +217,10 @@ def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int
 def step(
     model: Prefillable, tokens: Int[Array, " b"], cache: Any
 ) -> tuple[Float[Array, "b vocab"], Any]:
-    """One more token for every sample. `cache` is consumed: use the returned one."""
+    """One more token for every sample. `cache` is consumed: use the returned one.
+
+    It can be called as often as the prefill had `new_slots`; after that, tokens overwrite others.
+    """
     return model.step(tokens, cache)
 
 
@@ -245,5 +259,7 @@ def go_on(
     select = Selector(pruners, model.sites, selection)
     logits, cache = model.back(front, keep, select, stop.max_new_tokens)
     select.check()
-    start = Prefilled(logits=logits, cache=cache, selection=select.selection)
+    start = Prefilled(
+        new_slots=stop.max_new_tokens, logits=logits, cache=cache, selection=select.selection
+    )
     return decode(model, start, decoding, stop)

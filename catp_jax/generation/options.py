@@ -1,6 +1,7 @@
 """How to generate, as a user says it: one record of plain numbers that checks itself."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from catp_jax.generation.beam import EarlyStopping, beams
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.generation.sampling import sampling
+
+WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,34 +36,49 @@ class Options:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
+        for name in WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name} is a whole number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
-        if self.num_beams != 1 and (self.temperature > 0 or self.top_k > 0 or self.top_p < 1):
+        self._decoding(1, 0)  # which checks the rest
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is at most max_new_tokens ({self.max_new_tokens}), got "
+                f"{self.min_new_tokens}"
+            )
+        if self.num_beams > 1 and (self.temperature > 0 or self.top_k > 0 or self.top_p < 1):
             raise ValueError(
                 "beam search draws nothing: give num_beams or a temperature (with top_k, top_p), "
                 "not both"
             )
+        if self.num_beams == 1 and (self.length_penalty, self.early_stopping) != (1, "heuristic"):
+            raise ValueError("length_penalty and early_stopping want num_beams of 2 or more")
 
     def decoding(self, prompts: int) -> Decoding:
-        """What chooses the tokens of so many prompts."""
+        """What chooses the tokens of so many prompts. Raises ValueError if seeds are not theirs."""
+        return self._decoding(prompts, self.seed)
+
+    def _decoding(self, prompts: int, seed: int | Sequence[int]) -> Decoding:
+        is_search = self.num_beams != 1
         search = beams(
             self.num_beams,
             length_penalty=self.length_penalty,
             min_new_tokens=self.min_new_tokens,
             early_stopping=self.early_stopping,
-            answers=1 if self.num_beams == 1 else self.num_return_sequences,
+            answers=self.num_return_sequences if is_search else 1,
         )
-        if self.num_beams > 1:
-            return search
-        return sampling(
+        choice = sampling(
             prompts,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            seed=self.seed,
+            seed=seed,
             min_new_tokens=self.min_new_tokens,
-            answers=self.num_return_sequences,
+            answers=1 if is_search else self.num_return_sequences,
         )
+        return search if is_search else choice
 
     def stop(self, ends: Sequence[int], pad: int) -> Stop:
         """When answers end, for a model with these tokens."""

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+USE_CUDNN = True
+"""False, before a program is compiled: XLA computes all attention."""
+
 LOGITS_AT_ONCE = 2**27
 """Attention logits that exist at one time (512 MiB in float32); more rows go block by block."""
 
@@ -157,7 +160,8 @@ def _cudnn_padded(queries: Array, keys: Array, values: Array, real: Array) -> Ar
     size = queries.shape[1]
     # the kernel stops early at the last row that is wanted, so padding comes first in the second
     # call; lengths of nothing are not asked for
-    everything, at_least = jnp.full_like(real, size), jnp.maximum(real, 1)
+    everything = jnp.maximum(real, size)  # split over devices as `real` is, which a constant is not
+    at_least = jnp.maximum(real, 1)
     seen = cudnn(queries, keys, values, at_least, everything)
     padding = cudnn(queries[:, ::-1], keys, values, jnp.maximum(size - real, 1), at_least)
     is_real = jnp.arange(size, dtype=jnp.int32)[None] < real[:, None]
@@ -166,6 +170,8 @@ def _cudnn_padded(queries: Array, keys: Array, values: Array, real: Array) -> Ar
 
 def cudnn_refuses(queries: Float[Array, "b s h d"], keys: Float[Array, "b n kv d"]) -> str | None:
     """Why cuDNN does not compute this attention; None: it does, on a GPU."""
+    if not USE_CUDNN:
+        return "USE_CUDNN is False"
     if queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its numbers have 16 bits, these are {queries.dtype}"
     if queries.shape[2] != keys.shape[2]:

@@ -225,6 +225,9 @@ class Tail:
     """Where new tokens go, one block a layer. The rows of a prompt (its beams, its samples) share
     its blocks: each step takes a slot for every row.
 
+    A step's logits are over the slots of all rows of a prompt, so many samples of long answers are
+    better asked for in several calls.
+
     `positions` says where in its answer a slot's token stands; `seen` which slots a row sees, those
     that its own answer wrote. When a row goes on from another one, nothing moves but `seen`. The
     next token of a row stands at `next_position`; those of a prompt are written from its

@@ -57,8 +57,10 @@ class Linear(nnx.Linear):
         return product(super().__call__ if self.kernel_scale is None else self._widened, inputs)
 
     def _widened(self, inputs: Array) -> Array:
-        out = inputs @ self.kernel[...].astype(inputs.dtype)
-        out = out * _last_axis(self.kernel_scale, out).astype(inputs.dtype)
+        # float32 until it is scaled: float16 would overflow
+        kernel = self.kernel[...].astype(inputs.dtype)
+        out = jnp.matmul(inputs, kernel, preferred_element_type=jnp.float32)
+        out = (out * _last_axis(self.kernel_scale, out)).astype(inputs.dtype)
         return out if self.bias is None else out + _last_axis(self.bias, out)
 
 

@@ -8,7 +8,8 @@ model's layers are narrowed: what a step reads. Its head, embeddings, norms, and
 images (vision tower, Q-Former, projections) stay as they are.
 """
 
-from functools import partial
+import functools
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import jax
@@ -44,7 +45,12 @@ def narrow(
     if isinstance(kernel.sharding, NamedSharding):
         spec = PartitionSpec(*(*kernel.sharding.spec, None, None)[1:2])
         out = (kernel.sharding, NamedSharding(kernel.sharding.mesh, spec))
-    return jax.jit(partial(_narrow, weights=weights), out_shardings=out)(kernel)
+    return _program(weights, out)(kernel)
+
+
+@functools.cache
+def _program(weights: Weights, out: Any) -> Any:
+    return jax.jit(functools.partial(_narrow, weights=weights), out_shardings=out)
 
 
 def _narrow(kernel: Array, weights: Weights) -> tuple[Array, Array]:
@@ -59,6 +65,12 @@ def is_narrowed(parameter: str) -> bool:
     """Whether a parameter, by its name, is a kernel that is narrowed."""
     *path, last = parameter.split(".")
     return last == "kernel" and path[0] == "language_model" and path[-1] != "lm_head"
+
+
+def narrow_type(arrays: Iterable[Any]) -> str | None:
+    """What kind of narrow weights are among a model's arrays; None: there are none."""
+    kinds = {str(jnp.dtype(DTYPES[name])): name for name in DTYPES}
+    return next((kinds[str(x.dtype)] for x in arrays if str(x.dtype) in kinds), None)
 
 
 def with_scales(model: Any, weights: Weights) -> Any:

@@ -3,6 +3,7 @@
 prune=["catp:layers=first", "fastv"], keep=["50%", 8]
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
     Raises ValueError if their numbers differ, and for what `make` or `budget.parse` refuse.
     """
     specs = [] if prune is None else [prune] if isinstance(prune, str) else [*prune]
-    budgets = [] if keep is None else [keep] if isinstance(keep, int | str) else [*keep]
+    budgets: list[Any] = [keep] if isinstance(keep, str) else []
+    if keep is not None and not budgets:
+        budgets = [*keep] if isinstance(keep, Sequence) else [keep]
+    budgets = [int(some) if isinstance(some, numbers.Integral) else some for some in budgets]
     if len(specs) != len(budgets):
         raise ValueError(
             f"each method to prune by wants its budget to keep: got {len(specs)} methods and "
@@ -32,6 +36,8 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
         )
     for spec, some in zip(specs, budgets, strict=True):
         make(spec, None if some == AUTO else 1, frozenset(Site))
+        if not isinstance(some, int | str):
+            raise ValueError(f"{budget.WANTED}; got {some!r}")
         if some != AUTO:
             budget.parse(some)
     return tuple(zip(specs, budgets, strict=True))
@@ -40,7 +46,7 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
 def limits(methods: Named, available: int) -> list[int]:
     """How many of its visual tokens a prompt keeps, by each method in turn.
 
-    Raises ValueError if it has fewer than a count asks for.
+    Raises ValueError if it has some, and fewer than a count asks for.
     """
     found = []
     for _, keep in methods:

@@ -381,9 +381,12 @@ class _Sweep:
             return ()
         methods, most = ((setting.method, setting.keep or ""),), max(packed.available)
         try:
-            (pruner,) = named.pruners(methods, packed.available, most, self.model.sites)
+            made = named.pruners(methods, packed.available, most, self.model.sites)
         except ValueError as error:
             raise ValueError(f"{setting.method}: {error}") from None
+        if not made:  # no prompt has an image
+            return ()
+        (pruner,) = made
         if hasattr(pruner, "seed") and batch is not None:
             first = pruner.seed + self.conditions.seed + batch * self.conditions.batch
             rows = np.arange(len(packed.available), dtype=np.uint32)

@@ -156,6 +156,14 @@ def test_prefill_and_steps_follow_the_same_script(new: int):
     assert jnp.stack(tokens).tolist() == script.script[:new].tolist()
 
 
+def test_a_cache_with_too_little_room_is_refused():
+    model, how = scripted([[1, 2]], 9), sampling(2)
+    start = programs.prefill(model, (), None, new_slots=3)
+    programs.begin(start, how, stopped(4))  # the last token takes no slot
+    with pytest.raises(ValueError, match=r"room for 3 new tokens .* give prefill new_slots=5"):
+        programs.begin(start, how, stopped(5))
+
+
 def test_single_steps_are_the_loop_one_token_at_a_time():
     rows = [[1, 2, END], [3, 8, 4], [END, 5, 6], [9, 9, 9]]
     model, how, stop = scripted(rows), sampling(3), stopped(6)

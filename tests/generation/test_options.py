@@ -1,0 +1,69 @@
+"""What a user asks of a generation: numbers out of range and what excludes each other."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+from catp_jax.generation.beam import Beams
+from catp_jax.generation.options import Options
+from catp_jax.generation.sampling import Sampling
+from catp_jax.pruning import named as by_name
+
+# as a user calls them, without our checks of types
+unchecked: Any = inspect.unwrap(Options)
+limits, named = inspect.unwrap(by_name.limits), inspect.unwrap(by_name.named)
+
+
+def test_defaults_are_greedy():
+    how = Options().decoding(3)
+    assert isinstance(how, Sampling)
+    assert (how.is_greedy, how.rows, how.seeds.tolist()) == (True, 1, [0, 1, 2])
+
+
+def test_beams_and_samples_have_rows_of_their_own():
+    search = Options(num_beams=4, num_return_sequences=2, length_penalty=0.0).decoding(3)
+    assert isinstance(search, Beams)
+    assert (search.rows, search.num_answers) == (4, 2)
+    samples = Options(num_return_sequences=2, temperature=1.0, seed=5).decoding(3)
+    assert (samples.rows, samples.seeds.tolist()) == (2, [5, 6, 7, 8, 9, 10])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is a whole number, got 2.5"),
+        ({"num_beams": 2.0}, "num_beams is a whole number"),
+        ({"num_beams": 0, "temperature": 1.0}, "num_beams is at least 1"),
+        ({"num_return_sequences": True}, "num_return_sequences is a whole number"),
+        ({"num_return_sequences": 0}, "at least 1 answer"),
+        ({"num_return_sequences": 2}, "2 greedy answers to a prompt would be the same"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "2 beams find 1 to 2 answers"),
+        ({"min_new_tokens": 9, "max_new_tokens": 2}, r"at most max_new_tokens \(2\), got 9"),
+        ({"temperature": -1.0}, "temperature is 0"),
+        ({"top_k": -1}, "top_k is a number of tokens"),
+        ({"num_beams": 2, "top_p": 0.5}, "beam search draws nothing"),
+        ({"length_penalty": 0.5}, "want num_beams of 2 or more"),
+        ({"early_stopping": "first"}, "want num_beams of 2 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_as_they_are_made(given: dict, says: str):
+    with pytest.raises(ValueError, match=says):
+        unchecked(**given)
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [(0.5, "a percentage such as 50%; got 0.5"), ([0.5], "got 0.5"), (-1, "got -1"), ([], "got 1")],
+)
+def test_budgets_that_cannot_be_are_refused(keep: Any, says: str):
+    with pytest.raises(ValueError, match=says):
+        named("fastv", keep)
+
+
+def test_counts_may_be_numpys():
+    assert limits(named("fastv", np.int64(8)), 32) == [8]
+    assert limits(named(["l2", "fastv"], ["50%", 3]), 9) == [5, 3]
+    assert limits(named("fastv", 8), 0) == [0]
