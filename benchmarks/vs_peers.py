@@ -50,6 +50,7 @@ from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2Inputs
 from catp_jax.models.frozen import freeze
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.targets.products import matrix_flops
 
 SIZES = ("toy", "base", "real")
 PROMPT = 16  # tokens
@@ -202,7 +203,7 @@ def ours(
         return np.asarray(generate(network, (), given, decoding, stop).tokens)
 
     traced = prefill.trace(network, (), given, new_slots=0)
-    return run, float(programs.flops_of(traced)), read
+    return run, float(matrix_flops(traced)), read
 
 
 def agreement(runs: dict[str, Run], new: int) -> dict[str, float]:

@@ -182,7 +182,8 @@ def test_fastv_works_between_opt_layers_that_exist():
         model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=depth)])
 
 
-def test_methods_by_name_are_those_by_class(model, questions):
+def test_methods_by_name_are_those_by_class(questions):
+    model = catp_jax.load(ASSETS / "mini-blip2-opt")
     images, prompts = [q.image for q in questions[:3]], [q.question for q in questions[:3]]
     options = {"max_new_tokens": 2}
     by_name = model.generate(images, prompts, prune="catp:layers=first", keep="25%", **options)
