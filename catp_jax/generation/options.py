@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from catp_jax.generation.beam import EarlyStopping, beams
+from catp_jax.generation.beam import Beams, EarlyStopping, beams
 from catp_jax.generation.decoding import Decoding, Stop
-from catp_jax.generation.sampling import sampling
+from catp_jax.generation.sampling import Sampling, sampling
 
 WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences")
 
@@ -42,7 +42,9 @@ class Options:
                 raise ValueError(f"{name} is a whole number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
-        self._decoding(1, 0)  # which checks the rest
+        # the rest is checked as it is made
+        self._search()
+        self._choice(1, 0)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is at most max_new_tokens ({self.max_new_tokens}), got "
@@ -58,27 +60,27 @@ class Options:
 
     def decoding(self, prompts: int) -> Decoding:
         """What chooses the tokens of so many prompts. Raises ValueError if seeds are not theirs."""
-        return self._decoding(prompts, self.seed)
+        return self._search() if self.num_beams > 1 else self._choice(prompts, self.seed)
 
-    def _decoding(self, prompts: int, seed: int | Sequence[int]) -> Decoding:
-        is_search = self.num_beams != 1
-        search = beams(
+    def _search(self) -> Beams:
+        return beams(
             self.num_beams,
             length_penalty=self.length_penalty,
             min_new_tokens=self.min_new_tokens,
             early_stopping=self.early_stopping,
-            answers=self.num_return_sequences if is_search else 1,
+            answers=1 if self.num_beams == 1 else self.num_return_sequences,
         )
-        choice = sampling(
+
+    def _choice(self, prompts: int, seed: int | Sequence[int]) -> Sampling:
+        return sampling(
             prompts,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=seed,
             min_new_tokens=self.min_new_tokens,
-            answers=1 if is_search else self.num_return_sequences,
+            answers=1 if self.num_beams > 1 else self.num_return_sequences,
         )
-        return search if is_search else choice
 
     def stop(self, ends: Sequence[int], pad: int) -> Stop:
         """When answers end, for a model with these tokens."""
