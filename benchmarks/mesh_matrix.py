@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from catp_jax.contract import keep_all
 from catp_jax.generation import generate as programs
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import make
@@ -52,7 +53,7 @@ def answer(network: Any, every: Any, batch: Any, length: int) -> Any:
         logits, cache, tokens = start.logits, start.cache, []
         for _ in range(length):
             tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-            logits, cache = network.step(tokens[-1], cache)
+            logits, cache = network.step(tokens[-1], cache, keep_all)
         out.append((jnp.stack(tokens, axis=1), start.logits))
     return out
 

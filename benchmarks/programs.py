@@ -226,7 +226,7 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
     if case.what == "step":
 
         def step(network: Any, carry: Any, decoding: Any, stop: Any) -> Any:
-            return programs.advance(network, carry, decoding, stop)
+            return programs.advance(network, pruners, carry, decoding, stop)
 
         function = jax.jit(step, donate_argnames=("carry",))
         return Program(function, (carry, decoding, stop), visual, kept, cache, 1)

@@ -96,7 +96,7 @@ def ratio(some: list[float], base: list[float]) -> float:
 @jax.jit
 def language_model(network: Frozen, front: Any, keep: Keep | None) -> Any:
     """The prefill from the Q-Former's output on."""
-    return network.back(front, keep, lambda view: None, 0)[0]
+    return network.back(front, programs.Selector((), network.sites, chosen=keep), 0)[0]
 
 
 @jax.jit

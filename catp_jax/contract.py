@@ -8,7 +8,7 @@ Numbers that fix a shape are static and counted in entries (`keep`), learned arr
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax.numpy as jnp
@@ -23,9 +23,12 @@ class Site(enum.Enum):
     ENTRY = "visual tokens on their way into the language model"
     CROSS = "visual features at the first cross-attention layer"
     LAYER = "the token sequence between two decoder layers"
-    CACHE = "one layer's cache, once the prompt is in"
-    WRITE = "the cache slot that one new token goes to"
-    READ = "what one decode step reads of one layer's cache"
+    CACHE = "one layer's keys and values of the prompt, before they are cached"
+    READ = "what a decode step reads of one layer's prompt"
+
+
+BY_LAYER = (Site.CACHE, Site.READ)
+"""Sites that every layer has: a method is asked for each, and keeps a state for each."""
 
 
 @pytree
@@ -62,38 +65,56 @@ class Evidence:
 class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
-    The axis to prune (`n`) holds visual tokens and, at site LAYER, text tokens after them, which
-    always stay. `numbers` counts a sample's visual tokens before any pruning, -1 for text; at most
-    the first `num_visual` entries are visual.
+    The axis to prune (`n`) holds visual tokens and, after them, the text tokens that the layer
+    reads as well. `numbers` counts a sample's visual tokens before any pruning, -1 for text; at
+    most the first `num_visual` entries are visual.
 
     `attention` and `values` are those of the layer whose attention is the evidence: at LAYER the
-    one before, the number of which is `layer - 1`. At ENTRY there is none yet, but `evidence`.
+    one before, the number of which is `layer - 1`. At ENTRY there is none yet, but `evidence`. Rows
+    are the prompt's; at READ the new tokens of a prompt's answers, which share what is read.
     `sees` is False in every row that is text padding; a column is `valid` if it holds a token that
-    some row sees.
+    some row sees, and in a cache one that new tokens read. `tokens` are not shown there, and what
+    is valid may differ from head to head (`kv`), if a method kept it so.
     """
 
     site: Site = static()
     layer: int = static()
     num_visual: int = static()
-    tokens: Float[Array, "b n d"]
+    tokens: Float[Array, "b n d"] | None
     attention: Attention | None
     values: Float[Array, "b n kv dk"] | None
     evidence: Evidence | None
-    numbers: Int[Array, "b n"]
-    valid: Bool[Array, "b n"]
-    sees: Bool[Array, "b s n"]
+    numbers: Int[Array, "b n"] | Int[Array, "b kv n"]
+    valid: Bool[Array, "b n"] | Bool[Array, "b kv n"]
+    sees: Bool[Array, "b s n"] | Bool[Array, "b kv s n"]
 
 
 @pytree
 class Keep:
-    """Selection: output entry `j` is input entry `indices[:, j]`; where not `valid` it is empty."""
+    """Selection: output entry `j` is input entry `indices[:, j]`; where not `valid` it is empty.
 
-    indices: Int[Array, "b k"]
-    valid: Bool[Array, "b k"]
+    At CACHE each key-value head may keep entries of its own.
+    """
+
+    indices: Int[Array, "b k"] | Int[Array, "b kv k"]
+    valid: Bool[Array, "b k"] | Bool[Array, "b kv k"]
+
+    @property
+    def is_by_head(self) -> bool:
+        """Whether each key-value head keeps entries of its own."""
+        return self.indices.ndim == 3
 
     def apply(self, array: Array) -> Array:
-        """Reduces axis 1 of `array` [b, n, …] to [b, k, …]."""
-        indices = self.indices.reshape(self.indices.shape + (1,) * (array.ndim - 2))
+        """Reduces axis 1 of `array` [b, n, …] to [b, k, …]; by head [b, n, kv, …] to [b, k, kv, …],
+        and [b, n], which all heads have in common, to [b, kv, k].
+        """
+        if not self.is_by_head:
+            indices = self.indices
+        elif array.ndim == 2:
+            return jnp.take_along_axis(array[:, None], self.indices, axis=2)
+        else:
+            indices = jnp.swapaxes(self.indices, 1, 2)
+        indices = indices.reshape(indices.shape + (1,) * (array.ndim - indices.ndim))
         return jnp.take_along_axis(array, indices, axis=1)
 
 
@@ -110,8 +131,9 @@ State = TypeVar("State")
 class Pruner(Protocol[State]):
     """A pruning method: pure, `(view, state) -> (reduction, state)`.
 
-    `state` is what a method reports: the last state of every pruner is part of the output. Today
-    each call begins with `start`; none is carried from one view to the next.
+    `state` is what a method remembers and reports: the last one of every pruner is part of the
+    output. At sites that every layer has, there is one for each layer, carried from step to step;
+    all its leaves are arrays. At READ it starts with what the layer shows at CACHE.
     """
 
     sites: ClassVar[tuple[Site, ...]]
@@ -129,7 +151,9 @@ class Pruner(Protocol[State]):
         """The state before the first call."""
         ...
 
-    def __call__(self, view: View, state: State) -> tuple[Reduction, State]: ...
+    def __call__(self, view: View, state: State) -> tuple[Reduction, State]:
+        """What stays, of a sample with valid entries at least one; and the new state."""
+        ...
 
 
 Pruners = tuple[Any, ...]
@@ -146,7 +170,7 @@ def reduce_view(view: View, keep: Keep) -> View:
         site=view.site,
         layer=view.layer,
         num_visual=view.num_visual - dropped,
-        tokens=keep.apply(view.tokens),
+        tokens=None if view.tokens is None else keep.apply(view.tokens),
         attention=attention,
         values=None if view.values is None else keep.apply(view.values),
         evidence=view.evidence,
@@ -170,8 +194,13 @@ def chain(first: Keep, then: Keep) -> Keep:
     )
 
 
-Select = Callable[[View], Keep | None]
-"""What a model calls with every view that it shows; None: nothing is pruned there."""
+Select = Callable[[View | None], Keep | None]
+"""What a model calls with every view that it shows, None where it has nothing to show; None in
+return: nothing is pruned there."""
+
+
+def keep_all(view: View | None) -> None:
+    """A `Select` that prunes nowhere."""
 
 
 def is_at(pruner: Any, view: View) -> bool:
@@ -181,20 +210,27 @@ def is_at(pruner: Any, view: View) -> bool:
     )
 
 
-def run_pruners(pruners: Pruners, view: View) -> tuple[Keep | None, tuple[Any, ...]]:
-    """Runs the given pruners on one view.
+def run_pruners(
+    pruners: Pruners, view: View, states: Sequence[Any] | None = None
+) -> tuple[Keep | None, tuple[Any, ...]]:
+    """Runs the given pruners on one view, from their `states` (None: from the start).
 
-    Returns the selection in terms of `view`'s entries (None if nothing was pruned) and the state of
-    every pruner.
+    Returns the selection in terms of `view`'s entries (None if nothing was pruned) and the new
+    state of every pruner. Raises ValueError if one follows another that keeps entries by head.
     """
-    kept, states = None, []
-    for pruner in pruners:
-        reduction, state = pruner(view, pruner.start(view))
-        states.append(state)
-        if reduction.tokens is not None:
-            view = reduce_view(view, reduction.tokens)
-            kept = reduction.tokens if kept is None else chain(kept, reduction.tokens)
-    return kept, tuple(states)
+    kept, after = None, []
+    for number, pruner in enumerate(pruners):
+        if view.valid.ndim == 3 or (kept is not None and kept.is_by_head):
+            raise ValueError(
+                f"{type(pruner).__name__} cannot follow a method that keeps other tokens for each "
+                "head; let it come first, or leave one out"
+            )
+        reduction, state = pruner(view, pruner.start(view) if states is None else states[number])
+        after.append(state)
+        if (keep := reduction.tokens) is not None:
+            view = view if keep.is_by_head else reduce_view(view, keep)
+            kept = keep if kept is None else chain(kept, keep)
+    return kept, tuple(after)
 
 
 def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:

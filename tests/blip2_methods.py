@@ -86,7 +86,7 @@ def at_entry(
             (),
             front,
             kept,
-            programs.Selection(kept=kept, states=()),
+            programs.Selection(kept=kept, cached={}, states=()),
             sampling(inputs.tokens.shape[0]),
             Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )
@@ -132,9 +132,10 @@ def layer_view(model: Blip2, inputs: Blip2Inputs, layer: int) -> View:
     seen = {}
 
     def select(view: View) -> None:
-        seen[view.layer] = view
+        if view.site is Site.LAYER:
+            seen[view.layer] = view
 
-    model.back(model.front(inputs), None, select, 1)
+    model.back(model.front(inputs), select, 1)
     return seen[layer]
 
 

@@ -16,6 +16,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.models import opt, qformer, t5, vit
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
 from catp_jax.pruning import CATP, L2Norm, Position, SelfAttention
+from catp_jax.struct import replace
 from tests.blip2_methods import AT_ENTRY, fastv
 from tests.random_blip2 import (
     CROSS_LAYERS,
@@ -53,7 +54,8 @@ def gather_flops(kind: Kind, keep: int) -> float:
     """A prefill that keeps entries somebody else chose."""
 
     def run(model: Blip2, inputs: Blip2Inputs, kept: Keep) -> Any:
-        return model.back(model.front(inputs), kept, lambda view: None, 0)
+        front = replace(model.front(inputs), view=None)
+        return model.back(front, programs.Selector((), model.sites, chosen=kept), 0)
 
     indices = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (BATCH, keep))
     kept = Keep(indices=indices, valid=jnp.ones((BATCH, keep), bool))

@@ -17,7 +17,6 @@ from catp_jax.generation.beam import beams
 from catp_jax.generation.blip2_inputs import pack
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
-from catp_jax.models.blip2 import Blip2
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
 from catp_jax.pruning.scores import Scored, keep_best
@@ -231,7 +230,7 @@ def test_prefill_and_steps_give_what_generate_gives(kind: Kind, pruners: tuple[A
     logits, cache, tokens = start.logits, start.cache, []
     for _ in range(NEW):
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        logits, cache = programs.step(model, tokens[-1], cache)
+        logits, cache, _ = programs.step(model, (), tokens[-1], cache)
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), expected.tokens)
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     if kind == "t5":
@@ -249,11 +248,11 @@ def test_step_reuses_the_memory_of_the_cache(kind: Kind, pruners: tuple[Any, ...
     model = random_blip2(kind)
     start = programs.prefill(model, pruners, packed().inputs, new_slots=NEW)
     token = jnp.zeros(4, jnp.int32)
-    text = programs.step.lower(model, token, start.cache).compile().as_text()
+    text = programs.step.lower(model, (), token, start.cache).compile().as_text()
     header = next(line for line in text.splitlines() if "input_output_alias" in line)
     buffers = jax.tree.leaves(start.cache)
     assert header.count("alias)") == len(buffers)
-    programs.step(model, token, start.cache)
+    programs.step(model, (), token, start.cache)
     assert all(buffer.is_deleted() for buffer in buffers)
 
 
@@ -312,7 +311,7 @@ def spread_cache(kind: Kind, is_pruned_inside: bool = False) -> Any:
     cache = cache.spread(3)
     for step in range(2):
         tokens = (jnp.arange(12, dtype=jnp.int32) * 3 + step) % 47
-        _, cache = jax.jit(Blip2.step)(model, tokens, cache)
+        _, cache, _ = programs.step(model, (), tokens, cache)
     return cache
 
 

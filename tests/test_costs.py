@@ -19,6 +19,7 @@ from catp_jax.generation.mllama_inputs import pack
 from catp_jax.models import cross_decoder, tiled_vit
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.struct import replace
 from tests.random_mllama import CONFIG, IMAGE, PER_TILE, TEXT, picture, random_mllama
 
 BATCH, ROWS, COLUMNS, KEEP = 2, 96, 4 * PER_TILE, 8
@@ -60,7 +61,8 @@ def gather_flops(keep: int) -> float:
     """A prefill that keeps entries somebody else chose."""
 
     def run(model: Mllama, inputs: Inputs, kept: Keep) -> Any:
-        return model.back(model.front(inputs), kept, lambda view: None, 0)
+        front = replace(model.front(inputs), view=None)
+        return model.back(front, programs.Selector((), model.sites, chosen=kept), 0)
 
     indices = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (BATCH, keep))
     kept = Keep(indices=indices, valid=jnp.ones((BATCH, keep), bool))
@@ -128,14 +130,14 @@ def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
         random_mllama(),
         inputs(),
     )
-    assert len(out.cache.cross.blocks) == len(TEXT.cross_attention_layers)
-    own, cross, tail = out.cache.own, out.cache.cross, out.cache.tail
+    assert len(out.cache.cross[0].blocks) == len(TEXT.cross_attention_layers)
+    (own,), (cross,), tail = out.cache.own, out.cache.cross, out.cache.tail
     depth = TEXT.num_hidden_layers - len(TEXT.cross_attention_layers)
     assert len(own.blocks) == len(tail.blocks) == depth
     for part, slots in ((own, ROWS), (tail, 5), (cross, keep)):
         for layer in part.blocks:
             assert layer.keys.shape == layer.values.shape == (BATCH, KV_HEADS, slots, CHANNELS)
-    assert out.cache.seen.shape == cross.valid.shape == (BATCH, keep)
+    assert cross.numbers.shape == cross.valid.shape == (BATCH, keep)
 
 
 def test_only_trimmed_llama_computes_attention_weights_beside_the_models_own(monkeypatch):

@@ -112,25 +112,25 @@ def test_prefill_and_steps_give_what_generate_gives():
     logits, cache, tokens = start.logits, start.cache, []
     for _ in range(NEW):
         tokens.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
-        logits, cache = programs.step(model, tokens[-1], cache)
+        logits, cache, _ = programs.step(model, (), tokens[-1], cache)
     np.testing.assert_array_equal(jnp.stack(tokens, axis=1), reference.tokens)
     assert cache.tail.next_slot.tolist() == [NEW] * 5
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     assert cache.tail.next_position.tolist() == lengths
-    assert cache.own.valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
+    assert cache.own[0].valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
 
 
 def test_step_reuses_the_memory_of_the_cache():
     model, batch = random_mllama(), packed()
     start = programs.prefill(model, (KNorm(keep=BUDGET),), batch.inputs, new_slots=NEW)
     token = jnp.zeros(5, jnp.int32)
-    text = programs.step.lower(model, token, start.cache).compile().as_text()
+    text = programs.step.lower(model, (), token, start.cache).compile().as_text()
     header = next(line for line in text.splitlines() if "input_output_alias" in line)
     aliases = header.count("alias)")
     buffers = jax.tree.leaves(start.cache)
     assert aliases == len(buffers)
 
-    programs.step(model, token, start.cache)
+    programs.step(model, (), token, start.cache)
     assert all(buffer.is_deleted() for buffer in buffers)
     with pytest.raises(Exception, match="deleted"):
         start.cache.tail.blocks[0].keys + 1.0
@@ -209,8 +209,8 @@ def test_several_samples_of_a_prompt_share_its_cache_and_are_those_of_as_many_pr
     assert {
         block.keys.shape[0]
         for block in (
-            *carry.cache.cross.blocks,
-            *carry.cache.own.blocks,
+            *carry.cache.cross[0].blocks,
+            *carry.cache.own[0].blocks,
             *carry.cache.tail.blocks,
         )
     } == {5}
@@ -282,14 +282,14 @@ def test_steady_state_of_prefill_step_and_look_compiles_nothing():
         model, (TrimmedLlama(keep=None, k_ratio=0.1),), packed().inputs
     )
     start = programs.prefill(model, (KNorm(keep=BUDGET),), packed().inputs, new_slots=NEW)
-    programs.step(model, jnp.zeros(5, jnp.int32), start.cache)
+    programs.step(model, (), jnp.zeros(5, jnp.int32), start.cache)
     sizes = [f._cache_size() for f in (programs.look, programs.prefill, programs.step)]
     for order in ([3, 1, 1, 0, 2], [1, 3, 3, 4, 4]):
         other = packed(order)
         programs.look(model, (TrimmedLlama(keep=None, k_ratio=0.7),), other.inputs)
         cache = programs.prefill(model, (KNorm(keep=BUDGET),), other.inputs, new_slots=NEW).cache
         for _ in range(3):
-            _, cache = programs.step(model, jnp.ones(5, jnp.int32), cache)
+            _, cache, _ = programs.step(model, (), jnp.ones(5, jnp.int32), cache)
     assert sizes == [f._cache_size() for f in (programs.look, programs.prefill, programs.step)]
 
 

@@ -19,7 +19,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Pruners, Select, Site, View, is_at, run_pruners, settle
+from catp_jax.contract import (
+    BY_LAYER,
+    Keep,
+    Pruners,
+    Select,
+    Site,
+    View,
+    is_at,
+    run_pruners,
+    settle,
+)
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.struct import pytree, replace, static
 
@@ -28,27 +38,35 @@ from catp_jax.struct import pytree, replace, static
 class Prefillable(Protocol):
     """What a model offers: a prefill cut where it is first pruned, and a step.
 
-    `front` returns something with a `view`, None if there is nothing to prune. `back` shows the
-    views that come after it to `select`, and prunes as it says. `sites` says where views come from.
+    `front` returns something with a `view`, None if there is nothing to prune. `back` shows it and
+    all further views to `select`, and `step` its own, and both prune as it says. `sites` says where
+    views come from.
     """
 
     @property
     def sites(self) -> frozenset[Site]: ...
     def front(self, inputs: Any) -> Any: ...
-    def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any: ...
-    def step(self, tokens: Int[Array, " b"], cache: Any) -> Any: ...
+    def back(self, front: Any, select: Select, new_slots: int) -> Any: ...
+    def step(self, tokens: Int[Array, " r"], cache: Any, select: Select) -> Any: ...
 
 
 @pytree
 class Selection:
-    """What pruning left: `kept` counts a sample's visual tokens before pruning (None: all stay).
+    """What pruning left, all in numbers of a sample's visual tokens before any pruning.
 
-    `states` has the last state of every pruner, in their order; None for one that had nothing to
-    look at.
+    `kept`: of those that go through the language model (None: all stay); `cached`: in the caches of
+    layers that were pruned apart. `states` has the last state of every pruner, in their order; None
+    for one that had nothing to look at, one by layer where it works in every layer.
     """
 
     kept: Keep | None
+    cached: dict[int, Keep]
     states: tuple[Any, ...]
+
+    @classmethod
+    def start(cls, pruners: Pruners) -> "Selection":
+        """Before any view."""
+        return cls(kept=None, cached={}, states=(None,) * len(pruners))
 
 
 @pytree
@@ -80,59 +98,86 @@ class Generated:
 class Selector:
     """Answers a model's views with the pruners that work there, and notes what they left.
 
-    `sites` are the model's; `noted` is what another one noted, with the same pruners, of the views
-    before.
+    It goes on from what was `noted` of the views before. `chosen` is the answer to the first view
+    if that was looked at before (`look`).
     """
 
-    def __init__(self, pruners: Pruners, sites: frozenset[Site], noted: Selection | None = None):
-        self.pruners = settle(pruners, sites)
-        self.kept: Keep | None = None if noted is None else noted.kept
-        self.states: list[Any] = [None] * len(pruners) if noted is None else [*noted.states]
-        self.idle = {number for number, state in enumerate(self.states) if state is None}
-        self.was_shown = noted is not None and len(self.idle) < len(pruners)
+    def __init__(
+        self,
+        pruners: Pruners,
+        sites: frozenset[Site],
+        noted: Selection | None = None,
+        chosen: Keep | None = None,
+    ):
+        noted = Selection.start(pruners) if noted is None else noted
+        self.pruners, self.chosen = settle(pruners, sites), chosen
+        self.kept, self.cached, self.states = noted.kept, {**noted.cached}, [*noted.states]
+        self.was_shown = any(state is not None for state in noted.states)
 
-    def __call__(self, view: View) -> Keep | None:
-        self.was_shown = True
+    def __call__(self, view: View | None) -> Keep | None:
+        if view is None:
+            return self.chosen
+        self.was_shown |= view.num_visual > 0
         mine = [number for number, pruner in enumerate(self.pruners) if is_at(pruner, view)]
+        if view.site is Site.CACHE:
+            for number, pruner in enumerate(self.pruners):
+                if pruner.site is Site.READ:
+                    self._remember(number, view, pruner.start(view))
         if not mine:
             return None
-        self.idle -= {*mine}
-        keep, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
+        pruners, before = tuple(self.pruners[number] for number in mine), None
+        if view.site is Site.READ:
+            before = [self.states[number][view.layer] for number in mine]
+        keep, states = run_pruners(pruners, view, before)
         for number, state in zip(mine, states, strict=True):
-            self.states[number] = state
-        if keep is not None:
-            # the visual tokens that are left, in terms of those before any pruning
-            room = view.num_visual - (view.valid.shape[1] - keep.indices.shape[1])
-            numbers = keep.apply(view.numbers)[:, :room]
-            self.kept = Keep(indices=numbers, valid=keep.valid[:, :room] & (numbers >= 0))
+            self._remember(number, view, state)
+        if keep is not None and view.site is not Site.READ:
+            self._note(view, keep)
         return keep
+
+    def _remember(self, number: int, view: View, state: Any) -> None:
+        if view.site in BY_LAYER:
+            self.states[number] = {**(self.states[number] or {}), view.layer: state}
+        else:
+            self.states[number] = state
+
+    def _note(self, view: View, keep: Keep) -> None:
+        """The visual tokens that are left, in terms of those before any pruning."""
+        room = view.num_visual - (view.valid.shape[-1] - keep.indices.shape[-1])
+        numbers = keep.apply(view.numbers)[..., :room]
+        left = Keep(indices=numbers, valid=keep.valid[..., :room] & (numbers >= 0))
+        if view.site is Site.CACHE:
+            self.cached[view.layer] = left
+        else:
+            self.kept = left
 
     def check(self) -> None:
         """Raises ValueError if a pruner was never asked, since it works where no view was shown.
 
-        If there was none at all, there was nothing to prune.
+        If no view had visual tokens, there was nothing to prune.
         """
-        if not self.was_shown:
-            return
-        for number in sorted(self.idle):
-            pruner = self.pruners[number]
-            where = f"layer {pruner.layer}" if pruner.site is Site.LAYER else pruner.site.value
-            raise ValueError(
-                f"{type(pruner).__name__} works at {where}, which this model does not have; layers "
-                "are counted from 0, and the first that can be pruned in front of is 1"
-            )
+        for pruner, state in zip(self.pruners, self.states, strict=True):
+            if state is None and self.was_shown:
+                where = f"layer {pruner.layer}" if pruner.site is Site.LAYER else pruner.site.value
+                raise ValueError(
+                    f"{type(pruner).__name__} works at {where}, which this model does not have; "
+                    "layers are counted from 0, and the first that can be pruned in front of is 1"
+                )
 
     @property
     def selection(self) -> Selection:
         """What was noted."""
-        return Selection(kept=self.kept, states=tuple(self.states))
+        return Selection(kept=self.kept, cached=self.cached, states=tuple(self.states))
 
 
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
-    front, select = model.front(inputs), Selector(pruners, model.sites)
-    keep = None if front.view is None else select(front.view)
-    logits, cache = model.back(front, keep, select, new_slots)
+    select = Selector(pruners, model.sites)
+    return _prefilled(model, model.front(inputs), select, new_slots)
+
+
+def _prefilled(model: Prefillable, front: Any, select: Selector, new_slots: int) -> Prefilled:
+    logits, cache = model.back(front, select, new_slots)
     select.check()
     return Prefilled(new_slots=new_slots, logits=logits, cache=cache, selection=select.selection)
 
@@ -140,12 +185,13 @@ def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: i
 @pytree
 class Carry:
     """The decode loop between two tokens: each row's `last` one, which the cache does not hold yet,
-    and the decoding's own state.
+    the decoding's own state, and those of the pruners.
     """
 
     last: Int[Array, " r"]
     state: Any
     cache: Any
+    states: tuple[Any, ...]
 
 
 def begin(start: Prefilled, decoding: Decoding, stop: Stop) -> Carry:
@@ -162,21 +208,36 @@ def begin(start: Prefilled, decoding: Decoding, stop: Stop) -> Carry:
     logits, cache = start.logits, start.cache
     if rows > 1:
         logits, cache = jnp.repeat(logits, rows, axis=0), cache.spread(rows)
-    return _chosen(logits, decoding.start(batch, stop), cache, decoding, stop)
+    last, parents, state = decoding.advance(logits, decoding.start(batch, stop), stop)
+    return _carry(last, parents, state, cache, start.selection.states)
 
 
-def advance(model: Prefillable, carry: Carry, decoding: Decoding, stop: Stop) -> Carry:
+def advance(
+    model: Prefillable, pruners: Pruners, carry: Carry, decoding: Decoding, stop: Stop
+) -> Carry:
     """The loop after one token more."""
-    logits, cache = model.step(carry.last, carry.cache)
-    return _chosen(logits, carry.state, cache, decoding, stop)
+    logits, cache, states = step_with(model, pruners, carry.last, carry.cache, carry.states)
+    last, parents, state = decoding.advance(logits, carry.state, stop)
+    return _carry(last, parents, state, cache, states)
 
 
-def _chosen(logits: Array, state: Any, cache: Any, decoding: Decoding, stop: Stop) -> Carry:
-    last, parents, state = decoding.advance(logits, state, stop)
-    return Carry(last=last, state=state, cache=cache if parents is None else cache.reorder(parents))
+def _carry(last: Array, parents: Array | None, state: Any, cache: Any, states: Any) -> Carry:
+    cache = cache if parents is None else cache.reorder(parents)
+    return Carry(last=last, state=state, cache=cache, states=states)
 
 
-def decode(model: Prefillable, start: Prefilled, decoding: Decoding, stop: Stop) -> Generated:
+def step_with(
+    model: Prefillable, pruners: Pruners, tokens: Array, cache: Any, states: tuple[Any, ...]
+) -> tuple[Array, Any, tuple[Any, ...]]:
+    """`step` as a part of a larger program."""
+    select = Selector(pruners, model.sites, Selection(kept=None, cached={}, states=states))
+    logits, cache = model.step(tokens, cache, select)
+    return logits, cache, tuple(select.states)
+
+
+def decode(
+    model: Prefillable, pruners: Pruners, start: Prefilled, decoding: Decoding, stop: Stop
+) -> Generated:
     """The decode loop; it stops as soon as every answer has ended."""
 
     def is_open(carry: Carry) -> Bool[Array, ""]:
@@ -184,7 +245,7 @@ def decode(model: Prefillable, start: Prefilled, decoding: Decoding, stop: Stop)
 
     carry = jax.lax.while_loop(
         is_open,
-        lambda carry: advance(model, carry, decoding, stop),
+        lambda carry: advance(model, pruners, carry, decoding, stop),
         begin(start, decoding, stop),
     )
     tokens = decoding.answers(carry.state)
@@ -194,7 +255,7 @@ def decode(model: Prefillable, start: Prefilled, decoding: Decoding, stop: Stop)
         tokens=tokens,
         lengths=lengths.astype(jnp.int32),
         logits=start.logits,
-        selection=start.selection,
+        selection=replace(start.selection, states=carry.states),
     )
 
 
@@ -204,7 +265,7 @@ def generate(
 ) -> Generated:
     """Prefill and decode in one program."""
     start = prefill_with(model, pruners, inputs, stop.max_new_tokens)
-    return decode(model, start, decoding, stop)
+    return decode(model, pruners, start, decoding, stop)
 
 
 @partial(jax.jit, static_argnames=("new_slots",))
@@ -215,13 +276,25 @@ def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int
 
 @partial(jax.jit, donate_argnames=("cache",))
 def step(
-    model: Prefillable, tokens: Int[Array, " b"], cache: Any
-) -> tuple[Float[Array, "b vocab"], Any]:
-    """One more token for every sample. `cache` is consumed: use the returned one.
+    model: Prefillable,
+    pruners: Pruners,
+    tokens: Int[Array, " r"],
+    cache: Any,
+    states: tuple[Any, ...] = (),
+) -> tuple[Float[Array, "r vocab"], Any, tuple[Any, ...]]:
+    """One more token for every row. `cache` is consumed: use the returned one.
 
     It can be called as often as the prefill had `new_slots`; after that, tokens overwrite others.
+    Pruners that work at READ are given again, with the prefill's `selection.states` at first.
+
+    Raises ValueError if there are not as many states as pruners.
     """
-    return model.step(tokens, cache)
+    if len(states) != len(pruners):
+        raise ValueError(
+            f"step wants the state of every pruner, got {len(states)} for {len(pruners)}; begin "
+            "with the prefill's selection.states"
+        )
+    return step_with(model, pruners, tokens, cache, states)
 
 
 @jax.jit
@@ -232,7 +305,7 @@ def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep |
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
     front, select = model.front(inputs), Selector(pruners, model.sites)
-    keep = None if front.view is None else select(front.view)
+    keep = select(front.view)
     return replace(front, view=None), keep, select.selection
 
 
@@ -256,10 +329,6 @@ def go_on(
     stop: Stop,
 ) -> Generated:
     """What `generate` does after `look`; pruners that work further on have their turn here."""
-    select = Selector(pruners, model.sites, selection)
-    logits, cache = model.back(front, keep, select, stop.max_new_tokens)
-    select.check()
-    start = Prefilled(
-        new_slots=stop.max_new_tokens, logits=logits, cache=cache, selection=select.selection
-    )
-    return decode(model, start, decoding, stop)
+    select = Selector(pruners, model.sites, selection, keep)
+    start = _prefilled(model, front, select, stop.max_new_tokens)
+    return decode(model, pruners, start, decoding, stop)

@@ -11,7 +11,8 @@ every step.
 Slots never shift: a token is written to a slot and stays there.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep
-from catp_jax.struct import pytree, replace
+from catp_jax.contract import Attention, Keep, Select, Site, View
+from catp_jax.models.attention import scaled
+from catp_jax.struct import pytree, replace, static
 
 ALIGNED = 32
 """Matrix products on a GPU read a block in place if its slots are a multiple of this."""
@@ -69,9 +71,9 @@ class Block:
         return cls(keys=stored(made.keys), values=stored(made.values))
 
     @classmethod
-    def empty(cls, like: KeysValues, slots: int) -> "Block":
+    def empty(cls, like: "Block", slots: int) -> "Block":
         """So many slots for new tokens, for the prompts and heads of `like`."""
-        batch, _, kv, channels = like.keys.shape
+        batch, kv, _, channels = like.keys.shape
         nothing = jnp.zeros((batch, kv, slots, channels), like.keys.dtype)
         return cls(keys=nothing, values=nothing)
 
@@ -86,6 +88,15 @@ class Block:
             return jax.vmap(write)(array, rows, slot)
 
         return Block(keys=put(self.keys, new.keys), values=put(self.values, new.values))
+
+    def keep(self, keep: Keep) -> "Block":
+        """The kept slots."""
+        indices = keep.indices if keep.is_by_head else keep.indices[:, None]
+
+        def take(array: Array) -> Array:
+            return jnp.take_along_axis(array, indices[..., None], axis=2)
+
+        return Block(keys=take(self.keys), values=take(self.values))
 
 
 @pytree
@@ -108,20 +119,16 @@ def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
     return earlier & columns.valid[:, None, :]
 
 
-def padded(valid: Bool[Array, "b n"]) -> Bool[Array, "b slots"]:
-    """Which slots of a prompt's block hold a token."""
-    return jnp.pad(valid, ((0, 0), (0, capacity(valid.shape[1]) - valid.shape[1])))
-
-
 @pytree
 class Read:
     """A block that rows attend to: its slots that they see, and what is added to their logits.
 
-    Both are of a prompt, the same for all its rows, or of each row.
+    Both are of a prompt, the same for all its rows, or of each row; `seen` may differ from head to
+    head.
     """
 
     block: Block
-    seen: Bool[Array, "rows slots"]
+    seen: Bool[Array, "rows slots"] | Bool[Array, "b kv slots"]
     bias: Float[Array, "others h slots"] | None = None
 
 
@@ -170,9 +177,149 @@ def _logits(
     if read.bias is not None:
         bias = read.bias.astype(jnp.float32).reshape(batch, -1, kv, heads // kv, slots)
         logits = logits + bias.transpose(0, 2, 1, 3, 4)
-    seen = read.seen.reshape(batch, 1, -1, 1, slots)
+    by_head = read.seen.ndim == 3
+    seen = read.seen.reshape((batch, kv, 1, 1, slots) if by_head else (batch, 1, -1, 1, slots))
     # finite, so that a row that sees nothing is no NaN
     return jnp.where(seen, logits, -0.7 * jnp.finfo(jnp.float32).max)
+
+
+@pytree
+class Prompt:
+    """Layers that hold the same tokens of the prompt, by their numbers in the decoder.
+
+    `numbers` says which visual token a slot holds, -1 for text, and `valid` which slots new tokens
+    may read; the first `num_visual` are of visual tokens. With heads that keep tokens of their own
+    there is one layer.
+    """
+
+    layers: tuple[int, ...] = static()
+    num_visual: int = static()
+    blocks: tuple[Block, ...]
+    numbers: Int[Array, "b slots"] | Int[Array, "b kv slots"]
+    valid: Bool[Array, "b slots"] | Bool[Array, "b kv slots"]
+
+    @classmethod
+    def of(
+        cls,
+        layers: Mapping[int, KeysValues],
+        numbers: Int[Array, "b *n"],
+        valid: Bool[Array, "b *n"],
+        num_visual: int,
+    ) -> "Prompt":
+        """A prompt's blocks; slots beyond its tokens are empty."""
+        missing = capacity(valid.shape[-1]) - valid.shape[-1]
+        padding = [(0, 0)] * (valid.ndim - 1) + [(0, missing)]
+        return cls(
+            layers=tuple(layers),
+            num_visual=num_visual,
+            blocks=tuple(Block.of(layer) for layer in layers.values()),
+            numbers=jnp.pad(numbers, padding, constant_values=-1),
+            valid=jnp.pad(valid, padding),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLayer:
+    """One layer of a prompt, and who chooses what a step reads of it."""
+
+    prompt: Prompt
+    layer: int
+    block: Block
+    select: Select
+
+    def read(self, queries: Float[Array, "r one h d"]) -> Read:
+        """What rows with these queries read: the answers of a prompt have it in common."""
+        prompt, block = self.prompt, self.block
+        valid, rows = prompt.valid, queries.shape[0] // prompt.valid.shape[0]
+        keep = self.select(
+            View(
+                site=Site.READ,
+                layer=self.layer,
+                num_visual=prompt.num_visual,
+                tokens=None,
+                attention=Attention(
+                    queries=scaled(queries).reshape(-1, rows, *queries.shape[2:]),
+                    keys=jnp.swapaxes(block.keys, 1, 2),
+                ),
+                values=jnp.swapaxes(block.values, 1, 2),
+                evidence=None,
+                numbers=prompt.numbers,
+                valid=valid,
+                sees=jnp.repeat(valid[..., None, :], rows, axis=-2),
+            )
+        )
+        if keep is None:
+            return Read(block=block, seen=valid)
+        return Read(block=block.keep(keep), seen=keep.apply(valid) & keep.valid)
+
+
+def by_layer(prompts: Sequence[Prompt], select: Select) -> list[PromptLayer]:
+    """What new tokens may read, by layer."""
+    return [
+        PromptLayer(prompt, layer, block, select)
+        for prompt in prompts
+        for layer, block in zip(prompt.layers, prompt.blocks, strict=True)
+    ]
+
+
+@pytree
+class Shown:
+    """One layer of the prompt as it was computed: what a method may look at before it is cached."""
+
+    queries: Float[Array, "b s h d"]
+    made: KeysValues
+
+    @property
+    def attention(self) -> Attention:
+        """The layer's attention, for views."""
+        return Attention(queries=scaled(self.queries), keys=self.made.keys)
+
+
+def cached(
+    layers: Mapping[int, Shown],
+    select: Select,
+    *,
+    num_visual: int,
+    numbers: Int[Array, "b n"],
+    sees: Bool[Array, "b s n"],
+    read: Bool[Array, "b n"],
+) -> tuple[Prompt, ...]:
+    """The cache of layers over the same tokens, each as `select` prunes it. New tokens may read
+    `read`; `sees` is what the prompt's rows saw.
+    """
+    prompts: list[Prompt] = []
+    whole: dict[int, KeysValues] = {}
+
+    def put_away() -> None:
+        if whole:
+            prompts.append(Prompt.of(whole, numbers, read, num_visual))
+            whole.clear()
+
+    for number, shown in layers.items():
+        made = shown.made
+        keep = select(
+            View(
+                site=Site.CACHE,
+                layer=number,
+                num_visual=num_visual,
+                tokens=None,
+                attention=shown.attention,
+                values=made.values,
+                evidence=None,
+                numbers=numbers,
+                valid=read,
+                sees=sees,
+            )
+        )
+        if keep is None:
+            whole[number] = made
+            continue
+        put_away()
+        left = num_visual - (read.shape[1] - keep.indices.shape[-1])
+        kept = jnp.where(keep.valid, keep.apply(numbers), -1), keep.apply(read) & keep.valid
+        prompts.append(Prompt.of({number: made.keep(keep)}, *kept, left))
+    put_away()
+    return tuple(prompts)
 
 
 @pytree
@@ -181,7 +328,7 @@ class Past:
     joins at its prompt's `slot`, with the slots there that it sees, its own among them.
     """
 
-    prompt: Read | None
+    prompt: PromptLayer | None = static()
     tail: Block
     slot: Int[Array, " b"]
     seen: Bool[Array, "r slots"]
@@ -199,25 +346,8 @@ class Past:
         tail = self.tail.write(new, self.slot)
         reads = [Read(block=tail, seen=self.seen, bias=bias)]
         if self.prompt is not None:
-            reads.insert(0, self.prompt)
+            reads.insert(0, self.prompt.read(queries))
         return attend_blocks(queries, reads, scale), tail
-
-
-@pytree
-class Prompt:
-    """Layers that hold the same tokens of the prompt: `valid` says which slots hold one."""
-
-    blocks: tuple[Block, ...]
-    valid: Bool[Array, "b slots"]
-
-    @classmethod
-    def of(cls, layers: Sequence[KeysValues], valid: Bool[Array, "b n"]) -> "Prompt":
-        """A prompt's blocks."""
-        return cls(blocks=tuple(Block.of(layer) for layer in layers), valid=padded(valid))
-
-    def reads(self) -> list[Read]:
-        """What a new token reads, by layer."""
-        return [Read(block=block, seen=self.valid) for block in self.blocks]
 
 
 @pytree
@@ -242,12 +372,12 @@ class Tail:
 
     @classmethod
     def empty(
-        cls, layers: Sequence[KeysValues], next_position: Int[Array, " b"], new_tokens: int
+        cls, prompts: Sequence[Prompt], next_position: Int[Array, " b"], new_tokens: int
     ) -> "Tail":
-        """Room for so many tokens of one row a prompt."""
+        """Room for so many tokens of one row a prompt, in the layers of these."""
         batch, slots = next_position.shape[0], capacity(new_tokens)
         return cls(
-            blocks=tuple(Block.empty(layer, slots) for layer in layers),
+            blocks=tuple(Block.empty(like, slots) for prompt in prompts for like in prompt.blocks),
             positions=jnp.zeros((batch, slots), jnp.int32),
             seen=jnp.zeros((batch, slots), bool),
             next_slot=jnp.zeros(batch, jnp.int32),
@@ -266,7 +396,7 @@ class Tail:
             seen=self.seen | is_own.reshape(rows, slots),
         )
 
-    def pasts(self, prompts: Sequence[Read | None]) -> list[Past]:
+    def pasts(self, prompts: Sequence[PromptLayer | None]) -> list[Past]:
         """What each row's token finds in an opened tail, by layer."""
         return [
             Past(prompt=prompt, tail=block, slot=self.next_slot, seen=self.seen)

@@ -17,25 +17,26 @@ before the first image, samples without one). What cross-attention does to them 
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, Site, View, keep_columns
-from catp_jax.models.attention import attend, scaled
+from catp_jax.contract import Keep, Select, Site, View, keep_columns
+from catp_jax.models.attention import attend
 from catp_jax.models.cache import (
-    Block,
     Cache,
     KeysValues,
     Prompt,
-    Read,
+    PromptLayer,
+    Shown,
     Slots,
     Tail,
     attend_blocks,
+    by_layer,
+    cached,
     causal_mask,
-    padded,
 )
 from catp_jax.models.layers import (
     Llama3Scaling,
@@ -114,23 +115,23 @@ class Visual:
 
 @pytree
 class CrossCache(Cache):
-    """`own`: the self-attention layers. `cross`: the cross-attention layers, None if no sample of
-    the batch has an image; `seen` says which of their slots generated tokens attend to.
+    """`own`: the self-attention layers. `cross`: the cross-attention layers, none if no sample of
+    the batch has an image; `attends` and `feeds` say which of their branches new tokens take.
     """
 
-    mode: MaskMode = static()
-    own: Prompt
-    cross: Prompt | None
-    seen: Bool[Array, "b slots"] | None
+    own: tuple[Prompt, ...]
+    cross: tuple[Prompt, ...]
+    attends: Bool[Array, " b"] | None
+    feeds: Bool[Array, " b"] | None
 
 
 @pytree
 class CrossMask:
-    """`mask`: what the rows of a prompt attend to. `attends`, `feeds`: whether a row takes the
-    branch at all.
+    """`mask`: what the rows of a prompt attend to; None where the cache says it. `attends`,
+    `feeds`: whether a row takes the branch at all.
     """
 
-    mask: Bool[Array, "b s n"]
+    mask: Bool[Array, "b s n"] | None
     attends: Bool[Array, "r s"]
     feeds: Bool[Array, "r s"]
 
@@ -165,12 +166,16 @@ class CrossAttention(AttentionProjections):
         )
 
     def __call__(
-        self, x: Float[Array, "r s d"], visual: KeysValues | Block, mask: Bool[Array, "b s n"]
+        self,
+        x: Float[Array, "r s d"],
+        visual: KeysValues | PromptLayer,
+        mask: Bool[Array, "b s n"] | None,
     ) -> Float[Array, "r s d"]:
-        if isinstance(visual, Block):
-            attended = attend_blocks(self.queries(x), [Read(block=visual, seen=mask[:, 0])])
+        queries = self.queries(x)
+        if isinstance(visual, PromptLayer):
+            attended = attend_blocks(queries, [visual.read(queries)])
         else:
-            attended = attend(self.queries(x), visual.keys, visual.values, mask)
+            attended = attend(queries, visual.keys, visual.values, mask)
         return self.o_proj(merge_heads(attended))
 
 
@@ -186,12 +191,17 @@ class CrossLayer(nnx.Module):
         self.cross_attn_mlp_gate = gate(0.0)
 
     def __call__(
-        self, x: Float[Array, "r s d"], visual: KeysValues | Block, mask: CrossMask
+        self, x: Float[Array, "r s d"], visual: KeysValues | PromptLayer, mask: CrossMask
     ) -> Float[Array, "r s d"]:
         attended = self.cross_attn(self.input_layernorm(x), visual, mask.mask)
         x = x + self._gated(self.cross_attn_attn_gate, mask.attends, attended)
         fed = self.mlp(self.post_attention_layernorm(x))
         return x + self._gated(self.cross_attn_mlp_gate, mask.feeds, fed)
+
+    def shown(self, x: Float[Array, "b s d"], features: Float[Array, "b n d"]) -> Shown:
+        """What the layer makes of the features, and the rows' queries."""
+        queries = self.cross_attn.queries(self.input_layernorm(x))
+        return Shown(queries=queries, made=self.cross_attn.project(features))
 
     @staticmethod
     def _gated(
@@ -204,15 +214,15 @@ class CrossLayer(nnx.Module):
 class Front:
     """The state of a prefill right after the first cross-attention layer.
 
-    `before` has keys and values of the layers in front of it, `cross` its own. `view` is what
-    pruners look at. The last three are None if the batch has no image.
+    `before` has the layers in front of it, `cross` itself. `view` is what pruners look at. The last
+    three are None if the batch has no image.
     """
 
     mode: MaskMode = static()
     hidden: Float[Array, "b s d"]
     text: Slots
-    before: tuple[KeysValues, ...]
-    cross: KeysValues | None
+    before: tuple[Shown, ...]
+    cross: Shown | None
     visual: Visual | None
     view: View | None
 
@@ -250,10 +260,10 @@ class CrossDecoder(nnx.Module):
         """Runs the prompt through the first cross-attention layer, which attends to everything."""
         x = self.embed_tokens(tokens)
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        before: list[KeysValues] = []
+        before: list[Shown] = []
         for layer in self.layers[: self.first_cross]:
-            x, _, cache = layer(x, rope, mask)
-            before.append(cache)
+            x, queries, made = layer(x, rope, mask)
+            before.append(Shown(queries=queries, made=made))
         if visual is None:
             return Front(
                 mode=mode,
@@ -265,84 +275,98 @@ class CrossDecoder(nnx.Module):
                 view=None,
             )
         layer = self.layers[self.first_cross]
-        cache = layer.cross_attn.project(visual.features)
-        queries = layer.cross_attn.queries(layer.input_layernorm(x))
+        first = layer.shown(x, visual.features)
         view = View(
             site=Site.CROSS,
             layer=self.first_cross,
             num_visual=visual.features.shape[1],
             tokens=visual.features,
-            attention=Attention(queries=scaled(queries), keys=cache.keys),
-            values=cache.values,
+            attention=first.attention,
+            values=first.made.values,
             evidence=None,
             numbers=visual.slots.positions,
             valid=visual.slots.valid & visual.sees.any(axis=1),
             sees=visual.sees & visual.slots.valid[:, None, :],
         )
-        x = layer(x, cache, cross_mask(visual.sees, visual.slots.valid, mode))
+        x = layer(x, first.made, cross_mask(visual.sees, visual.slots.valid, mode))
         return Front(
             mode=mode,
             hidden=x,
             text=text,
             before=tuple(before),
-            cross=cache,
+            cross=first,
             visual=visual,
             view=view,
         )
 
     def back(
-        self, front: Front, keep: Keep | None, new_slots: int
+        self, front: Front, select: Select, new_slots: int
     ) -> tuple[Float[Array, "b s d"], CrossCache]:
         """Runs the rest of the prompt over the kept features.
 
         Returns the last hidden states and a cache with room for `new_slots` tokens.
         """
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
-        if visual is not None and first is not None and keep is not None:
-            visual, first = visual.keep(keep), first.keep(keep)
-        own: list[Any] = [*front.before]
-        cross = [] if first is None else [first]
+        if (keep := select(front.view)) is not None and visual is not None and first is not None:
+            visual, first = visual.keep(keep), replace(first, made=first.made.keep(keep))
+        own = dict(enumerate(front.before))
+        cross = {} if first is None else {self.first_cross: first}
         rope, mask = self._rope(text.positions), causal_mask(text, text)
         masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
-        for layer in self.layers[self.first_cross + 1 :]:
+        for number in range(self.first_cross + 1, len(self.layers)):
+            layer = self.layers[number]
             if isinstance(layer, SelfLayer):
-                x, _, cache = layer(x, rope, mask)
-                own.append(cache)
+                x, queries, made = layer(x, rope, mask)
+                own[number] = Shown(queries=queries, made=cast(KeysValues, made))
             elif visual is not None and masked is not None:
-                cross.append(layer.cross_attn.project(visual.features))
-                x = layer(x, cross[-1], masked)
+                cross[number] = layer.shown(x, visual.features)
+                x = layer(x, cross[number].made, masked)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
-        prompt = seen = None
-        if visual is not None:
-            last = jnp.maximum(length - 1, 0)[:, None, None]
-            prompt = Prompt.of(cross, visual.slots.valid)
-            seen = padded(jnp.take_along_axis(visual.sees, last, axis=1)[:, 0])
+        prompt = cached(
+            own,
+            select,
+            num_visual=0,
+            numbers=jnp.full_like(text.positions, -1),
+            sees=mask & text.valid[:, :, None],
+            read=text.valid,
+        )
+        images, attends, feeds = (), None, None
+        if visual is not None and masked is not None and masked.mask is not None:
+            last = jnp.maximum(length - 1, 0)[:, None]
+            attends = jnp.take_along_axis(masked.attends, last, axis=1)[:, 0]
+            feeds = jnp.take_along_axis(masked.feeds, last, axis=1)[:, 0]
+            images = cached(
+                cross,
+                select,
+                num_visual=visual.features.shape[1],
+                numbers=visual.slots.positions,
+                sees=visual.sees & visual.slots.valid[:, None],
+                read=jnp.take_along_axis(masked.mask, last[:, :, None], axis=1)[:, 0],
+            )
         return self.norm(x), CrossCache(
-            mode=front.mode,
-            tail=Tail.empty(own, length, new_slots),
-            own=Prompt.of(own, text.valid),
-            cross=prompt,
-            seen=seen,
+            tail=Tail.empty(prompt, length, new_slots),
+            own=prompt,
+            cross=images,
+            attends=attends,
+            feeds=feeds,
         )
 
     def step(
-        self, tokens: Int[Array, " b"], cache: CrossCache
-    ) -> tuple[Float[Array, "b d"], CrossCache]:
-        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        self, tokens: Int[Array, " r"], cache: CrossCache, select: Select
+    ) -> tuple[Float[Array, "r d"], CrossCache]:
+        """Adds one token to every row. The caller sees to it that a slot is left."""
         x = self.embed_tokens(tokens[:, None])
         tail, written = cache.tail.opened(), []
         rope = self._rope(tail.next_position[:, None])
-        cross, masked = iter(()), None
-        if cache.cross is not None and cache.seen is not None:
-            cross = iter(cache.cross.blocks)
-            masked = cross_mask(cache.seen[:, None], cache.cross.valid, cache.mode)
-            rows = x.shape[0] // cache.seen.shape[0]
-            masked = replace(
-                masked,
-                attends=jnp.repeat(masked.attends, rows, axis=0),
-                feeds=jnp.repeat(masked.feeds, rows, axis=0),
+        masked = None
+        if cache.attends is not None and cache.feeds is not None:
+            attends, feeds = (
+                jnp.repeat(of_prompts, x.shape[0] // of_prompts.shape[0])[:, None]
+                for of_prompts in (cache.attends, cache.feeds)
             )
-        pasts = iter(tail.pasts(cache.own.reads()))
+            masked = CrossMask(mask=None, attends=attends, feeds=feeds)
+        cross = iter(by_layer(cache.cross, select))
+        pasts = iter(tail.pasts(by_layer(cache.own, select)))
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
                 x, _, block = layer(x, rope, None, next(pasts))

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Select, Site, View
-from catp_jax.models.attention import scaled
+from catp_jax.contract import Select, Site, View
 from catp_jax.models.cache import (
     Cache,
-    KeysValues,
     Past,
     Prompt,
+    Shown,
     Slots,
     Tail,
+    by_layer,
+    cached,
     causal_mask,
 )
 from catp_jax.struct import pytree, replace
@@ -28,7 +29,7 @@ from catp_jax.struct import pytree, replace
 
 @pytree
 class DecoderCache(Cache):
-    """The prompt's layers in order; after pruning between two layers a new `Prompt` begins."""
+    """The prompt's layers in order."""
 
     prompts: tuple[Prompt, ...]
 
@@ -51,7 +52,7 @@ class Layer(Protocol):
 class Decoder(nnx.Module):
     """A language model that reads embedded visual tokens, then text, and writes more text."""
 
-    sites = frozenset({Site.LAYER})
+    sites = frozenset({Site.LAYER, Site.CACHE, Site.READ})
 
     @abc.abstractmethod
     def embed(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -89,9 +90,23 @@ class Decoder(nnx.Module):
         x = self.placed(x, slots.positions)
         layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
         prompts: list[Prompt] = []
-        made: list[KeysValues] = []  # of all layers
-        caches: list[KeysValues] = []  # of those since the last pruning
-        before: Attention | None = None
+        made: dict[int, Shown] = {}  # since the last pruning
+
+        def put_away() -> None:
+            sees = mask & slots.valid[:, :, None]
+            prompts.extend(
+                cached(
+                    made,
+                    select,
+                    num_visual=num_visual,
+                    numbers=numbers,
+                    sees=sees,
+                    read=slots.valid,
+                )
+            )
+            made.clear()
+
+        before: Shown | None = None
         for number in range(len(layers)):
             if before is not None:
                 view = View(
@@ -99,38 +114,35 @@ class Decoder(nnx.Module):
                     layer=number,
                     num_visual=num_visual,
                     tokens=x,
-                    attention=before,
-                    values=caches[-1].values,
+                    attention=before.attention,
+                    values=before.made.values,
                     evidence=None,
                     numbers=numbers,
                     valid=slots.valid,
                     sees=mask & slots.valid[:, :, None],
                 )
                 if (keep := select(view)) is not None:
-                    prompts.append(Prompt.of(caches, slots.valid))
-                    caches = []
+                    put_away()
                     num_visual -= x.shape[1] - keep.indices.shape[1]
                     x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
                     layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
-            x, queries, cache = layers[number](x, mask=mask)
-            before = Attention(queries=scaled(queries), keys=cache.keys)
-            caches.append(cache)
-            made.append(cache)
-        prompts.append(Prompt.of(caches, slots.valid))
+            x, queries, new = layers[number](x, mask=mask)
+            made[number] = before = Shown(queries=queries, made=new)
+        put_away()
         last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        tail = Tail.empty(made, next_position, new_slots)
+        tail = Tail.empty(prompts, next_position, new_slots)
         return self.logits(x)[:, 0], DecoderCache(tail=tail, prompts=tuple(prompts))
 
     def step(
-        self, tokens: Int[Array, " b"], cache: DecoderCache
+        self, tokens: Int[Array, " b"], cache: DecoderCache, select: Select
     ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         tail, written = cache.tail.opened(), []
         position = tail.next_position[:, None]
         x = self.placed(self.embed(tokens[:, None]), position)
-        reads = [read for prompt in cache.prompts for read in prompt.reads()]
-        for layer, past in zip(self.layers_at(position), tail.pasts(reads), strict=True):
+        prompt = by_layer(cache.prompts, select)
+        for layer, past in zip(self.layers_at(position), tail.pasts(prompt), strict=True):
             x, _, block = layer(x, mask=None, past=past)
             written.append(block)
         return self.logits(x)[:, 0], replace(cache, tail=tail.closed(written))

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from catp_jax.contract import Keep, Select, Site
+from catp_jax.contract import Select, Site
 from catp_jax.struct import pytree, static
 
 
@@ -60,13 +60,13 @@ class Frozen:
         """See the model's own."""
         return self.thaw().front(inputs)
 
-    def back(self, front: Any, keep: Keep | None, select: Select, new_slots: int) -> Any:
+    def back(self, front: Any, select: Select, new_slots: int) -> Any:
         """See the model's own."""
-        return self.thaw().back(front, keep, select, new_slots)
+        return self.thaw().back(front, select, new_slots)
 
-    def step(self, tokens: Array, cache: Any) -> Any:
+    def step(self, tokens: Array, cache: Any, select: Select) -> Any:
         """See the model's own."""
-        return self.thaw().step(tokens, cache)
+        return self.thaw().step(tokens, cache, select)
 
 
 def freeze(model: nnx.Module) -> Frozen:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site
+from catp_jax.contract import Keep, Select, Site, View
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import (
     CrossCache,
@@ -80,7 +80,7 @@ class Inputs:
 class Mllama(nnx.Module):
     """`MllamaForConditionalGeneration`."""
 
-    sites: ClassVar[frozenset[Site]] = frozenset({Site.CROSS})
+    sites: ClassVar[frozenset[Site]] = frozenset({Site.CROSS, Site.CACHE, Site.READ})
 
     def __init__(self, config: MllamaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -132,24 +132,25 @@ class Mllama(nnx.Module):
         return self.language_model.front(tokens, text, visual, inputs.mode)
 
     def back(
-        self, front: Front, keep: Keep | None, select: Select, new_slots: int
+        self, front: Front, select: Select, new_slots: int
     ) -> tuple[Float[Array, "b vocab"], CrossCache]:
-        """The rest of the prefill on the kept features: logits of each prompt's next token.
-
-        Nothing is pruned after the first cross-attention layer, so `select` is not asked again.
-        """
-        hidden, cache = self.language_model.back(front, keep, new_slots)
+        """The rest of the prefill on the kept features: logits of each prompt's next token."""
+        hidden, cache = self.language_model.back(front, select, new_slots)
         last = jnp.maximum(cache.tail.next_position - 1, 0)[:, None, None]
         return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
     def step(
-        self, tokens: Int[Array, " b"], cache: CrossCache
-    ) -> tuple[Float[Array, "b vocab"], CrossCache]:
+        self, tokens: Int[Array, " r"], cache: CrossCache, select: Select
+    ) -> tuple[Float[Array, "r vocab"], CrossCache]:
         """Logits of the token after `tokens`, which take a cache slot."""
-        hidden, cache = self.language_model.step(tokens, cache)
+        hidden, cache = self.language_model.step(tokens, cache, select)
         return self.lm_head(hidden), cache
 
     def __call__(self, inputs: Inputs, keep: Keep | None = None) -> Float[Array, "b s vocab"]:
         """Logits of every row, nothing cached: for training and for comparison."""
-        hidden, _ = self.language_model.back(self.front(inputs), keep, new_slots=0)
+
+        def select(view: View | None) -> Keep | None:
+            return keep if view is not None and view.site is Site.CROSS else None
+
+        hidden, _ = self.language_model.back(self.front(inputs), select, new_slots=0)
         return self.lm_head(hidden)

@@ -134,20 +134,20 @@ class QueryingModel(nnx.Module):
         return QueryingFront(visual=visual, tokens=tokens, token_valid=token_valid, view=view)
 
     def back(
-        self, front: QueryingFront, keep: Keep | None, select: Select, new_slots: int
+        self, front: QueryingFront, select: Select, new_slots: int
     ) -> tuple[Float[Array, "b vocab"], DecoderCache | T5Cache]:
         """The language model on the kept queries and the text: logits of each prompt's next token,
         and a cache with room for `new_slots` tokens. `select` may prune further inside it.
         """
-        x, slots, numbers = self._sequence(front, keep)
+        x, slots, numbers = self._sequence(front, select(front.view))
         num_visual = x.shape[1] - front.tokens.shape[1]
         return self.language_model.prefill(x, slots, numbers, num_visual, select, new_slots)
 
     def step(
-        self, tokens: Int[Array, " b"], cache: DecoderCache | T5Cache
+        self, tokens: Int[Array, " b"], cache: DecoderCache | T5Cache, select: Select
     ) -> tuple[Float[Array, "b vocab"], DecoderCache | T5Cache]:
         """Logits of the token after `tokens`, which take a cache slot."""
-        return self.language_model.step(tokens, cache)
+        return self.language_model.step(tokens, cache, select)
 
     def __call__(
         self,

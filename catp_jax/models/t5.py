@@ -25,10 +25,11 @@ from catp_jax.models.cache import (
     KeysValues,
     Past,
     Prompt,
-    Read,
+    PromptLayer,
     Slots,
     Tail,
     attend_blocks,
+    by_layer,
     causal_mask,
 )
 from catp_jax.models.layers import (
@@ -212,10 +213,10 @@ class T5CrossAttention(nnx.Module):
     ) -> Float[Array, "b s d"]:
         return x + self.EncDecAttention(self.layer_norm(x), encoded, mask, None)
 
-    def step(self, x: Float[Array, "r one d"], encoded: Read) -> Float[Array, "r one d"]:
+    def step(self, x: Float[Array, "r one d"], encoded: PromptLayer) -> Float[Array, "r one d"]:
         """One new token a row."""
         queries = self.EncDecAttention.queries(self.layer_norm(x))
-        attended = attend_blocks(queries, [encoded], scale=1.0)
+        attended = attend_blocks(queries, [encoded.read(queries)], scale=1.0)
         return x + self.EncDecAttention.o(merge_heads(attended))
 
 
@@ -314,16 +315,15 @@ class T5(nnx.Module):
         with room for `new_slots` tokens more. Nothing is pruned between the layers.
         """
         encoded = self.encode(x, slots)
-        cross = [block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block]
+        made = [block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block]
+        cross = Prompt.of(dict(enumerate(made)), numbers, slots.valid, num_visual)
         nowhere = jnp.zeros(x.shape[0], jnp.int32)
-        cache = T5Cache(
-            tail=Tail.empty(cross, nowhere, new_slots + 1), cross=Prompt.of(cross, slots.valid)
-        )
+        cache = T5Cache(tail=Tail.empty([cross], nowhere, new_slots + 1), cross=cross)
         start = jnp.full((x.shape[0],), self.config.decoder_start_token_id)
-        return self.step(start, cache)
+        return self.step(start, cache, select)
 
     def step(
-        self, tokens: Int[Array, " b"], cache: T5Cache
+        self, tokens: Int[Array, " b"], cache: T5Cache, select: Select
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
         """Adds one token to every sample. The caller sees to it that a slot is left."""
         x, written = self.embed(tokens[:, None].astype(jnp.int32)), []
@@ -333,10 +333,11 @@ class T5(nnx.Module):
         position = tail.next_position.reshape(batch, -1)[:, :1]
         bias = self.decoder.bias(position, tail.positions)[:, :, 0]
         pasts = tail.pasts([None] * len(tail.blocks))
-        for block, past, read in zip(self.decoder.block, pasts, cache.cross.reads(), strict=True):
+        encoded = by_layer([cache.cross], select)
+        for block, past, prompt in zip(self.decoder.block, pasts, encoded, strict=True):
             attention, cross_attention, feed_forward = block.layer
             x, grown = attention.step(x, past, bias)
-            x = feed_forward(cross_attention.step(x, read))
+            x = feed_forward(cross_attention.step(x, prompt))
             written.append(grown)
         return self.logits(x)[:, 0], replace(cache, tail=tail.closed(written))
 

@@ -215,14 +215,14 @@ class Asked:
         tokens = place_inputs(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
         prefill = programs.prefill.trace(network, pruners, inputs, new_slots=self.new_tokens)
         cache = place_inputs(prefill.out_info.cache, mesh)
-        step = programs.step.trace(network, tokens, cache)
+        step = programs.step.trace(network, (), tokens, cache)
         own, cross = caches(cache)
         flops = [matrix_flops(program) for program in (prefill, step)]
         first, second = (partial(for_cpu, program, scale) for program in (prefill, step))
         if self.gpu is not None:
             # of a device, if all is divided
             own_flops = [number // mesh.size for number in flops]
-            given = (network, pruners, inputs), (network, tokens, cache)
+            given = (network, pruners, inputs), (network, (), tokens, cache)
             first = partial(for_gpu, prefill, self.gpu, own_flops[0], given[0], cache)
             second = partial(for_gpu, step, self.gpu, own_flops[1], given[1])
         return Traced(

@@ -23,4 +23,6 @@ class L2Norm(Scored):
     site: Site = static(default=Site.ENTRY)
 
     def score(self, view: View) -> Float[Array, "b n"]:
+        if view.tokens is None:
+            raise ValueError(f"L2Norm reads tokens, which are not shown at site {view.site.name}")
         return jnp.linalg.norm(view.tokens.astype(jnp.float32), axis=-1)

@@ -125,14 +125,14 @@ class Sharded:
         """See the model's own."""
         return self.frozen.front(inputs)
 
-    def back(self, front: Any, keep: Any, select: Any, new_slots: int) -> Any:
+    def back(self, front: Any, select: Any, new_slots: int) -> Any:
         """See the model's own."""
-        logits, cache = self.frozen.back(front, keep, select, new_slots)
+        logits, cache = self.frozen.back(front, select, new_slots)
         return logits, laid_out(cache, self.mesh)
 
-    def step(self, tokens: Int[Array, " b"], cache: Any) -> Any:
+    def step(self, tokens: Int[Array, " b"], cache: Any, select: Any) -> Any:
         """See the model's own."""
-        logits, cache = self.frozen.step(tokens, cache)
+        logits, cache = self.frozen.step(tokens, cache, select)
         return logits, laid_out(cache, self.mesh)
 
 

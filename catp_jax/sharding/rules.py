@@ -99,7 +99,9 @@ def divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-def named_leaves(tree: Any, axes: tuple[str, ...] | None = None) -> Iterator[tuple[Any, Any]]:
+def named_leaves(
+    tree: Any, axes: Sequence[tuple[str, ...]] = ()
+) -> Iterator[tuple[Any, tuple[str, ...] | None]]:
     """Every leaf of a tree of dataclasses and tuples with its axes, None where no annotation says
     them; in JAX's order.
     """
@@ -111,18 +113,17 @@ def named_leaves(tree: Any, axes: tuple[str, ...] | None = None) -> Iterator[tup
         for part in tree:
             yield from named_leaves(part, axes)
     elif tree is not None:
-        yield tree, axes
+        yield tree, next((own for own in axes if len(own) == len(tree.shape)), None)
 
 
-def axes_of(annotation: Any) -> tuple[str, ...] | None:
-    """The axes in a jaxtyping annotation, also of an optional one; None if there are none."""
+def axes_of(annotation: Any) -> list[tuple[str, ...]]:
+    """The axes in a jaxtyping annotation: of several, for arrays of different ranks, each."""
     if typing.get_origin(annotation) in (Union, UnionType):
-        found = {axes_of(option) for option in typing.get_args(annotation)} - {None}
-        return found.pop() if len(found) == 1 else None
+        return [axes for option in typing.get_args(annotation) for axes in axes_of(option)]
     text = getattr(annotation, "dim_str", None)
     if text is None or any(mark in text for mark in "*#.="):
-        return None
-    return tuple(text.split())
+        return []
+    return [tuple(text.split())]
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -120,6 +120,6 @@ def _step_times(network: Any, start: Any, steps: int) -> list[float]:
     for _ in range(steps):
         token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         started = time.perf_counter()
-        logits, cache = jax.block_until_ready(programs.step(network, token, cache))
+        logits, cache, _ = jax.block_until_ready(programs.step(network, (), token, cache))
         times.append(1000 * (time.perf_counter() - started))
     return times

@@ -52,11 +52,11 @@ class SecondOrder:
     def front(self, inputs: Array) -> Start:
         return Start(tokens=inputs)
 
-    def back(self, front: Start, keep: Any, select: Any, new_slots: int) -> tuple[Array, Before]:
+    def back(self, front: Start, select: Any, new_slots: int) -> tuple[Array, Before]:
         before, last = front.tokens[:, 0], front.tokens[:, 1]
         return self.table[before, last], Before(tokens=last)
 
-    def step(self, tokens: Array, cache: Before) -> tuple[Array, Before]:
+    def step(self, tokens: Array, cache: Before, select: Any) -> tuple[Array, Before]:
         return self.table[cache.tokens, tokens], Before(tokens=tokens)
 
 

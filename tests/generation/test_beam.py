@@ -202,9 +202,9 @@ def test_the_search_stops_when_all_prompts_have_their_answers():
         calls.append(1)
 
     class Counting(type(ours(table(VOCAB, 0, (), 0.0)))):
-        def step(self, tokens: Any, cache: Any) -> Any:
+        def step(self, tokens: Any, cache: Any, select: Any) -> Any:
             jax.debug.callback(count, tokens)
-            return super().step(tokens, cache)
+            return super().step(tokens, cache, select)
 
     jax.tree_util.register_pytree_node(
         Counting, lambda model: ((model.table,), None), lambda _, arrays: Counting(table=arrays[0])

@@ -38,10 +38,10 @@ class Scripted:
     def front(self, inputs: Any) -> Start:
         return Start()
 
-    def back(self, front: Any, keep: Any, select: Any, new_slots: int) -> tuple[Any, Any]:
+    def back(self, front: Any, select: Any, new_slots: int) -> tuple[Any, Any]:
         return self._logits(0), jnp.asarray(1, jnp.int32)
 
-    def step(self, tokens: Any, cache: Any) -> tuple[Any, Any]:
+    def step(self, tokens: Any, cache: Any, select: Any) -> tuple[Any, Any]:
         io_callback(lambda n, fed: calls.append((int(n), fed.tolist())), None, cache, tokens)
         return self._logits(cache), cache + 1
 
@@ -148,8 +148,9 @@ def test_prefill_and_steps_follow_the_same_script(new: int):
     tokens, logits, cache = [], start.logits, start.cache
     for _ in range(new):
         tokens.append(logits.argmax(axis=1).astype(jnp.int32))
-        logits, cache = programs.step(
+        logits, cache, _ = programs.step(
             replace(script, script=jnp.concatenate([script.script, script.script[:1]])),
+            (),
             tokens[-1],
             cache,
         )
@@ -170,7 +171,7 @@ def test_single_steps_are_the_loop_one_token_at_a_time():
     carry = programs.begin(programs.prefill(model, (), None, new_slots=6), how, stop)
     seen = [carry.state.tokens[:, 0]]
     while carry.state.is_open.any():
-        carry = programs.advance(model, carry, how, stop)
+        carry = programs.advance(model, (), carry, how, stop)
         seen.append(carry.last)
     np.testing.assert_array_equal(jnp.stack(seen, axis=1), run(rows, 6).tokens[:, : len(seen)])
     np.testing.assert_array_equal(how.answers(carry.state), run(rows, 6).tokens)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax.contract import keep_all
 from catp_jax.models.cache import (
     Block,
     KeysValues,
@@ -11,8 +12,8 @@ from catp_jax.models.cache import (
     Read,
     Tail,
     attend_blocks,
+    by_layer,
     capacity,
-    padded,
 )
 
 PROMPTS, BEAMS, KV, GROUP, CHANNELS = 2, 3, 2, 3, 4
@@ -28,6 +29,12 @@ def made(rows: int, tokens: int, seed: int) -> KeysValues:
     return KeysValues(
         keys=jnp.asarray(draw(*shape, seed=seed)), values=jnp.asarray(draw(*shape, seed=seed + 1))
     )
+
+
+def whole(made: KeysValues, valid: np.ndarray) -> Prompt:
+    """One layer's prompt, all of it visual tokens."""
+    numbers = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
+    return Prompt.of({0: made}, numbers, jnp.asarray(valid), valid.shape[1])
 
 
 def plain(queries, columns, scale):
@@ -48,12 +55,12 @@ def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softm
     prompt = made(PROMPTS, tokens, 1)
     valid = np.random.default_rng(7).random((PROMPTS, tokens)) < 0.6
     valid[:, 1] = True
-    reads = Prompt.of([prompt], jnp.asarray(valid)).reads()
+    stored = whole(prompt, valid)
     lengths = np.asarray([4, 9])
-    tail = Tail.empty([prompt], jnp.asarray(lengths, jnp.int32), 4)
+    tail = Tail.empty([stored], jnp.asarray(lengths, jnp.int32), 4)
     # a token before the beams part
     first, answers = made(PROMPTS, 1, 3), [[] for _ in range(ROWS)]
-    (past,) = (opened := tail.opened()).pasts(reads)
+    (past,) = (opened := tail.opened()).pasts(by_layer([stored], keep_all))
     tail = opened.closed([past.tail.write(first, past.slot)]).spread(BEAMS)
     for row in range(ROWS):
         answers[row].append((first.keys[row // BEAMS, 0], first.values[row // BEAMS, 0]))
@@ -68,7 +75,7 @@ def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softm
         by_distance = draw(HEADS, 5, seed=8)
         distance = np.asarray(tail.next_position).reshape(PROMPTS, -1)[:, :1] - tail.positions
         bias = np.moveaxis(by_distance[:, np.clip(distance, 0, 4)], 0, 1)
-        (past,) = tail.pasts(reads)
+        (past,) = tail.pasts(by_layer([stored], keep_all))
         out, grown = past.attend(jnp.asarray(queries), new, jnp.asarray(bias), scale)
         tail = tail.closed([grown])
 
@@ -93,7 +100,7 @@ def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softm
 
 
 def test_each_prompt_writes_at_its_own_slot():
-    block = Block.empty(made(PROMPTS, 1, 0), 8)
+    block = Block.empty(Block.of(made(PROMPTS, 1, 0)), 8)
     new = made(ROWS, 1, 5)
     written = block.write(new, jnp.asarray([4, 1]))
     for prompt, slot in enumerate([4, 1]):
@@ -117,8 +124,9 @@ def test_a_row_that_sees_nothing_gives_numbers():
 def test_long_blocks_have_a_multiple_of_32_slots(tokens, slots):
     assert capacity(tokens) == slots
     prompt = made(1, tokens, 1)
-    block, valid = Block.of(prompt), padded(jnp.ones((1, tokens), bool))
+    stored = whole(prompt, np.ones((1, tokens), bool))
+    (block,) = stored.blocks
     assert block.keys.shape == block.values.shape == (1, KV, slots, CHANNELS)
-    assert valid.shape == (1, slots)
-    assert valid.sum() == tokens
+    assert stored.valid.shape == stored.numbers.shape == (1, slots)
+    assert stored.valid.sum() == (stored.numbers >= 0).sum() == tokens
     np.testing.assert_array_equal(block.values[0, 1, :tokens], np.asarray(prompt.values)[0, :, 1])

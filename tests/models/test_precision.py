@@ -49,7 +49,7 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(llama, dtype):
         inputs,
     )
     again = jax.eval_shape(
-        lambda model, cache: step(model, jnp.zeros(1, jnp.int32), cache),
+        lambda model, cache: step(model, (), jnp.zeros(1, jnp.int32), cache)[:2],
         model,
         out.cache,
     )
@@ -57,7 +57,8 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(llama, dtype):
         assert logits.dtype == dtype
         assert {
             leaf.dtype
-            for leaf in jax.tree.leaves((cache.own.blocks, cache.tail.blocks, cache.cross.blocks))
+            for part in (*cache.own, *cache.cross, cache.tail)
+            for leaf in jax.tree.leaves(part.blocks)
         } == {jnp.dtype(dtype)}
 
 

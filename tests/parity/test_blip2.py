@@ -13,7 +13,7 @@ from flax import nnx
 from transformers import T5Config as HfT5Config
 from transformers.models.t5.modeling_t5 import T5Attention as HfT5Attention
 
-from catp_jax.contract import Attention
+from catp_jax.contract import Attention, keep_all
 from catp_jax.models.cache import Slots
 from catp_jax.models.t5 import T5Attention, T5Config
 from tests.parity.tiny import relative_difference
@@ -254,10 +254,13 @@ def test_logits_of_cached_steps(name: str, side: Side):
             theirs = torch.stack(rows)
 
     def first(model, inputs):
-        return model.back(model.front(inputs), None, lambda view: None, steps)
+        return model.back(model.front(inputs), keep_all, steps)
 
     logits, cache = jax.jit(first)(ours, prompts.ours(side))
-    found, step = [logits], jax.jit(lambda model, tokens, cache: model.step(tokens, cache))
+    found, step = (
+        [logits],
+        jax.jit(lambda model, tokens, cache: model.step(tokens, cache, keep_all)),
+    )
     for number in range(steps):
         logits, cache = step(ours, new[:, number], cache)
         found.append(logits)

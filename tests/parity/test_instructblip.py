@@ -217,6 +217,6 @@ def test_fastv_between_vicunas_layers():
     for row, length in enumerate(prompts.lengths):
         seen = attention[row, :, QUERIES + length - 1, :QUERIES].mean(dim=0).numpy()
         assert kept[row].tolist() == sorted(np.argsort(-seen)[:3].tolist())
-    logits, cache = programs.step(ours, jnp.full(3, 5, jnp.int32), out.cache)
+    logits, cache, _ = programs.step(ours, (), jnp.full(3, 5, jnp.int32), out.cache)
     assert np.isfinite(logits).all()
     assert room(cache) == [text + QUERIES] * layer + [text + 3]

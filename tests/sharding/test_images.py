@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax.contract import keep_all
 from catp_jax.generation import blip2_inputs, mllama_inputs
 from catp_jax.models.frozen import freeze
 from catp_jax.sharding.mesh import make_mesh
@@ -57,7 +58,7 @@ def seen(network, inputs, kind: str):
 
 @jax.jit
 def logits(network, inputs):
-    return network.back(network.front(inputs), None, lambda view: None, 0)[0]
+    return network.back(network.front(inputs), keep_all, 0)[0]
 
 
 @pytest.mark.parametrize("text", ["data=8", "data=2,fsdp=4"])

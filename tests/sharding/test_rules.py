@@ -100,16 +100,20 @@ def test_axes_are_read_from_the_annotations():
         next_slot=x((2,), int),
         next_position=x((6,), int),
     )
-    prompt = Prompt(blocks=(block,), valid=x((2, 3), bool))
-    cache = CrossCache(mode="hf", own=prompt, cross=prompt, seen=x((2, 3), bool), tail=tail)
+    options = {"layers": (0,), "num_visual": 0, "blocks": (block,)}
+    whole = Prompt(numbers=x((2, 3), int), valid=x((2, 3), bool), **options)
+    by_head = Prompt(numbers=x((2, 1, 3), int), valid=x((2, 1, 3), bool), **options)
+    row = x((2,), bool)
+    cache = CrossCache(own=(whole,), cross=(by_head,), attends=row, feeds=row, tail=tail)
     found = list(named_leaves(cache))
-    keys, slots = ("b", "kv", "slots", "d"), ("b", "slots")
+    keys, slots, heads = ("b", "kv", "slots", "d"), ("b", "slots"), ("b", "kv", "slots")
     tails = [keys, keys, slots, ("r", "slots"), ("b",), ("r",)]
-    assert [axes for _, axes in found] == [*tails, *[keys, keys, slots] * 2, slots]
+    prompts = [keys, keys, slots, slots, keys, keys, heads, heads]
+    assert [axes for _, axes in found] == [*tails, *prompts, ("b",), ("b",)]
     assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(cache)]
 
 
 def test_other_annotations_name_no_axes():
-    assert axes_of(Float[Array, "*rows d"]) is None
-    assert axes_of(int) is None
-    assert axes_of(Bool[Array, "b n"] | None) == ("b", "n")
+    assert axes_of(Float[Array, "*rows d"]) == []
+    assert axes_of(int) == []
+    assert axes_of(Bool[Array, "b n"] | None) == [("b", "n")]

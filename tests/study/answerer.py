@@ -79,16 +79,16 @@ class Network:
         )
         return Front(view=view)
 
-    def back(self, front, keep, select, new_slots):
+    def back(self, front, select, new_slots):
         tokens = front.view.tokens
-        if keep is not None:
+        if (keep := select(front.view)) is not None:
             tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
         cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
         every = jnp.ones((len(tokens), tokens.shape[1]))
         summed = jnp.einsum("bn,bnd->bd", every, tokens)
         return summed, Cache(tokens=cache, next=jnp.zeros(len(tokens), jnp.int32))
 
-    def step(self, tokens, cache):
+    def step(self, tokens, cache, select):
         return cache.tokens.sum(axis=1), Cache(tokens=cache.tokens, next=cache.next + 1)
 
 
