@@ -39,14 +39,15 @@ def attend(
     `scale` (None: 1/√d). A row whose mask is all False returns the mean of the values: its caller
     drops it.
     """
-    if mask is not None or bias is not None or cudnn_refuses(queries, keys) is not None:
+    if bias is not None or cudnn_refuses(queries, keys) is not None:
         return xla(queries, keys, values, mask, bias, scale)
     return jax.lax.platform_dependent(
         queries,
         keys,
         values,
+        mask,
         cuda=functools.partial(cudnn, scale=scale),
-        default=functools.partial(xla, mask=None, scale=scale),
+        default=functools.partial(xla, scale=scale),
     )
 
 
@@ -138,6 +139,7 @@ def cudnn(
     queries: Float[Array, "b s h d"],
     keys: Float[Array, "b n kv d"],
     values: Float[Array, "b n kv d"],
+    mask: Bool[Array, "b s n"] | None = None,
     rows: Int[Array, " b"] | None = None,
     columns: Int[Array, " b"] | None = None,
     scale: float | None = None,
@@ -149,6 +151,7 @@ def cudnn(
         queries,
         keys,
         values,
+        mask=None if mask is None else mask[:, None],
         scale=scale,
         query_seq_lengths=rows,
         key_value_seq_lengths=columns,
@@ -162,8 +165,9 @@ def _cudnn_padded(queries: Array, keys: Array, values: Array, real: Array) -> Ar
     # call; lengths of nothing are not asked for
     everything = jnp.maximum(real, size)  # split over devices as `real` is, which a constant is not
     at_least = jnp.maximum(real, 1)
-    seen = cudnn(queries, keys, values, at_least, everything)
-    padding = cudnn(queries[:, ::-1], keys, values, jnp.maximum(size - real, 1), at_least)
+    seen = cudnn(queries, keys, values, rows=at_least, columns=everything)
+    rest = jnp.maximum(size - real, 1)
+    padding = cudnn(queries[:, ::-1], keys, values, rows=rest, columns=at_least)
     is_real = jnp.arange(size, dtype=jnp.int32)[None] < real[:, None]
     return jnp.where(is_real[:, :, None, None], seen, padding[:, ::-1])
 
@@ -174,8 +178,9 @@ def cudnn_refuses(queries: Float[Array, "b s h d"], keys: Float[Array, "b n kv d
         return "USE_CUDNN is False"
     if queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its numbers have 16 bits, these are {queries.dtype}"
-    if queries.shape[2] != keys.shape[2]:
-        return "rows of one key-value head cannot be split over devices there"
+    mesh = jax.sharding.get_abstract_mesh()
+    if queries.shape[2] != keys.shape[2] and dict(mesh.shape).get("group", 1) > 1:
+        return "the mesh splits the queries of a key-value head over several devices"
     return _cudnn_lacks(queries.shape[-1])
 
 

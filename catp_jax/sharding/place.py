@@ -123,11 +123,13 @@ class Sharded:
 
     def front(self, inputs: Any) -> Any:
         """See the model's own."""
-        return self.frozen.front(inputs)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self.frozen.front(inputs)
 
     def back(self, front: Any, select: Any, new_slots: int) -> Any:
         """See the model's own."""
-        logits, cache = self.frozen.back(front, select, new_slots)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            logits, cache = self.frozen.back(front, select, new_slots)
         return logits, laid_out(cache, self.mesh)
 
     def step(self, tokens: Int[Array, " b"], cache: Any, select: Any) -> Any:

@@ -97,14 +97,44 @@ def test_two_calls_with_lengths_are_that_mask(padded, monkeypatch):
     np.testing.assert_allclose(out, padded_wanted(*padded), atol=1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+def test_the_call_of_cudnn_says_the_same_as_xlas(kv_heads: int, monkeypatch):
+    """The call's own meaning, by JAX's implementation that runs anywhere."""
+    by_jax = jax.nn.dot_product_attention
+
+    def anywhere(*arrays, **options):
+        assert options["implementation"] == "cudnn"
+        return by_jax(*arrays, **(options | {"implementation": "xla"}))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
+    rng = np.random.default_rng(4)
+    queries = jnp.asarray(rng.normal(size=(2, 5, 6, 4)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 2, 7, kv_heads, 4)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, 5, 7)) < 0.6).at[:, :, 0].set(True)
+    mask = mask.at[1, 2].set(False)  # a row that sees nothing
+    for own in (None, mask):
+        np.testing.assert_allclose(
+            attention.cudnn(queries, keys, values, own, scale=0.7),
+            attention.xla(queries, keys, values, own, scale=0.7),
+            atol=2e-6,
+        )
+
+
 @pytest.mark.parametrize(
-    ("heads", "dtype", "reason"),
-    [(2, "float32", "16 bits"), (4, "bfloat16", "split over devices"), (2, "bfloat16", "cuDNN")],
+    ("heads", "split", "dtype", "reason"),
+    [
+        (2, 1, "float32", "16 bits"),
+        (4, 2, "bfloat16", "splits the queries of a key-value head"),
+        (2, 2, "bfloat16", "not found"),
+        (4, 1, "bfloat16", "not found"),
+    ],
 )
-def test_what_cudnn_refuses_it_says_why(heads, dtype, reason, monkeypatch):
+def test_what_cudnn_refuses_it_says_why(heads, split, dtype, reason, monkeypatch):
     monkeypatch.setattr(attention, "_cudnn_lacks", lambda channels: "cuDNN not found")
     queries, keys = (jnp.zeros((1, 8, n, 4), dtype) for n in (heads, 2))
-    assert reason in attention.cudnn_refuses(queries, keys)
+    mesh = jax.sharding.AbstractMesh((2, split), ("kv", "group"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert reason in attention.cudnn_refuses(queries, keys)
 
 
 def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):
@@ -115,9 +145,11 @@ def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):
     monkeypatch.setattr(attention, "cudnn", no_kernel)
     floats = [jnp.asarray(a, jnp.float32) for a in padded]
     real = jnp.asarray(REAL, jnp.int32)
-    np.testing.assert_array_equal(
-        jax.jit(attention.attend)(*floats, None), attention.xla(*floats, None)
-    )
+    mask = jnp.asarray(np.random.default_rng(2).random((3, 7, 7)) < 0.6).at[:, :, 0].set(True)
+    for own in (None, mask):
+        np.testing.assert_array_equal(
+            jax.jit(attention.attend)(*floats, own), attention.xla(*floats, own)
+        )
     np.testing.assert_allclose(
         jax.jit(attention.attend_padded)(*floats, real), padded_wanted(*padded), atol=1e-5
     )
