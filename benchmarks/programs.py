@@ -232,7 +232,7 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
         return Program(function, (carry, decoding, stop), visual, kept, cache, 1)
     if case.what == "decode":
         return Program(
-            jax.jit(programs.decode), (start, decoding, stop), visual, kept, cache, NEW - 1
+            jax.jit(programs.decode), (pruners, start, decoding, stop), visual, kept, cache, NEW - 1
         )
     arguments = (pruners, inputs, decoding, stop)
     return Program(programs.generate, arguments, visual, kept, cache, NEW - 1)

@@ -96,7 +96,7 @@ def test_pruned_answers_and_where_the_kept_queries_look(model, pictures):
 
 def test_sites_and_positions_are_the_language_models(folder: Path, model):
     if folder.name == "vicuna":
-        assert model.sites == {Site.ENTRY, Site.LAYER}
+        assert model.sites == {Site.ENTRY, Site.LAYER, Site.CACHE, Site.READ}
         assert (model.reader.positions, model.end_tokens, model.pad_token) == (64, (2,), 0)
     else:
         assert model.sites == {Site.ENTRY}

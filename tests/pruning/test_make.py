@@ -157,7 +157,7 @@ def test_a_method_for_another_place_is_answered_with_those_that_fit(monkeypatch)
 
 def test_a_model_that_no_method_fits_is_told_so():
     with pytest.raises(ValueError, match="no method") as error:
-        make("fastv", 8, frozenset({Site.WRITE}))
+        make("fastv", 8, frozenset({Site.READ}))
     assert "fastv" in str(error.value)
 
 

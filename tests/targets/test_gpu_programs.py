@@ -71,8 +71,8 @@ def test_a_step_moves_little_more_than_its_floor(rows, name: str, most: float):
 def test_what_pruning_takes_from_the_cache_is_not_moved(rows):
     many, half = rows["many"], rows["half"]
     slots = 32 * 8 * 128 * 2 * 2  # bytes of a slot in a layer, at batch 32
-    fewer = 6432 - 3232  # multiples of 32; of each, whether it is valid, and seen
-    assert many["cache"] - half["cache"] == fewer * (slots + 32 * 2)
+    fewer = 6432 - 3232  # multiples of 32; of each, its number and whether it is valid
+    assert many["cache"] - half["cache"] == fewer * (slots + 32 * (4 + 1))
     assert many["moved"] - half["moved"] >= 0.95 * (many["floor"] - half["floor"])
 
 
