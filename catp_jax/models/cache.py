@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Keep, Select, Site, View
+from catp_jax.models import one_row
 from catp_jax.models.attention import scaled
 from catp_jax.struct import pytree, replace, static
 
@@ -131,6 +132,11 @@ class Read:
     seen: Bool[Array, "rows slots"] | Bool[Array, "b kv slots"]
     bias: Float[Array, "others h slots"] | None = None
 
+    @property
+    def inputs(self) -> one_row.Inputs:
+        """The same as a kernel takes it."""
+        return self.block.keys, self.block.values, self.seen, self.bias
+
 
 def attend_blocks(
     queries: Float[Array, "r one h d"], reads: Sequence[Read], scale: float | None = None
@@ -141,8 +147,21 @@ def attend_blocks(
     multiplies the logits (None: 1/√d). A row that sees nothing gets a mean of the values: its
     caller drops it.
     """
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    by_products = partial(_by_products, factor=factor)
+    if one_row.refuses(queries, [read.inputs for read in reads]) is not None:
+        return by_products(queries, reads)
+
+    def in_one_kernel(queries: Array, reads: Sequence[Read]) -> Array:
+        return one_row.attend(queries, [read.inputs for read in reads], factor)
+
+    return jax.lax.platform_dependent(queries, list(reads), cuda=in_one_kernel, default=by_products)
+
+
+def _by_products(
+    queries: Float[Array, "r one h d"], reads: Sequence[Read], factor: float
+) -> Float[Array, "r one h d"]:
     rows, _, heads, channels = queries.shape
-    factor = channels**-0.5 if scale is None else scale
     logits = [_logits(queries, read, factor) for read in reads]
     largest = [part.max(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads) for part in logits]
     top = jnp.stack(largest).max(axis=0)
