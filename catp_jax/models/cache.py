@@ -163,6 +163,9 @@ def _by_products(
 ) -> Float[Array, "r one h d"]:
     rows, _, heads, channels = queries.shape
     logits = [_logits(queries, read, factor) for read in reads]
+    if len(reads) == 1:  # a softmax that a GPU has in one kernel, which reads the logits once
+        out = _summed(jax.nn.softmax(logits[0], axis=-1), reads[0].block.values)
+        return out.astype(reads[0].block.values.dtype)[:, None]
     largest = [part.max(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads) for part in logits]
     top = jnp.stack(largest).max(axis=0)
 
@@ -173,15 +176,22 @@ def _by_products(
         highest = top.reshape(batch, own, kv, group).transpose(0, 2, 1, 3)
         weights = jnp.exp(part - highest[..., None])
         total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
-        values = read.block.values
-        summed = jnp.einsum(
-            "bkmgn,bknd->bkmgd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        )
-        out += summed.transpose(0, 2, 1, 3, 4).reshape(rows, heads, channels)
+        out += _summed(weights, read.block.values)
     return (out / total[..., None]).astype(reads[0].block.values.dtype)[:, None]
+
+
+def _summed(
+    weights: Float[Array, "b kv own group slots"], values: Float[Array, "b kv slots d"]
+) -> Float[Array, "r h d"]:
+    """What rows take of a block's values, in float32."""
+    batch, kv, own, group, _ = weights.shape
+    summed = jnp.einsum(
+        "bkmgn,bknd->bkmgd",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    return summed.transpose(0, 2, 1, 3, 4).reshape(batch * own, kv * group, -1)
 
 
 def _logits(
