@@ -31,8 +31,9 @@ LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
 COLUMNS = 64
 """Slots that a program looks at together."""
 
-PROGRAMS = 528
-"""Slots are divided while there are fewer programs: four for each of an H100's processors."""
+PROGRAMS = 264
+"""Slots are divided as long as no more programs run at a time, two on each of an H100's processors.
+"""
 
 SHORTEST = 256
 """Slots of a part at least."""
@@ -149,7 +150,8 @@ def _on_one_device(operands: Sequence[Array], scale: float, is_interpreted: bool
         specs.append(spec(added, wide if added.shape[2] > 1 else 1, size * parts))
     shape = (batch, kv, parts, rows)
     made = [jax.ShapeDtypeStruct((*shape, channels), dtype if parts == 1 else jnp.float32)]
-    made += [jax.ShapeDtypeStruct(shape, jnp.float32)] * (0 if parts == 1 else 2)
+    if parts > 1:  # its largest logits and totals
+        made += [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2
     out, *rest = pl.pallas_call(
         functools.partial(
             _program, sizes=tuple(zip(sizes, each, strict=True)), scale=scale, size=(rows, channels)
@@ -189,12 +191,13 @@ def _program(
     is_row, is_channel = jnp.arange(wide) < size[0], jnp.arange(deep) < size[1]
     is_query = is_row[:, None] & is_channel[None]
     queries = triton.load(queries_ref, mask=is_query, other=0.0)
+    part = pl.program_id(2)
 
     def columns(number: int, step: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         keys_ref, values_ref, added_ref = blocks[3 * number : 3 * number + 3]
         out, top, total = state
         slots, each = sizes[number]
-        first = pl.program_id(2) * each + step * COLUMNS
+        first = part * each + step * COLUMNS
         taken, is_slot = pl.ds(first, COLUMNS), first + jnp.arange(COLUMNS) < slots
         is_stored = is_slot[:, None] & is_channel[None]
         keys = triton.load(keys_ref.at[taken, :], mask=is_stored, other=0.0)
@@ -216,12 +219,13 @@ def _program(
         jnp.zeros(wide, jnp.float32),
     )
     for number, (slots, each) in enumerate(sizes):
-        left = slots - pl.program_id(2) * each
+        left = slots - part * each
         steps = jnp.clip(pl.cdiv(left, COLUMNS), 0, each // COLUMNS)
         state = jax.lax.fori_loop(0, steps, functools.partial(columns, number), state)
     out, top, total = state
-    if not rest:
+    if rest:
+        for ref, array in zip(rest, (top, total), strict=True):
+            triton.store(ref, array, mask=is_row)
+    else:
         out = out / total[:, None]
     triton.store(out_ref, out.astype(out_ref.dtype), mask=is_query)
-    for ref, array in zip(rest, (top, total), strict=bool(rest)):
-        triton.store(ref, array, mask=is_row)
