@@ -4,8 +4,8 @@
                 × its slots in every block, or a part of them
 
 Logits and weights stay in registers; where slots are divided, each part leaves its sum, its largest
-logit and its total, which are merged. XLA writes the logits in float32, reads them twice, and
-writes and reads the weights: with few slots or many rows a fifth of what it reads of the cache.
+logit and its total, which are merged. XLA writes the logits in float32 and reads them, then writes
+and reads the weights: of Llama's images a tenth of the cache again, with five beams half of it.
 
 Off unless `USE_KERNEL` is set: it was compiled for GPUs and run by an interpreter, never on a GPU.
 Its compiler is Pallas's Triton backend, which jax 0.11 and later warn will be removed.
@@ -17,9 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float
 
 USE_KERNEL = False
@@ -32,8 +30,7 @@ COLUMNS = 64
 """Slots that a program looks at together."""
 
 PROGRAMS = 264
-"""Slots are divided as long as no more programs run at a time, two on each of an H100's processors.
-"""
+"""Slots are divided as long as there are no more programs: two for each of an H100's processors."""
 
 SHORTEST = 256
 """Slots of a part at least."""
@@ -129,6 +126,10 @@ def _on_any_mesh(operands: Sequence[Array], scale: float, is_interpreted: bool) 
 
 
 def _on_one_device(operands: Sequence[Array], scale: float, is_interpreted: bool) -> Array:
+    # here, so that the package does without them: one is to go, and both are slow to import
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
     queries, *blocks = operands
     (batch, kv, rows, channels), dtype = queries.shape, blocks[1].dtype
     sizes = [keys.shape[2] for keys in blocks[::3]]
@@ -137,7 +138,7 @@ def _on_one_device(operands: Sequence[Array], scale: float, is_interpreted: bool
     # in powers of two, and 16 at least, as tensor cores want them; what is beyond is masked
     wide, deep = (max(pl.next_power_of_2(size), 16) for size in (rows, channels))
 
-    def spec(array: Array, *last: int) -> pl.BlockSpec:
+    def spec(array: Array, *last: int) -> Any:
         by_head = array.shape[1] > 1
         return pl.BlockSpec(
             (None, None, *last), lambda number, head, part: (number, head if by_head else 0, 0, 0)
@@ -166,7 +167,7 @@ def _on_one_device(operands: Sequence[Array], scale: float, is_interpreted: bool
             for array in made
         ],
         out_shape=made,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=is_interpreted,
         name="one_row",
     )(*operands)
@@ -186,6 +187,9 @@ def _program(
     size: tuple[int, int],
 ) -> None:
     """One part of one key-value head of one prompt: a softmax whose largest logit grows."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
     blocks, (out_ref, *rest) = refs[: 3 * len(sizes)], refs[3 * len(sizes) :]
     wide, deep = queries_ref.shape
     is_row, is_channel = jnp.arange(wide) < size[0], jnp.arange(deep) < size[1]
