@@ -1,17 +1,26 @@
-"""Attention of many rows at once, as a prefill has it: one function a case, and who computes it.
+"""Attention, one function a case, and who computes it.
 
-    xla     any device and number type; the logits, in float32, go through memory
-    cudnn   NVIDIA GPUs, 16-bit numbers; no array of rows × columns
+    attend          many rows, as a prefill has them
+    attend_padded   a tower's tokens, of which the last are padding
+    attend_blocks   one new token a row, over the blocks of a cache
+
+    xla       any device and number type; the logits, in float32, go through memory
+    cudnn     NVIDIA GPUs, 16-bit numbers, many rows; no array of rows × columns
+    one_row   NVIDIA GPUs, 16-bit numbers, one row; if asked for
 
 `cudnn` is taken where it is found and does not refuse. A program chooses as it is compiled for a
-device: the same call is XLA's on a CPU. (One new token a row is another matter: `cache`.)
+device: the same call is XLA's on a CPU.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from catp_jax.models import one_row
+from catp_jax.models.blocks import LOWEST, Read
 
 USE_CUDNN = True
 """False, before a program is compiled: XLA computes all attention."""
@@ -95,9 +104,7 @@ def xla(
             bias = bias.astype(jnp.float32)
             logits += bias.reshape(bias.shape[0], kv, heads // kv, *bias.shape[2:])
         if mask is not None:
-            # finite, so that a row that sees nothing is no NaN
-            lowest = -0.7 * jnp.finfo(jnp.float32).max
-            logits = jnp.where(mask[:, None, None], logits, lowest)
+            logits = jnp.where(mask[:, None, None], logits, LOWEST)
         weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
         summed = jnp.einsum("bkgsn,bknd->bkgsd", weights, turned_values)
         return jnp.swapaxes(summed.reshape(turned.shape), 1, 2)
@@ -192,3 +199,73 @@ def _cudnn_lacks(channels: int) -> str | None:
     except (RuntimeError, NotImplementedError) as error:
         return str(error)
     return None
+
+
+def attend_blocks(
+    queries: Float[Array, "r one h d"], reads: Sequence[Read], scale: float | None = None
+) -> Float[Array, "r one h d"]:
+    """One new token a row attends to several blocks: logits by block, one softmax, in float32.
+
+    `r` is a multiple of a block's `b`: so many rows in succession read the same entry. `scale`
+    multiplies the logits (None: 1/√d). A row that sees nothing gets a mean of the values: its
+    caller drops it.
+    """
+    factor = queries.shape[-1] ** -0.5 if scale is None else scale
+    by_products = functools.partial(_by_products, factor=factor)
+    if one_row.refuses(queries, reads) is not None:
+        return by_products(queries, reads)
+    in_one_kernel = functools.partial(one_row.attend, scale=factor)
+    return jax.lax.platform_dependent(queries, list(reads), cuda=in_one_kernel, default=by_products)
+
+
+def _by_products(
+    queries: Float[Array, "r one h d"], reads: Sequence[Read], factor: float
+) -> Float[Array, "r one h d"]:
+    rows, _, heads, channels = queries.shape
+    logits = [_logits(queries, read, factor) for read in reads]
+    if len(reads) == 1:  # a softmax that a GPU has in one kernel, which reads the logits once
+        out = _summed(jax.nn.softmax(logits[0], axis=-1), reads[0].block.values)
+        return out.astype(reads[0].block.values.dtype)[:, None]
+    largest = [part.max(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads) for part in logits]
+    top = jnp.stack(largest).max(axis=0)
+
+    total = jnp.zeros((rows, heads), jnp.float32)
+    out = jnp.zeros((rows, heads, channels), jnp.float32)
+    for part, read in zip(logits, reads, strict=True):
+        batch, kv, own, group, _ = part.shape
+        highest = top.reshape(batch, own, kv, group).transpose(0, 2, 1, 3)
+        weights = jnp.exp(part - highest[..., None])
+        total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
+        out += _summed(weights, read.block.values)
+    return (out / total[..., None]).astype(reads[0].block.values.dtype)[:, None]
+
+
+def _summed(
+    weights: Float[Array, "b kv own group slots"], values: Float[Array, "b kv slots d"]
+) -> Float[Array, "r h d"]:
+    """What rows take of a block's values, in float32."""
+    batch, kv, own, group, _ = weights.shape
+    summed = jnp.einsum(
+        "bkmgn,bknd->bkmgd",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    return summed.transpose(0, 2, 1, 3, 4).reshape(batch * own, kv * group, -1)
+
+
+def _logits(
+    queries: Float[Array, "r one h d"], read: Read, scale: float
+) -> Float[Array, "b kv own group slots"]:
+    (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
+    grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
+    # the barrier keeps XLA from merging the products of two blocks, for which it transposes both,
+    # and from writing out for all layers what they see alike
+    grouped, keys, seen = jax.lax.optimization_barrier((grouped, read.block.keys, read.seen))
+    logits = jnp.einsum("bmkgd,bknd->bkmgn", grouped, keys, preferred_element_type=jnp.float32)
+    logits = logits * scale
+    if read.bias is not None:
+        bias = read.bias.astype(jnp.float32).reshape(batch, -1, kv, heads // kv, slots)
+        logits = logits + bias.transpose(0, 2, 1, 3, 4)
+    seen = seen.reshape((batch, kv, 1, 1, slots) if seen.ndim == 3 else (batch, 1, -1, 1, slots))
+    return jnp.where(seen, logits, LOWEST)

@@ -4,9 +4,7 @@
     tail     one `Block` a layer, where new tokens go
 
 The rows of one prompt (its beams, its samples) read the same prompt block and write to the same
-tail; each row sees its own slots of the tail. Heads stand before slots, so that a step reads keys
-and values in place: in any other order a GPU's compiler transposes all of them, in every layer of
-every step.
+tail; each row sees its own slots of the tail.
 
 Slots never shift: a token is written to a slot and stays there.
 """
@@ -21,83 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Attention, Keep, Select, Site, View
-from catp_jax.models import one_row
-from catp_jax.models.attention import scaled
+from catp_jax.models.attention import attend_blocks, scaled
+from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
 
-ALIGNED = 32
-"""Matrix products on a GPU read a block in place if its slots are a multiple of this."""
-
 Own = TypeVar("Own", bound="Cache")
-
-LONG = 128
-"""A shorter block is as long as its tokens: copying it costs less than padding it."""
-
-
-def capacity(slots: int) -> int:
-    """How many slots a block has for so many tokens."""
-    return slots if slots < LONG else -(-slots // ALIGNED) * ALIGNED
-
-
-@pytree
-class KeysValues:
-    """One attention layer's keys and values as its projections make them, keys as the attention
-    uses them (normed, rotated).
-    """
-
-    keys: Float[Array, "b n kv d"]
-    values: Float[Array, "b n kv d"]
-
-    def keep(self, keep: Keep) -> "KeysValues":
-        """Those of the kept tokens."""
-        return KeysValues(keys=keep.apply(self.keys), values=keep.apply(self.values))
-
-
-@pytree
-class Block:
-    """One attention layer's keys and values as decoding reads them."""
-
-    keys: Float[Array, "b kv slots d"]
-    values: Float[Array, "b kv slots d"]
-
-    @classmethod
-    def of(cls, made: KeysValues) -> "Block":
-        """A prompt's block; slots beyond its tokens are zero."""
-
-        def stored(array: Array) -> Array:
-            size = array.shape[1]
-            array = jnp.pad(array, ((0, 0), (0, capacity(size) - size), (0, 0), (0, 0)))
-            return jnp.swapaxes(array, 1, 2)
-
-        return cls(keys=stored(made.keys), values=stored(made.values))
-
-    @classmethod
-    def empty(cls, like: "Block", slots: int) -> "Block":
-        """So many slots for new tokens, for the prompts and heads of `like`."""
-        batch, kv, _, channels = like.keys.shape
-        nothing = jnp.zeros((batch, kv, slots, channels), like.keys.dtype)
-        return cls(keys=nothing, values=nothing)
-
-    def write(self, new: KeysValues, slot: Int[Array, " b"]) -> "Block":
-        """One token of each row is put into a slot of its own, those of a prompt's rows side by
-        side from the prompt's `slot` on.
-        """
-
-        def put(array: Array, some: Array) -> Array:
-            rows = jnp.swapaxes(some.reshape(array.shape[0], -1, *some.shape[2:]), 1, 2)
-            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-            return jax.vmap(write)(array, rows, slot)
-
-        return Block(keys=put(self.keys, new.keys), values=put(self.values, new.values))
-
-    def keep(self, keep: Keep) -> "Block":
-        """The kept slots."""
-        indices = keep.indices if keep.is_by_head else keep.indices[:, None]
-
-        def take(array: Array) -> Array:
-            return jnp.take_along_axis(array, indices[..., None], axis=2)
-
-        return Block(keys=take(self.keys), values=take(self.values))
 
 
 @pytree
@@ -118,98 +44,6 @@ def causal_mask(rows: Slots, columns: Slots) -> Bool[Array, "b s n"]:
     """Each row sees the valid columns at its own and earlier positions."""
     earlier = columns.positions[:, None, :] <= rows.positions[:, :, None]
     return earlier & columns.valid[:, None, :]
-
-
-@pytree
-class Read:
-    """A block that rows attend to: its slots that they see, and what is added to their logits.
-
-    Both are of a prompt, the same for all its rows, or of each row; `seen` may differ from head to
-    head.
-    """
-
-    block: Block
-    seen: Bool[Array, "rows slots"] | Bool[Array, "b kv slots"]
-    bias: Float[Array, "others h slots"] | None = None
-
-    @property
-    def inputs(self) -> one_row.Inputs:
-        """The same as a kernel takes it."""
-        return self.block.keys, self.block.values, self.seen, self.bias
-
-
-def attend_blocks(
-    queries: Float[Array, "r one h d"], reads: Sequence[Read], scale: float | None = None
-) -> Float[Array, "r one h d"]:
-    """One new token a row attends to several blocks: logits by block, one softmax, in float32.
-
-    `r` is a multiple of a block's `b`: so many rows in succession read the same entry. `scale`
-    multiplies the logits (None: 1/√d). A row that sees nothing gets a mean of the values: its
-    caller drops it.
-    """
-    factor = queries.shape[-1] ** -0.5 if scale is None else scale
-    by_products = partial(_by_products, factor=factor)
-    if one_row.refuses(queries, [read.inputs for read in reads]) is not None:
-        return by_products(queries, reads)
-
-    def in_one_kernel(queries: Array, reads: Sequence[Read]) -> Array:
-        return one_row.attend(queries, [read.inputs for read in reads], factor)
-
-    return jax.lax.platform_dependent(queries, list(reads), cuda=in_one_kernel, default=by_products)
-
-
-def _by_products(
-    queries: Float[Array, "r one h d"], reads: Sequence[Read], factor: float
-) -> Float[Array, "r one h d"]:
-    rows, _, heads, channels = queries.shape
-    logits = [_logits(queries, read, factor) for read in reads]
-    if len(reads) == 1:  # a softmax that a GPU has in one kernel, which reads the logits once
-        out = _summed(jax.nn.softmax(logits[0], axis=-1), reads[0].block.values)
-        return out.astype(reads[0].block.values.dtype)[:, None]
-    largest = [part.max(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads) for part in logits]
-    top = jnp.stack(largest).max(axis=0)
-
-    total = jnp.zeros((rows, heads), jnp.float32)
-    out = jnp.zeros((rows, heads, channels), jnp.float32)
-    for part, read in zip(logits, reads, strict=True):
-        batch, kv, own, group, _ = part.shape
-        highest = top.reshape(batch, own, kv, group).transpose(0, 2, 1, 3)
-        weights = jnp.exp(part - highest[..., None])
-        total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
-        out += _summed(weights, read.block.values)
-    return (out / total[..., None]).astype(reads[0].block.values.dtype)[:, None]
-
-
-def _summed(
-    weights: Float[Array, "b kv own group slots"], values: Float[Array, "b kv slots d"]
-) -> Float[Array, "r h d"]:
-    """What rows take of a block's values, in float32."""
-    batch, kv, own, group, _ = weights.shape
-    summed = jnp.einsum(
-        "bkmgn,bknd->bkmgd",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=jnp.float32,
-    )
-    return summed.transpose(0, 2, 1, 3, 4).reshape(batch * own, kv * group, -1)
-
-
-def _logits(
-    queries: Float[Array, "r one h d"], read: Read, scale: float
-) -> Float[Array, "b kv own group slots"]:
-    (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
-    grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
-    # the barrier keeps XLA from merging the products of two blocks, for which it transposes both
-    grouped, keys = jax.lax.optimization_barrier((grouped, read.block.keys))
-    logits = jnp.einsum("bmkgd,bknd->bkmgn", grouped, keys, preferred_element_type=jnp.float32)
-    logits = logits * scale
-    if read.bias is not None:
-        bias = read.bias.astype(jnp.float32).reshape(batch, -1, kv, heads // kv, slots)
-        logits = logits + bias.transpose(0, 2, 1, 3, 4)
-    by_head = read.seen.ndim == 3
-    seen = read.seen.reshape((batch, kv, 1, 1, slots) if by_head else (batch, 1, -1, 1, slots))
-    # finite, so that a row that sees nothing is no NaN
-    return jnp.where(seen, logits, -0.7 * jnp.finfo(jnp.float32).max)
 
 
 @pytree

@@ -24,16 +24,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep, Select, Site, View, keep_columns
-from catp_jax.models.attention import attend
+from catp_jax.models.attention import attend, attend_blocks
+from catp_jax.models.blocks import KeysValues
 from catp_jax.models.cache import (
     Cache,
-    KeysValues,
     Prompt,
     PromptLayer,
     Shown,
     Slots,
     Tail,
-    attend_blocks,
     by_layer,
     cached,
     causal_mask,

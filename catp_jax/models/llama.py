@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.models.attention import attend
-from catp_jax.models.cache import Block, KeysValues, Past
+from catp_jax.models.blocks import Block, KeysValues
+from catp_jax.models.cache import Past
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,

@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Array, Bool, Float
 
+from catp_jax.models.blocks import LOWEST, Read
+
 USE_KERNEL = False
 """True, before a program is compiled: so new tokens attend on NVIDIA GPUs, in 16 bits."""
-
-LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""The logit of a slot that a row does not see: finite, so that a row that sees none is no NaN."""
 
 COLUMNS = 64
 """Slots that a program looks at together."""
@@ -38,20 +37,16 @@ SHORTEST = 256
 MOST_ROWS, MOST_CHANNELS = 64, 128
 """Of a program: what registers and shared memory have room for."""
 
-Inputs = tuple[Array, Array, Array, Array | None]
-"""A block's keys and values [b, kv, slots, d], which slots are seen [rows, slots] or [b, kv, slots]
-by whom, and what is added to the logits [others, h, slots].
-"""
 
-
-def refuses(queries: Float[Array, "r one h d"], blocks: Sequence[Inputs]) -> str | None:
+def refuses(queries: Float[Array, "r one h d"], reads: Sequence[Read]) -> str | None:
     """Why the kernel does not compute this attention; None: it does, on a GPU."""
     if not USE_KERNEL:
         return "USE_KERNEL is False"
-    dtypes = {str(array.dtype) for array in (queries, *(x for block in blocks for x in block[:2]))}
+    arrays = [queries, *jax.tree.leaves([read.block for read in reads])]
+    dtypes = {str(array.dtype) for array in arrays}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"its numbers have 16 bits, these are {' and '.join(sorted(dtypes))}"
-    batch, kv, _, channels = blocks[0][0].shape
+    batch, kv, _, channels = reads[0].block.keys.shape
     rows = queries.shape[0] * queries.shape[2] // (batch * kv)
     if rows > MOST_ROWS or channels > MOST_CHANNELS:
         return (
@@ -62,17 +57,18 @@ def refuses(queries: Float[Array, "r one h d"], blocks: Sequence[Inputs]) -> str
 
 def attend(
     queries: Float[Array, "r one h d"],
-    blocks: Sequence[Inputs],
+    reads: Sequence[Read],
     scale: float,
     is_interpreted: bool = False,
 ) -> Float[Array, "r one h d"]:
-    """`cache.attend_blocks`; interpreted: on any device, with any numbers, slowly."""
-    (rows, one, heads, channels), (batch, kv, _, _) = queries.shape, blocks[0][0].shape
+    """`attention.attend_blocks`; interpreted: on any device, with any numbers, slowly."""
+    (rows, one, heads, channels), (batch, kv, _, _) = queries.shape, reads[0].block.keys.shape
     own, group = rows // batch, heads // kv
     grouped = queries.reshape(batch, own, kv, group, channels).transpose(0, 2, 1, 3, 4)
     operands = [grouped.reshape(batch, kv, own * group, channels)]
-    for keys, values, seen, bias in blocks:
-        operands += [keys, values, _added(seen, bias, batch, kv, own, group)]
+    for read in reads:
+        added = _added(read.seen, read.bias, batch, kv, own, group)
+        operands += [read.block.keys, read.block.values, added]
     out = _on_any_mesh(operands, scale, is_interpreted)
     out = out.reshape(batch, kv, own, group, channels).transpose(0, 2, 1, 3, 4)
     return out.reshape(rows, one, heads, channels)

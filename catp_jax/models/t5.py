@@ -18,17 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Select, Site
-from catp_jax.models.attention import attend
+from catp_jax.models.attention import attend, attend_blocks
+from catp_jax.models.blocks import Block, KeysValues
 from catp_jax.models.cache import (
-    Block,
     Cache,
-    KeysValues,
     Past,
     Prompt,
     PromptLayer,
     Slots,
     Tail,
-    attend_blocks,
     by_layer,
     causal_mask,
 )

@@ -13,7 +13,7 @@ import numpy as np
 import convert
 from catp_jax import checkpoint
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
-from catp_jax.models.cache import Block
+from catp_jax.models.blocks import Block
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
 from catp_jax.models.querying import QueryingConfig, QueryingInputs

@@ -5,16 +5,9 @@ import numpy as np
 import pytest
 
 from catp_jax.contract import keep_all
-from catp_jax.models.cache import (
-    Block,
-    KeysValues,
-    Prompt,
-    Read,
-    Tail,
-    attend_blocks,
-    by_layer,
-    capacity,
-)
+from catp_jax.models.attention import attend_blocks
+from catp_jax.models.blocks import Block, KeysValues, Read, capacity
+from catp_jax.models.cache import Prompt, Tail, by_layer
 
 PROMPTS, BEAMS, KV, GROUP, CHANNELS = 2, 3, 2, 3, 4
 ROWS, HEADS = PROMPTS * BEAMS, KV * GROUP

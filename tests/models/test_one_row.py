@@ -7,7 +7,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from catp_jax.models import one_row
-from catp_jax.models.cache import Block, Read, attend_blocks
+from catp_jax.models.attention import attend_blocks
+from catp_jax.models.blocks import Block, Read
+from catp_jax.struct import replace
 
 # prompts, rows of each, key-value heads, query heads of each, channels, slots of each block
 SIZES = {
@@ -42,21 +44,25 @@ def drawn(sizes, dtype, seed=0, has_bias=False, sees="of prompts"):
         rows = (batch, batch * own)[number % 2]
         bias = draw(rows, kv * group, slots) if has_bias else None
         keys, values = draw(batch, kv, slots, channels), draw(batch, kv, slots, channels)
-        blocks.append((keys, values, jnp.asarray(seen), bias))
+        block = Block(keys=keys, values=values)
+        blocks.append(Read(block=block, seen=jnp.asarray(seen), bias=bias))
     return draw(batch * own, 1, kv * group, channels), blocks
 
 
 def by_rows(queries, blocks, scale):
     """One row and head after the other, in float64."""
     rows, _, heads, channels = queries.shape
-    batch, kv = blocks[0][0].shape[:2]
+    batch, kv = blocks[0].block.keys.shape[:2]
     out = np.zeros((rows, 1, heads, channels))
     for row in range(rows):
         for head in range(heads):
             prompt, own = row * batch // rows, head * kv // heads
             logits, taken = [], []
-            for keys, values, seen, bias in blocks:
-                keys, values = (np.asarray(x[prompt, own], np.float64) for x in (keys, values))
+            for read in blocks:
+                pair, seen, bias = read.block, read.seen, read.bias
+                keys, values = (
+                    np.asarray(x[prompt, own], np.float64) for x in (pair.keys, pair.values)
+                )
                 logit = keys @ np.asarray(queries[row, 0, head], np.float64) * scale
                 if bias is not None:
                     logit += np.asarray(bias[row * bias.shape[0] // rows, head], np.float64)
@@ -91,10 +97,9 @@ def test_slots_are_seen_and_biased_by_prompt_by_row_and_by_head(sees, has_bias):
 
 def test_a_part_that_sees_nothing_adds_nothing():
     queries, blocks = drawn(SIZES["parts"], jnp.float32, 4)
-    keys, values, seen, bias = blocks[0]
     for start, stop in ((0, 700), (700, 1000)):
-        some = seen.at[:, start:stop].set(True).at[:, : 1000 - stop].set(False)
-        given = [(keys, values, some, bias), blocks[1]]
+        some = blocks[0].seen.at[:, start:stop].set(True).at[:, : 1000 - stop].set(False)
+        given = [replace(blocks[0], seen=some), blocks[1]]
         close(one_row.attend(queries, given, **INTERPRETED), by_rows(queries, given, 0.3), 1e-5)
 
 
@@ -111,8 +116,12 @@ def test_on_a_mesh_each_device_has_prompts_heads_and_rows_of_its_own(batch, kv, 
         return jax.device_put(array, NamedSharding(mesh, spec))
 
     placed = [
-        (put(keys, "data", "kv"), put(values, "data", "kv"), put(seen, "data"), put(bias, "data"))
-        for keys, values, seen, bias in blocks
+        Read(
+            block=jax.tree.map(lambda x: put(x, "data", "kv"), read.block),
+            seen=put(read.seen, "data"),
+            bias=put(read.bias, "data"),
+        )
+        for read in blocks
     ]
     attend = jax.jit(lambda queries, blocks: one_row.attend(queries, blocks, **INTERPRETED))
     program = attend.lower(put(queries, "data", None, "kv"), placed).compile()
@@ -141,14 +150,10 @@ def test_what_it_refuses_it_says_why(name, dtype, reason, monkeypatch):
 
 
 def test_a_cpus_program_has_no_kernel(monkeypatch):
-    queries, blocks = drawn(SIZES["beams"], jnp.bfloat16, has_bias=True, sees="of rows")
-    reads = [
-        Read(block=Block(keys=keys, values=values), seen=seen, bias=bias)
-        for keys, values, seen, bias in blocks
-    ]
+    queries, reads = drawn(SIZES["beams"], jnp.bfloat16, has_bias=True, sees="of rows")
     expected = attend_blocks(queries, reads, 0.3)
     monkeypatch.setattr(one_row, "USE_KERNEL", True)
-    assert one_row.refuses(queries, [read.inputs for read in reads]) is None
+    assert one_row.refuses(queries, reads) is None
     out = jax.jit(lambda *given: attend_blocks(*given, 0.3))(queries, reads)
     close(out, np.asarray(expected, np.float64), 1e-2)
-    close(out, by_rows(queries, blocks, 0.3), 2e-2)
+    close(out, by_rows(queries, reads, 0.3), 2e-2)

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from catp_jax.models.cache import Block, Prompt, Tail
+from catp_jax.models.blocks import Block
+from catp_jax.models.cache import Prompt, Tail
 from catp_jax.models.cross_decoder import CrossCache
 from catp_jax.sharding.mesh import make_mesh, parse_mesh
 from catp_jax.sharding.rules import axes_of, named_leaves, split

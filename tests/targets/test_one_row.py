@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from catp_jax import targets
 from catp_jax.models import one_row
-from catp_jax.models.cache import Block, Read, attend_blocks
+from catp_jax.models.attention import attend_blocks
+from catp_jax.models.blocks import Block, Read
 
 pytestmark = [
     pytest.mark.skipif(
