@@ -7,7 +7,8 @@ which a step takes a row each, and the whole cache, a prompt's once, read once.
 
 `ratio` is moved bytes over the floor as XLA compiles untuned. It then splits long sums of small
 batches in parts (split-K), whose float32 results go through memory; a GPU's own tuning decides
-about that. `ratio_whole_sums` is without.
+about that. `ratio_whole_sums` is without. "one kernel": new tokens attend in one kernel, which is
+off by default (`models.one_row`).
 
     JAX_PLATFORMS=cpu python -m benchmarks.gpu_programs --only "11B-Vision step"
 
@@ -42,17 +43,21 @@ RESULTS = Path(__file__).parent / "results"
 LARGE = "Llama-3.2-90B-Vision"
 WHOLE_SUMS = {"xla_gpu_experimental_force_split_k": 1}
 
-CASES = (
+STEPS = (
     *(Case(LLAMA, "step", batch, part) for batch in (1, 8, 32, 64) for part in (100, 50, 25)),
     *(Case(name, "step", batch) for name in (OPT, T5, VICUNA) for batch in (1, 16, 64)),
     Case(LLAMA, "step", 8, beams=5),
     Case(OPT, "step", 16, beams=5),
     Case(LLAMA, "step", 1, weights="int8"),
     Case(LLAMA, "step", 32, weights="int8"),
+    Case(LARGE, "step", 16),
+)
+CASES = (
+    *STEPS,
+    *(dataclasses.replace(case, fused=True) for case in STEPS),
     Case(OPT, "prefill", 16),
     Case(LLAMA, "prefill", 8),
     Case(LLAMA, "generate", 8),
-    Case(LARGE, "step", 16),
 )
 
 
@@ -146,11 +151,9 @@ def main() -> None:
         row = make_row(*given)
         older = json.loads(path.read_text())["programs"] if path.exists() else []
         rows = {row["program"]: row for row in [*older, row]}
-        ratio = f"{row['ratio']:7.3f} {row['ratio_whole_sums']:7.3f}" if "ratio" in row else ""
-        print(
-            f"{name:48s} {row['moved'] / 1e9:7.2f} GB  {row['temporaries'] / 1e9:6.3f} GB {ratio}",
-            flush=True,
-        )
+        size = f"{row['moved'] / 1e9:7.2f} GB  {row['temporaries'] / 1e9:6.3f} GB"
+        ratios = [f"{row[key]:7.3f}" for key in row if key.startswith("ratio")]
+        print(f"{name:48s} {size}", *ratios, flush=True)
         result = {
             "benchmark": "gpu_programs",
             "target": args.target,

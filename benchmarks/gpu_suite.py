@@ -49,6 +49,7 @@ SMOKE = (
     Case(LLAMA, "prefill", 2),
     Case(OPT, "decode", 2),
     Case(OPT, "decode", 2, beams=2),
+    Case(OPT, "decode", 2, fused=True),
     Case(OPT, "generate", 1),
     Case(OPT, "largest", 0),
     Case(T5, "decode", 2),

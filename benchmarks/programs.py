@@ -6,8 +6,9 @@ A case is compiled for a GPU that is not there (`gpu_programs`) or timed on one 
 Prompts have 64 text tokens and an image, with Llama of four tiles; 64 tokens are generated.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from catp_jax import checkpoint
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
+from catp_jax.models import one_row
 from catp_jax.models.narrow import Weights, with_scales
 from catp_jax.plan import PRESETS, abstract_model, inputs_of
 from catp_jax.pruning import make
@@ -35,7 +37,8 @@ class Case:
     last new token; `generate`: all in one.
 
     `largest` is `generate` at the largest batch that should fit. `percent` of the visual tokens are
-    kept. `model` is one of `plan.PRESETS`, its weights narrowed as `weights` says.
+    kept. `model` is one of `plan.PRESETS`, its weights narrowed as `weights` says. `fused`: new
+    tokens attend in one kernel (`models.one_row`).
     """
 
     model: str
@@ -44,6 +47,7 @@ class Case:
     percent: int = 100
     beams: int = 1
     weights: Weights | None = None
+    fused: bool = False
 
     @property
     def name(self) -> str:
@@ -54,6 +58,7 @@ class Case:
             "" if self.percent == 100 else f"{self.percent} % kept",
             "" if self.beams == 1 else f"{self.beams} beams",
             self.weights or "",
+            "one kernel" if self.fused else "",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -65,6 +70,7 @@ TABLE = (
     Case(LLAMA, "decode", 1),
     Case(LLAMA, "decode", 32),
     Case(LLAMA, "decode", 32, 50),
+    Case(LLAMA, "decode", 32, fused=True),
     Case(LLAMA, "prefill", 8),
     Case(LLAMA, "decode", 32, 25),
     Case(LLAMA, "decode", 8, beams=5),
@@ -206,6 +212,16 @@ class Program:
     steps: int
 
 
+@contextlib.contextmanager
+def kernel(is_used: bool) -> Iterator[None]:
+    """While a program is traced: whether new tokens attend in one kernel."""
+    before, one_row.USE_KERNEL = one_row.USE_KERNEL, is_used
+    try:
+        yield
+    finally:
+        one_row.USE_KERNEL = before
+
+
 def program_of(case: Case, network: Any, config: Any) -> Program:
     """The program of a case, for a frozen model that may be abstract."""
     inputs, visual = inputs_of(config, case.batch, None, TEXT)
@@ -226,13 +242,17 @@ def program_of(case: Case, network: Any, config: Any) -> Program:
     if case.what == "step":
 
         def step(network: Any, carry: Any, decoding: Any, stop: Any) -> Any:
-            return programs.advance(network, pruners, carry, decoding, stop)
+            with kernel(case.fused):
+                return programs.advance(network, pruners, carry, decoding, stop)
 
         function = jax.jit(step, donate_argnames=("carry",))
         return Program(function, (carry, decoding, stop), visual, kept, cache, 1)
     if case.what == "decode":
-        return Program(
-            jax.jit(programs.decode), (pruners, start, decoding, stop), visual, kept, cache, NEW - 1
-        )
+
+        def decode(network: Any, start: Any, decoding: Any, stop: Any) -> Any:
+            with kernel(case.fused):
+                return programs.decode(network, pruners, start, decoding, stop)
+
+        return Program(jax.jit(decode), (start, decoding, stop), visual, kept, cache, NEW - 1)
     arguments = (pruners, inputs, decoding, stop)
     return Program(programs.generate, arguments, visual, kept, cache, NEW - 1)

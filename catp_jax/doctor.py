@@ -24,7 +24,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
 from catp_jax import checkpoint
+from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
+from catp_jax.models.blocks import Block, KeysValues, Read
 from catp_jax.plan import abstract_model, find_config, shard_bytes
 from catp_jax.pruning.scores import keep_best
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
@@ -282,6 +284,7 @@ def backends(sizes: set[int]) -> Findings:
                 return f"does not work ({said})"
             return "works" if np.abs(out - right).max() < 0.1 else "is wrong"
 
+        unused: str | None = None
         kernels = {"XLA's": state(functools.partial(xla, *arrays, None))}
         if jax.devices()[0].platform == "gpu":
             refused = cudnn_refuses(arrays[0], arrays[1])
@@ -293,7 +296,14 @@ def backends(sizes: set[int]) -> Findings:
                 tiles = functools.partial(attend_padded, *arrays, all_real)
                 kernels["cuDNN's for tiles"] = state(tiles)
                 kernels["cuDNN's with a mask"] = state(functools.partial(attend, *grouped), masked)
+            # one that nothing uses unless it is asked for, so it may fail
+            pair = KeysValues(keys=arrays[1], values=arrays[2])
+            reads = [Read(block=Block.of(pair), seen=jnp.ones((2, 16), bool))]
+            last = functools.partial(one_row.attend, arrays[0][:, -1:], reads, size**-0.5)
+            unused = state(last, expected[:, -1:])
         good = all(word == "works" or word.startswith("is not taken") for word in kernels.values())
+        if unused is not None:
+            kernels["the kernel for new tokens (off)"] = unused
         text = ", ".join(f"{name} {word}" for name, word in kernels.items())
         advice = (
             ""

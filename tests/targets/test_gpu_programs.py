@@ -25,7 +25,8 @@ cases = {
     "half": (Case(LLAMA, "step", 32, 50), "shallow"),
     "beams": (Case(LLAMA, "step", 8, beams=5), "shallow"),
     "opt": (Case(OPT, "step", 16), "shallow"),
-    "t5": (Case(T5, "step", 1), "shallow"),
+    "t5": (Case(T5, "step", 64), "shallow"),
+    "fused": (Case(OPT, "step", 16, beams=5, fused=True), "shallow"),
 }
 print(json.dumps({name: row_of(case, "h100", size) for name, (case, size) in cases.items()}))
 """
@@ -62,7 +63,16 @@ def test_the_floor_is_the_weights_that_a_step_reads_and_its_cache(rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("one", 1.06), ("many", 1.06), ("half", 1.06), ("opt", 1.08), ("t5", 1.08)]
+    ("name", "most"),
+    [
+        ("one", 1.06),
+        ("many", 1.06),
+        ("half", 1.06),
+        ("opt", 1.08),
+        ("t5", 1.08),
+        ("beams", 1.10),
+        ("fused", 1.10),
+    ],
 )
 def test_a_step_moves_little_more_than_its_floor(rows, name: str, most: float):
     assert 1 <= rows[name]["ratio_whole_sums"] < most
@@ -79,7 +89,6 @@ def test_what_pruning_takes_from_the_cache_is_not_moved(rows):
 def test_beams_read_their_prompt_once(rows):
     beams = rows["beams"]
     assert beams["cache"] < 1.1 * 8 * 2 * (6432 + 4 * (64 + 5 * 64)) * 8 * 128 * 2
-    assert beams["ratio_whole_sums"] < 1.15
 
 
 def test_narrow_weights_are_read_narrow(rows):
@@ -89,6 +98,6 @@ def test_narrow_weights_are_read_narrow(rows):
 
 
 def test_a_step_is_one_cuda_graph_and_copies_no_cache(rows):
-    for name in ("one", "many", "half", "beams", "opt", "t5"):
+    for name in ("one", "many", "half", "beams", "opt", "t5", "fused"):
         assert rows[name]["graphs"] == 1, name
         assert rows[name]["temporaries"] < 0.1 * rows[name]["cache"] + 60e6, name
