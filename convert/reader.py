@@ -6,6 +6,7 @@ stays near the largest tensor, beyond the model itself.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,11 @@ class _OneKey(nnx.Rngs):
 
 def abstract(config: Config) -> Any:
     """The model of a configuration without its numbers: every leaf a jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda leaf: leaf, _traced(config))  # the caller's own
+
+
+@functools.lru_cache(maxsize=4)  # reading a converted folder wants one model three times
+def _traced(config: Config) -> Any:
     return nnx.eval_shape(lambda: family_of(config).build(config, _OneKey()))
 
 
