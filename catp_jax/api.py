@@ -92,7 +92,7 @@ class Model:
     @property
     def sites(self) -> frozenset[Site]:
         """Where this model can be pruned."""
-        return self.reader.sites
+        return self.network.sites
 
     @property
     def dtype(self) -> jnp.dtype:

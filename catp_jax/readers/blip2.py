@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from catp_jax.contract import Site
 from catp_jax.generation.blip2_inputs import KeptQueries, pack, pack_instructions
 from catp_jax.generation.images import ImageLike, read_image
 from catp_jax.generation.inputs import Packed
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.opt import OptConfig
-from catp_jax.models.querying import LANGUAGE_MODELS, QueryingConfig, QueryingInputs
+from catp_jax.models.querying import QueryingConfig, QueryingInputs
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.models.vit import VitConfig
@@ -62,11 +61,6 @@ class QueryingReader:
         """Tokens that a prompt and its answer may have in all; None: any number."""
         text = self.config.text
         return None if isinstance(text, T5Config) else text.max_position_embeddings
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        """Where the model can be pruned."""
-        return LANGUAGE_MODELS[type(self.config.text)].sites | {Site.ENTRY}
 
     def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[np.ndarray]:
         """One prompt and its image. An empty prompt asks for a caption."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from catp_jax.contract import Site
 from catp_jax.generation.images import ImageLike, read_image
 from catp_jax.generation.mllama_inputs import (
     KeptTokens,
@@ -18,7 +17,7 @@ from catp_jax.generation.mllama_inputs import (
     pack,
 )
 from catp_jax.models.cross_decoder import MaskMode
-from catp_jax.models.mllama import Mllama, MllamaConfig
+from catp_jax.models.mllama import MllamaConfig
 from catp_jax.readers.reading import (
     Done,
     Prompt,
@@ -68,11 +67,6 @@ class MllamaReader:
     def positions(self) -> int:
         """Tokens that a prompt and its answer may have in all."""
         return self.config.text.max_position_embeddings
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        """Where the model can be pruned."""
-        return Mllama.sites
 
     def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[ProcessedImage]:
         """One prompt and its images. A prompt without any `<|image|>` mark gets them in front."""

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from catp_jax.contract import Site
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import Packed
 
@@ -54,11 +53,6 @@ class Reader(Protocol):
     @property
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
-        ...
-
-    @property
-    def sites(self) -> frozenset[Site]:
-        """Where the model can be pruned."""
         ...
 
     def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[Any]:
