@@ -80,10 +80,10 @@ class View:
     site: Site = static()
     layer: int = static()
     num_visual: int = static()
-    tokens: Float[Array, "b n d"] | None
-    attention: Attention | None
-    values: Float[Array, "b n kv dk"] | None
-    evidence: Evidence | None
+    tokens: Float[Array, "b n d"] | None = None
+    attention: Attention | None = None
+    values: Float[Array, "b n kv dk"] | None = None
+    evidence: Evidence | None = None
     numbers: Int[Array, "b n"] | Int[Array, "b kv n"]
     valid: Bool[Array, "b n"] | Bool[Array, "b kv n"]
     sees: Bool[Array, "b s n"] | Bool[Array, "b kv s n"]

@@ -99,13 +99,11 @@ class PromptLayer:
                 site=Site.READ,
                 layer=self.layer,
                 num_visual=prompt.num_visual,
-                tokens=None,
                 attention=Attention(
                     queries=scaled(queries).reshape(-1, rows, *queries.shape[2:]),
                     keys=jnp.swapaxes(block.keys, 1, 2),
                 ),
                 values=jnp.swapaxes(block.values, 1, 2),
-                evidence=None,
                 numbers=prompt.numbers,
                 valid=valid,
                 sees=jnp.repeat(valid[..., None, :], rows, axis=-2),
@@ -165,10 +163,8 @@ def cached(
                 site=Site.CACHE,
                 layer=number,
                 num_visual=num_visual,
-                tokens=None,
                 attention=shown.attention,
                 values=made.values,
-                evidence=None,
                 numbers=numbers,
                 valid=read,
                 sees=sees,
@@ -185,13 +181,13 @@ def cached(
     return tuple(prompts)
 
 
-@pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Past:
     """What a new token finds in one layer: the prompt (None: there is none), and the tail that it
     joins at its prompt's `slot`, with the slots there that it sees, its own among them.
     """
 
-    prompt: PromptLayer | None = static()
+    prompt: PromptLayer | None
     tail: Block
     slot: Int[Array, " b"]
     seen: Bool[Array, "r slots"]

@@ -282,7 +282,6 @@ class CrossDecoder(nnx.Module):
             tokens=visual.features,
             attention=first.attention,
             values=first.made.values,
-            evidence=None,
             numbers=visual.slots.positions,
             valid=visual.slots.valid & visual.sees.any(axis=1),
             sees=visual.sees & visual.slots.valid[:, None, :],

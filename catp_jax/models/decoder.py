@@ -116,7 +116,6 @@ class Decoder(nnx.Module):
                     tokens=x,
                     attention=before.attention,
                     values=before.made.values,
-                    evidence=None,
                     numbers=numbers,
                     valid=slots.valid,
                     sees=mask & slots.valid[:, :, None],

@@ -124,8 +124,6 @@ class QueryingModel(nnx.Module):
             layer=0,
             num_visual=number,
             tokens=visual,
-            attention=None,
-            values=None,
             evidence=evidence,
             numbers=jnp.broadcast_to(numbers, (batch, number)),
             valid=jnp.ones((batch, number), bool),
