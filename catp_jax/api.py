@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import convert
-from catp_jax.contract import Keep, Pruners, Site, settle
+from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.images import ImageLike
@@ -273,7 +273,7 @@ class Model:
         if methods:
             return pruners_of(methods, packed.available, packed.slots, self.sites)
         pruners, room = settle(pruners, self.sites), packed.most
-        for pruner in pruners:
+        for pruner in sorted(pruners, key=turn):
             if pruner.keep is not None and room:
                 room = budget.count(pruner.keep, room)
         return pruners

@@ -66,15 +66,15 @@ class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
     The axis to prune (`n`) holds visual tokens and, after them, the text tokens that the layer
-    reads as well. `numbers` counts a sample's visual tokens before any pruning, -1 for text; at
-    most the first `num_visual` entries are visual.
+    reads as well, which always stay. `numbers` counts a sample's visual tokens before any pruning,
+    -1 for text; at most the first `num_visual` entries are visual.
 
     `attention` and `values` are those of the layer whose attention is the evidence: at LAYER the
     one before, the number of which is `layer - 1`. At ENTRY there is none yet, but `evidence`. Rows
     are the prompt's; at READ the new tokens of a prompt's answers, which share what is read.
     `sees` is False in every row that is text padding; a column is `valid` if it holds a token that
-    some row sees, and in a cache one that new tokens read. `tokens` are not shown there, and what
-    is valid may differ from head to head (`kv`), if a method kept it so.
+    some row sees. At CACHE and READ it is valid if new tokens may read it, for each head (`kv`) if
+    a method kept it so, and `tokens` is None.
     """
 
     site: Site = static()
@@ -93,7 +93,7 @@ class View:
 class Keep:
     """Selection: output entry `j` is input entry `indices[:, j]`; where not `valid` it is empty.
 
-    At CACHE each key-value head may keep entries of its own.
+    At CACHE and READ each key-value head may keep entries of its own.
     """
 
     indices: Int[Array, "b k"] | Int[Array, "b kv k"]
@@ -132,8 +132,9 @@ class Pruner(Protocol[State]):
     """A pruning method: pure, `(view, state) -> (reduction, state)`.
 
     `state` is what a method remembers and reports: the last one of every pruner is part of the
-    output. At sites that every layer has, there is one for each layer, carried from step to step;
-    all its leaves are arrays. At READ it starts with what the layer shows at CACHE.
+    output. At sites that every layer has, there is one for each layer, carried from step to step:
+    all its leaves are arrays with the batch first. At READ it starts in the prefill, from a view of
+    what is cached and of the prompt's rows.
     """
 
     sites: ClassVar[tuple[Site, ...]]
@@ -145,14 +146,14 @@ class Pruner(Protocol[State]):
 
     keep: Any
     """Entries that stay, a static count. None: the data decide; the selection is then as long as
-    the axis, and a caller that can wait for the host cuts it to what is used."""
+    the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache."""
 
     def start(self, view: View) -> State:
         """The state before the first call."""
         ...
 
     def __call__(self, view: View, state: State) -> tuple[Reduction, State]:
-        """What stays, of a sample with valid entries at least one; and the new state."""
+        """What stays: of a sample that has valid entries at least one. And the new state."""
         ...
 
 
@@ -180,10 +181,11 @@ def reduce_view(view: View, keep: Keep) -> View:
     )
 
 
-def keep_columns(mask: Bool[Array, "b s n"], keep: Keep) -> Bool[Array, "b s k"]:
+def keep_columns(mask: Bool[Array, "b s n"], keep: Keep) -> Bool[Array, "b *kv s k"]:
     """The columns of an attention mask that belong to the kept tokens; empty ones are False."""
-    columns = jnp.take_along_axis(mask, keep.indices[:, None, :], axis=2)
-    return columns & keep.valid[:, None, :]
+    mask = mask[:, None] if keep.is_by_head else mask
+    columns = jnp.take_along_axis(mask, keep.indices[..., None, :], axis=-1)
+    return columns & keep.valid[..., None, :]
 
 
 def chain(first: Keep, then: Keep) -> Keep:
@@ -210,24 +212,37 @@ def is_at(pruner: Any, view: View) -> bool:
     )
 
 
+def turn(pruner: Any) -> tuple[int, int]:
+    """When a pruner has its turn, to sort by: sites follow each other, and so do layers."""
+    return [*Site].index(pruner.site), pruner.layer if pruner.site is Site.LAYER else 0
+
+
 def run_pruners(
     pruners: Pruners, view: View, states: Sequence[Any] | None = None
 ) -> tuple[Keep | None, tuple[Any, ...]]:
     """Runs the given pruners on one view, from their `states` (None: from the start).
 
     Returns the selection in terms of `view`'s entries (None if nothing was pruned) and the new
-    state of every pruner. Raises ValueError if one follows another that keeps entries by head.
+    state of every pruner. Raises ValueError for a selection that cannot be: by head where heads
+    have entries in common or after another such, or one without the text.
     """
     kept, after = None, []
     for number, pruner in enumerate(pruners):
-        if view.valid.ndim == 3 or (kept is not None and kept.is_by_head):
+        name = type(pruner).__name__
+        if kept is not None and kept.is_by_head:
             raise ValueError(
-                f"{type(pruner).__name__} cannot follow a method that keeps other tokens for each "
-                "head; let it come first, or leave one out"
+                f"{name} cannot follow a method that keeps other tokens for each head; let it come "
+                "first, or leave one out"
             )
         reduction, state = pruner(view, pruner.start(view) if states is None else states[number])
         after.append(state)
         if (keep := reduction.tokens) is not None:
+            if keep.is_by_head and view.site not in BY_LAYER:
+                raise ValueError(
+                    f"{name} keeps other tokens for each head, which site {view.site.name} cannot"
+                )
+            if keep.indices.shape[-1] < view.valid.shape[1] - view.num_visual:
+                raise ValueError(f"{name} drops text, which always stays (site {view.site.name})")
             view = view if keep.is_by_head else reduce_view(view, keep)
             kept = keep if kept is None else chain(kept, keep)
     return kept, tuple(after)
@@ -237,7 +252,8 @@ def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
     """The pruners for a model with these sites: where one leaves its site open, it works at the
     first of its `sites` that the model has.
 
-    Raises ValueError if a pruner works where the model has no site, or it itself cannot.
+    Raises ValueError if a pruner works where the model has no site, or it itself cannot, or without
+    a count where there must be one; and if two work at READ.
     """
     settled = []
     for pruner in pruners:
@@ -255,5 +271,12 @@ def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
                 f"{name} prunes {site.value} (site {site.name}), which this model does not have; "
                 f"it has {', '.join(sorted(s.name for s in sites)) or 'none'}{way_out}"
             )
+        if site in BY_LAYER and pruner.keep is None:
+            raise ValueError(
+                f"{type(pruner).__name__} leaves its number to the data, which site {site.name} "
+                "cannot; give it a count to keep"
+            )
         settled.append(pruner if pruner.site is site else replace(pruner, site=site))
+    if sum(pruner.site is Site.READ for pruner in settled) > 1:
+        raise ValueError("one method at most can choose what a step reads (site READ)")
     return tuple(settled)

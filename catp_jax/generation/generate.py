@@ -114,8 +114,20 @@ def advance(
 ) -> Carry:
     """The loop after one token more."""
     logits, cache, states = step_with(model, pruners, carry.last, carry.cache, carry.states)
+    if any(pruner.site is Site.READ for pruner in pruners):
+        states = _of_open_prompts(carry, states)
     last, parents, state = decoding.advance(logits, carry.state, stop)
     return _carry(last, parents, state, cache, states)
+
+
+def _of_open_prompts(carry: Carry, states: tuple[Any, ...]) -> tuple[Any, ...]:
+    """States after a step; a prompt that has ended keeps its own, whatever its neighbours do."""
+
+    def go_on(after: Array, before: Array) -> Array:
+        is_open = carry.state.is_open.reshape(before.shape[0], -1).any(axis=1)
+        return jnp.where(is_open.reshape(-1, *(1,) * (before.ndim - 1)), after, before)
+
+    return jax.tree.map(go_on, states, carry.states)
 
 
 def _carry(last: Array, parents: Array | None, state: Any, cache: Any, states: Any) -> Carry:
@@ -127,7 +139,8 @@ def step_with(
     model: Prefillable, pruners: Pruners, tokens: Array, cache: Any, states: tuple[Any, ...]
 ) -> tuple[Array, Any, tuple[Any, ...]]:
     """`step` as a part of a larger program."""
-    select = Selector(pruners, model.sites, Selection(kept=None, cached={}, states=states))
+    noted = replace(Selection.start(pruners), states=states)
+    select = Selector(pruners, model.sites, noted, is_step=True)
     logits, cache = model.step(tokens, cache, select)
     return logits, cache, tuple(select.states)
 

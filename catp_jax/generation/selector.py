@@ -6,7 +6,7 @@ of the pruners.
 
 from typing import Any
 
-from catp_jax.contract import BY_LAYER, Keep, Pruners, Site, View, is_at, run_pruners, settle
+from catp_jax.contract import Keep, Pruners, Site, View, is_at, run_pruners, settle
 from catp_jax.struct import pytree
 
 
@@ -32,8 +32,9 @@ class Selection:
 class Selector:
     """Answers a model's views with the pruners that work there, and notes what they left.
 
-    It goes on from what was `noted` of the views before. `chosen` is the answer to the first view
-    if that was looked at before (`look`).
+    `noted` is what an earlier one, with the same pruners, left. `chosen` is the answer to the first
+    view if that was looked at before (`look`). In a prefill the states of pruners at READ start; a
+    step (`is_step`) goes on with them.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Selector:
         sites: frozenset[Site],
         noted: Selection | None = None,
         chosen: Keep | None = None,
+        is_step: bool = False,
     ):
         noted = Selection.start(pruners) if noted is None else noted
-        self.pruners, self.chosen = settle(pruners, sites), chosen
+        self.pruners, self.chosen, self.is_step = settle(pruners, sites), chosen, is_step
         self.kept, self.cached, self.states = noted.kept, {**noted.cached}, [*noted.states]
         self.was_shown = any(state is not None for state in noted.states)
 
@@ -53,27 +55,41 @@ class Selector:
             return self.chosen
         self.was_shown |= view.num_visual > 0
         mine = [number for number, pruner in enumerate(self.pruners) if is_at(pruner, view)]
-        if view.site is Site.CACHE:
-            for number, pruner in enumerate(self.pruners):
-                if pruner.site is Site.READ:
-                    self._remember(number, view, pruner.start(view))
         if not mine:
             return None
-        pruners, before = tuple(self.pruners[number] for number in mine), None
         if view.site is Site.READ:
-            before = [self.states[number][view.layer] for number in mine]
-        keep, states = run_pruners(pruners, view, before)
+            return self._read(mine[0], view)
+        keep, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
         for number, state in zip(mine, states, strict=True):
-            self._remember(number, view, state)
-        if keep is not None and view.site is not Site.READ:
+            own = view.site is Site.CACHE
+            self.states[number] = self._with(number, view, state) if own else state
+        if keep is not None:
             self._note(view, keep)
         return keep
 
-    def _remember(self, number: int, view: View, state: Any) -> None:
-        if view.site in BY_LAYER:
-            self.states[number] = {**(self.states[number] or {}), view.layer: state}
+    def _read(self, number: int, view: View) -> Keep | None:
+        pruner, states = self.pruners[number], self.states[number] or {}
+        name = type(pruner).__name__
+        if view.valid.ndim == 3:
+            raise ValueError(
+                f"{name} works at READ, and cannot where another method keeps other tokens for "
+                "each head; leave one out"
+            )
+        if not self.is_step:
+            keep, state = None, pruner.start(view)
+        elif view.layer in states:
+            keep, (state,) = run_pruners((pruner,), view, [states[view.layer]])
         else:
-            self.states[number] = state
+            raise ValueError(
+                f"{name} has no state; give step the selection.states of a prefill with the same "
+                "pruners"
+            )
+        self.states[number] = self._with(number, view, state)
+        return keep
+
+    def _with(self, number: int, view: View, state: Any) -> dict[int, Any]:
+        """A pruner's states by layer, this one's among them."""
+        return {**(self.states[number] or {}), view.layer: state}
 
     def _note(self, view: View, keep: Keep) -> None:
         """The visual tokens that are left, in terms of those before any pruning."""
@@ -92,11 +108,12 @@ class Selector:
         """
         for pruner, state in zip(self.pruners, self.states, strict=True):
             if state is None and self.was_shown:
-                where = f"layer {pruner.layer}" if pruner.site is Site.LAYER else pruner.site.value
-                raise ValueError(
-                    f"{type(pruner).__name__} works at {where}, which this model does not have; "
-                    "layers are counted from 0, and the first that can be pruned in front of is 1"
-                )
+                where, hint = pruner.site.value, ""
+                if pruner.site is Site.LAYER:
+                    where = f"layer {pruner.layer}"
+                    hint = "; layers are counted from 0, and the first to prune in front of is 1"
+                name = type(pruner).__name__
+                raise ValueError(f"{name} works at {where}, which this model does not have{hint}")
 
     @property
     def selection(self) -> Selection:

@@ -48,7 +48,7 @@ def attend(
     `scale` (None: 1/√d). A row whose mask is all False returns the mean of the values: its caller
     drops it.
     """
-    if bias is not None or cudnn_refuses(queries, keys) is not None:
+    if bias is not None or cudnn_refuses(queries, keys, mask) is not None:
         return xla(queries, keys, values, mask, bias, scale)
     return jax.lax.platform_dependent(
         queries,
@@ -179,12 +179,18 @@ def _cudnn_padded(queries: Array, keys: Array, values: Array, real: Array) -> Ar
     return jnp.where(is_real[:, :, None, None], seen, padding[:, ::-1])
 
 
-def cudnn_refuses(queries: Float[Array, "b s h d"], keys: Float[Array, "b n kv d"]) -> str | None:
+def cudnn_refuses(
+    queries: Float[Array, "b s h d"],
+    keys: Float[Array, "b n kv d"],
+    mask: Bool[Array, "b s n"] | None = None,
+) -> str | None:
     """Why cuDNN does not compute this attention; None: it does, on a GPU."""
     if not USE_CUDNN:
         return "USE_CUDNN is False"
     if queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its numbers have 16 bits, these are {queries.dtype}"
+    if mask is not None and (mask.shape[1] % 2 or mask.shape[2] % 2):
+        return f"gradients want even numbers, the mask is {mask.shape[1]} × {mask.shape[2]}"
     mesh = jax.sharding.get_abstract_mesh()
     if queries.shape[2] != keys.shape[2] and dict(mesh.shape).get("group", 1) > 1:
         return "the mesh splits the queries of a key-value head over several devices"

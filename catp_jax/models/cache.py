@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, Select, Site, View
+from catp_jax.contract import Attention, Keep, Select, Site, View, keep_columns
 from catp_jax.models.attention import attend_blocks, scaled
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
@@ -90,28 +90,32 @@ class PromptLayer:
     block: Block
     select: Select
 
-    def read(self, queries: Float[Array, "r one h d"]) -> Read:
-        """What rows with these queries read: the answers of a prompt have it in common."""
-        prompt, block = self.prompt, self.block
-        valid, rows = prompt.valid, queries.shape[0] // prompt.valid.shape[0]
-        keep = self.select(
-            View(
-                site=Site.READ,
-                layer=self.layer,
-                num_visual=prompt.num_visual,
-                attention=Attention(
-                    queries=scaled(queries).reshape(-1, rows, *queries.shape[2:]),
-                    keys=jnp.swapaxes(block.keys, 1, 2),
-                ),
-                values=jnp.swapaxes(block.values, 1, 2),
-                numbers=prompt.numbers,
-                valid=valid,
-                sees=jnp.repeat(valid[..., None, :], rows, axis=-2),
-            )
+    def view(
+        self,
+        queries: Float[Array, "b s h d"],
+        sees: Bool[Array, "b s slots"] | Bool[Array, "b kv s slots"],
+    ) -> View:
+        """What rows of each prompt may read."""
+        return View(
+            site=Site.READ,
+            layer=self.layer,
+            num_visual=self.prompt.num_visual,
+            attention=Attention(queries=scaled(queries), keys=jnp.swapaxes(self.block.keys, 1, 2)),
+            values=jnp.swapaxes(self.block.values, 1, 2),
+            numbers=self.prompt.numbers,
+            valid=self.prompt.valid,
+            sees=sees,
         )
+
+    def read(self, queries: Float[Array, "r one h d"]) -> Read:
+        """What new tokens with these queries read: a prompt's rows have it in common."""
+        valid = self.prompt.valid
+        by_prompt = queries.reshape(valid.shape[0], -1, *queries.shape[2:])
+        sees = jnp.repeat(valid[..., None, :], by_prompt.shape[1], axis=-2)
+        keep = self.select(self.view(by_prompt, sees))
         if keep is None:
-            return Read(block=block, seen=valid)
-        return Read(block=block.keep(keep), seen=keep.apply(valid) & keep.valid)
+            return Read(block=self.block, seen=valid)
+        return Read(block=self.block.keep(keep), seen=keep.apply(valid) & keep.valid)
 
 
 def by_layer(prompts: Sequence[Prompt], select: Select) -> list[PromptLayer]:
@@ -145,11 +149,12 @@ def cached(
     sees: Bool[Array, "b s n"],
     read: Bool[Array, "b n"],
 ) -> tuple[Prompt, ...]:
-    """The cache of layers over the same tokens, each as `select` prunes it. New tokens may read
-    `read`; `sees` is what the prompt's rows saw.
+    """The cache of layers over the same tokens, each as `select` prunes it, and then shown as what
+    will be read. New tokens may read `read`; `sees` is what the prompt's rows saw.
     """
     prompts: list[Prompt] = []
     whole: dict[int, KeysValues] = {}
+    seen: dict[int, Array] = {}
 
     def put_away() -> None:
         if whole:
@@ -170,6 +175,7 @@ def cached(
                 sees=sees,
             )
         )
+        seen[number] = sees if keep is None else keep_columns(sees, keep)
         if keep is None:
             whole[number] = made
             continue
@@ -178,6 +184,10 @@ def cached(
         kept = jnp.where(keep.valid, keep.apply(numbers), -1), keep.apply(read) & keep.valid
         prompts.append(Prompt.of({number: made.keep(keep)}, *kept, left))
     put_away()
+    for layer in by_layer(prompts, select):
+        rows = seen[layer.layer]
+        padding = [(0, 0)] * (rows.ndim - 1) + [(0, layer.block.keys.shape[2] - rows.shape[-1])]
+        select(layer.view(layers[layer.layer].queries, jnp.pad(rows, padding)))
     return tuple(prompts)
 
 

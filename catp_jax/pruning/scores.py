@@ -153,4 +153,6 @@ class Scored(Pruner[tuple[()]]):
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
+        if not view.num_visual:  # a layer that reads text alone
+            return Reduction(), state
         return Reduction(tokens=keep_visual(view, self.keep, self.score(view), self.limit)), state

@@ -77,7 +77,7 @@ def measure(
             started = time.perf_counter()
             start = jax.block_until_ready(compiled[number](network, pruners, inputs))
             prefill = time.perf_counter() - started
-            answered = _step_times(network, start, steps)
+            answered = _step_times(network, pruners, start, steps)
             if turn >= 0:
                 prefills[number].append(1000 * prefill)
                 tokens[number] += answered
@@ -114,12 +114,13 @@ def _compile(pruners: Any, *, network: Any, inputs: Any, new_slots: int) -> Any:
     return programs.prefill.lower(network, pruners, inputs, new_slots=new_slots).compile()
 
 
-def _step_times(network: Any, start: Any, steps: int) -> list[float]:
+def _step_times(network: Any, pruners: Any, start: Any, steps: int) -> list[float]:
     """Milliseconds of each greedy step; uses up the cache."""
-    logits, cache, times = start.logits, start.cache, []
+    logits, cache, states, times = start.logits, start.cache, start.selection.states, []
     for _ in range(steps):
         token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         started = time.perf_counter()
-        logits, cache, _ = jax.block_until_ready(programs.step(network, (), token, cache))
+        out = programs.step(network, pruners, token, cache, states)
+        logits, cache, states = jax.block_until_ready(out)
         times.append(1000 * (time.perf_counter() - started))
     return times

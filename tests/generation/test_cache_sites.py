@@ -13,8 +13,10 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
+from catp_jax.models import blocks
 from catp_jax.models.cache import Prompt
 from catp_jax.pruning import KNorm, Random
+from catp_jax.pruning.scores import Scored
 from catp_jax.struct import pytree, replace, static
 from catp_jax.targets.products import matrix_flops
 from tests import random_blip2 as blip2
@@ -277,16 +279,129 @@ def test_a_step_multiplies_with_what_it_reads_alone(kind: str):
     assert flops(()) - flops((Looks(),)) == 2 * product * dropped - product * prompt.num_visual
 
 
-def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="LongKeys cannot follow a method that keeps other tokens"):
-        generate("opt", (LongKeys(keep=5), LongKeys()))
-    with pytest.raises(ValueError, match="Looks cannot follow a method that keeps other tokens"):
-        generate("opt", (LongKeys(keep=5), Looks()))
+@pytree
+class Mass:
+    """Reads everything, and sums for each slot what it was seen with, from the prompt on."""
+
+    sites = (Site.READ,)
+    site: Site = static(default=Site.READ)
+    keep: int = static(default=1)
+
+    def start(self, view: View) -> Any:
+        return self._seen(view)
+
+    def __call__(self, view: View, state: Any) -> tuple[Reduction, Any]:
+        return Reduction(), state + self._seen(view)
+
+    def _seen(self, view: View) -> Any:
+        return view.sees.sum(axis=1, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("long", [128, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_state_starts_from_is_what_steps_show(kind: str, long: int, monkeypatch):
+    """Of a cache that was pruned, and with slots that hold no token."""
+    monkeypatch.setattr(blocks, "LONG", long)
+    jax.clear_caches()
+    first = Sums(keep=4)
+    _, (_, states) = steps.__wrapped__(kind, (first, Mass()))
+    start = programs.prefill(model_of(kind), (first,), inputs_of(kind), new_slots=NEW)
+    tokens = np.asarray(inputs_of(kind).token_valid)
+    for part in prompts_of(start.cache):
+        for layer in part.layers:
+            np.testing.assert_array_equal(np.asarray(states[layer])[~np.asarray(part.valid)], 0)
+            assert states[layer].shape == part.valid.shape
+            if kind == "opt":  # text sees all visual tokens before it, and so does every new one
+                visual = np.asarray(states[layer])[:, :4]
+                rows = tokens.sum(axis=1) + NEW - 1
+                assert (visual >= rows[:, None])[np.asarray(part.valid[:, :4])].all()
+    jax.clear_caches()
+
+
+@pytree
+class Sums(Scored):
+    """Keeps in each layer the tokens with the largest keys, the same for all heads."""
+
+    sites = (Site.CACHE,)
+    site: Site = static(default=Site.CACHE)
+
+    def score(self, view: View) -> Any:
+        return jnp.abs(view.attention.keys.astype(jnp.float32)).sum(axis=(2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_that_scores_tokens_works_in_every_layer(kind: str):
+    start = programs.prefill(model_of(kind), (Sums(keep=4),), inputs_of(kind), new_slots=NEW)
+    for part in prompts_of(start.cache):
+        assert part.num_visual == 4
+        kept = start.selection.cached[part.layers[0]]
+        assert kept.indices.shape == (rows_of(kind), 4)
+
+
+def test_a_prompt_that_has_ended_keeps_its_state_whatever_its_neighbours_do():
+    tokens = generate("opt", (Looks(),)).tokens
+    stop = Stop(ends=tokens[0, 1:2], pad=jnp.asarray(0, jnp.int32), max_new_tokens=NEW)
+    model, inputs = model_of("opt"), inputs_of("opt")
+    together = programs.generate(model, (Looks(),), inputs, sampling(4), stop)
+    alone = programs.generate(model, (Looks(),), inputs.alone(0), sampling(1), stop)
+    assert int(together.lengths.max()) > int(together.lengths[0]) == int(alone.lengths[0])
+    jax.tree.map(
+        lambda batch, own: np.testing.assert_array_equal(batch[0], own[0]),
+        together.selection.states,
+        alone.selection.states,
+    )
+
+
+@pytree
+class TextToo:
+    """Keeps the first entries, text or not."""
+
+    sites = (Site.CACHE, Site.LAYER)
+    site: Site = static(default=Site.CACHE)
+    layer: int = static(default=1)
+    keep: int | None = static(default=2)
+    by_head: bool = static(default=False)
+
+    def start(self, view: View) -> Any:
+        return ()
+
+    def __call__(self, view: View, state: Any) -> tuple[Reduction, Any]:
+        keep = Keep(indices=view.numbers[:, :2] * 0, valid=view.valid[:, :2])
+        if self.by_head:
+            keep = jax.tree.map(lambda array: array[:, None], keep)
+        return Reduction(tokens=keep), state
+
+
+@pytest.mark.parametrize(
+    ("pruners", "words"),
+    [
+        ((LongKeys(keep=5), LongKeys()), "LongKeys cannot follow a method that keeps other tokens"),
+        ((LongKeys(keep=5), Looks()), "Looks works at READ, and cannot where another method"),
+        ((Looks(), Looks()), "one method at most can choose what a step reads"),
+        ((TextToo(),), r"TextToo drops text, which always stays \(site CACHE\)"),
+        ((TextToo(site=Site.LAYER, by_head=True),), "for each head, which site LAYER cannot"),
+        ((TextToo(keep=None),), "site CACHE cannot; give it a count to keep"),
+    ],
+)
+def test_what_cannot_be_is_refused(pruners: tuple[Any, ...], words: str):
+    with pytest.raises(ValueError, match=words):
+        programs.prefill(model_of("opt"), pruners, inputs_of("opt"), new_slots=NEW)
+
+
+def test_t5_has_no_such_sites():
     with pytest.raises(ValueError, match=r"CACHE.*which this model does not have; it has ENTRY"):
         programs.prefill(blip2.random_blip2("t5"), (LongKeys(),), inputs_of("opt"), new_slots=NEW)
-    start = programs.prefill(model_of("opt"), (Looks(),), inputs_of("opt"), new_slots=NEW)
+
+
+def test_a_step_without_the_states_is_refused():
+    model, token = model_of("opt"), jnp.zeros(4, jnp.int32)
+    cache = jax.eval_shape(
+        functools.partial(programs.prefill, new_slots=NEW), model, (), inputs_of("opt")
+    ).cache
     with pytest.raises(ValueError, match=r"got 0 for 1; begin with the prefill's selection.states"):
-        programs.step(model_of("opt"), (Looks(),), jnp.zeros(4, jnp.int32), start.cache)
+        programs.step.trace(model, (Looks(),), token, cache)
+    with pytest.raises(ValueError, match=r"Looks has no state; give step the selection.states of"):
+        programs.step.trace(model, (Looks(),), token, cache, (None,))
 
 
 def test_a_text_alone_has_nothing_to_prune():

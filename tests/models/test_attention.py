@@ -137,11 +137,19 @@ def test_what_cudnn_refuses_it_says_why(heads, split, dtype, reason, monkeypatch
         assert reason in attention.cudnn_refuses(queries, keys)
 
 
+def test_a_mask_of_odd_sizes_is_left_to_xla_which_has_its_gradient(monkeypatch):
+    monkeypatch.setattr(attention, "_cudnn_lacks", lambda channels: None)
+    queries, keys = jnp.zeros((1, 8, 2, 4), jnp.bfloat16), jnp.zeros((1, 6, 2, 4), jnp.bfloat16)
+    assert attention.cudnn_refuses(queries, keys, jnp.ones((1, 8, 6), bool)) is None
+    for odd in ((1, 7, 6), (1, 8, 5)):
+        assert "even" in attention.cudnn_refuses(queries, keys, jnp.ones(odd, bool))
+
+
 def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):
     def no_kernel(*arrays, **options):
         return functools.reduce(jnp.add, arrays[:3]) * jnp.nan
 
-    monkeypatch.setattr(attention, "cudnn_refuses", lambda queries, keys: None)
+    monkeypatch.setattr(attention, "cudnn_refuses", lambda *arrays: None)
     monkeypatch.setattr(attention, "cudnn", no_kernel)
     floats = [jnp.asarray(a, jnp.float32) for a in padded]
     real = jnp.asarray(REAL, jnp.int32)
