@@ -58,8 +58,9 @@ class Answers:
     answer, those of a prompt in succession.
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
-    visual tokens before pruning; `kept` says which were kept (None: nothing was pruned).
-    `slots` is the room that each prompt's visual tokens take in the caches.
+    visual tokens before pruning; `kept` says which were kept (None: all), `cached` which are in the
+    cache of a layer that was pruned apart, by the layer's number. `slots` is the room that each
+    prompt's visual tokens take in the other caches.
     `reports` has the final state of each pruner, `logits` those of the first new token.
     """
 
@@ -67,6 +68,7 @@ class Answers:
     tokens: list[list[int]]
     available: tuple[int, ...]
     kept: list[Kept] | None
+    cached: dict[int, Keep]
     slots: int
     reports: tuple[Any, ...]
     logits: np.ndarray
@@ -262,6 +264,7 @@ class Model:
             tokens=tokens,
             available=packed.available,
             kept=kept,
+            cached=out.selection.cached,
             slots=packed.slots if chosen is None else chosen.indices.shape[1],
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),

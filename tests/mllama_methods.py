@@ -15,7 +15,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.mllama_inputs import MllamaPacked, locate
 from catp_jax.generation.sampling import sampling
-from catp_jax.models.cross_decoder import CrossLayer, CrossMask
+from catp_jax.models.cross_decoder import Branches, CrossLayer
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
 from tests.pruning import oracles
@@ -108,8 +108,8 @@ def masked_model(model: Mllama, inputs: Inputs, allowed: jax.Array, prompt: jax.
         some = mask.any(axis=2)
         if inputs.mode == "hf":
             mask = jnp.where(some[:, :, None], mask, fallback)
-        rows = CrossMask(mask=mask, attends=mask.any(axis=2), feeds=some)
-        x = layer(x, layer.cross_attn.project(visual.features), rows)
+        branches = Branches(attends=mask.any(axis=2), feeds=some)
+        x = layer(x, layer.cross_attn.project(visual.features), mask, branches)
         is_first = False
     return model.lm_head(decoder.norm(x))
 

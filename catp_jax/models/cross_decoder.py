@@ -19,6 +19,7 @@ before the first image, samples without one). What cross-attention does to them 
 import dataclasses
 from typing import Any, Literal, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -113,36 +114,34 @@ class Visual:
 
 
 @pytree
-class CrossCache(Cache):
-    """`own`: the self-attention layers. `cross`: the cross-attention layers, none if no sample of
-    the batch has an image; `attends` and `feeds` say which of their branches new tokens take.
-    """
+class Branches:
+    """Which branches of a cross-attention layer a row takes: attention, feed-forward."""
 
-    own: tuple[Prompt, ...]
-    cross: tuple[Prompt, ...]
-    attends: Bool[Array, " b"] | None
-    feeds: Bool[Array, " b"] | None
-
-
-@pytree
-class CrossMask:
-    """`mask`: what the rows of a prompt attend to; None where the cache says it. `attends`,
-    `feeds`: whether a row takes the branch at all.
-    """
-
-    mask: Bool[Array, "b s n"] | None
     attends: Bool[Array, "r s"]
     feeds: Bool[Array, "r s"]
 
 
-def cross_mask(sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: MaskMode) -> CrossMask:
-    """The mask of a cross-attention layer in the given mode."""
+@pytree
+class CrossCache(Cache):
+    """`own`: the self-attention layers. `cross`: the cross-attention layers, of which new tokens
+    take `branches`; none if no sample of the batch has an image.
+    """
+
+    own: tuple[Prompt, ...]
+    cross: tuple[Prompt, ...] = ()
+    branches: Branches | None = None
+
+
+def cross_mask(
+    sees: Bool[Array, "b s n"], valid: Bool[Array, "b n"], mode: MaskMode
+) -> tuple[Bool[Array, "b s n"], Branches]:
+    """What the rows of a prompt attend to in cross-attention layers, and what they take of them."""
     sees = sees & valid[:, None, :]
     has_image = sees.any(axis=-1)
     if mode == "meta":
-        return CrossMask(mask=sees, attends=has_image, feeds=has_image)
+        return sees, Branches(attends=has_image, feeds=has_image)
     everything = jnp.where(has_image[:, :, None], sees, valid[:, None, :])
-    return CrossMask(mask=everything, attends=everything.any(axis=-1), feeds=has_image)
+    return everything, Branches(attends=everything.any(axis=-1), feeds=has_image)
 
 
 class CrossAttention(AttentionProjections):
@@ -190,12 +189,16 @@ class CrossLayer(nnx.Module):
         self.cross_attn_mlp_gate = gate(0.0)
 
     def __call__(
-        self, x: Float[Array, "r s d"], visual: KeysValues | PromptLayer, mask: CrossMask
+        self,
+        x: Float[Array, "r s d"],
+        visual: KeysValues | PromptLayer,
+        mask: Bool[Array, "b s n"] | None,
+        branches: Branches,
     ) -> Float[Array, "r s d"]:
-        attended = self.cross_attn(self.input_layernorm(x), visual, mask.mask)
-        x = x + self._gated(self.cross_attn_attn_gate, mask.attends, attended)
+        attended = self.cross_attn(self.input_layernorm(x), visual, mask)
+        x = x + self._gated(self.cross_attn_attn_gate, branches.attends, attended)
         fed = self.mlp(self.post_attention_layernorm(x))
-        return x + self._gated(self.cross_attn_mlp_gate, mask.feeds, fed)
+        return x + self._gated(self.cross_attn_mlp_gate, branches.feeds, fed)
 
     def shown(self, x: Float[Array, "b s d"], features: Float[Array, "b n d"]) -> Shown:
         """What the layer makes of the features, and the rows' queries."""
@@ -221,9 +224,9 @@ class Front:
     hidden: Float[Array, "b s d"]
     text: Slots
     before: tuple[Shown, ...]
-    cross: Shown | None
-    visual: Visual | None
-    view: View | None
+    cross: Shown | None = None
+    visual: Visual | None = None
+    view: View | None = None
 
 
 class CrossDecoder(nnx.Module):
@@ -263,16 +266,9 @@ class CrossDecoder(nnx.Module):
         for layer in self.layers[: self.first_cross]:
             x, queries, made = layer(x, rope, mask)
             before.append(Shown(queries=queries, made=made))
+        front = Front(mode=mode, hidden=x, text=text, before=tuple(before))
         if visual is None:
-            return Front(
-                mode=mode,
-                hidden=x,
-                text=text,
-                before=tuple(before),
-                cross=None,
-                visual=None,
-                view=None,
-            )
+            return front
         layer = self.layers[self.first_cross]
         first = layer.shown(x, visual.features)
         view = View(
@@ -286,16 +282,8 @@ class CrossDecoder(nnx.Module):
             valid=visual.slots.valid & visual.sees.any(axis=1),
             sees=visual.sees & visual.slots.valid[:, None, :],
         )
-        x = layer(x, first.made, cross_mask(visual.sees, visual.slots.valid, mode))
-        return Front(
-            mode=mode,
-            hidden=x,
-            text=text,
-            before=tuple(before),
-            cross=first,
-            visual=visual,
-            view=view,
-        )
+        x = layer(x, first.made, *cross_mask(visual.sees, visual.slots.valid, mode))
+        return replace(front, hidden=x, cross=first, visual=visual, view=view)
 
     def back(
         self, front: Front, select: Select, new_slots: int
@@ -310,15 +298,15 @@ class CrossDecoder(nnx.Module):
         own = dict(enumerate(front.before))
         cross = {} if first is None else {self.first_cross: first}
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        masked = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
+        seen = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
         for number in range(self.first_cross + 1, len(self.layers)):
             layer = self.layers[number]
             if isinstance(layer, SelfLayer):
                 x, queries, made = layer(x, rope, mask)
                 own[number] = Shown(queries=queries, made=cast(KeysValues, made))
-            elif visual is not None and masked is not None:
+            elif visual is not None and seen is not None:
                 cross[number] = layer.shown(x, visual.features)
-                x = layer(x, cross[number].made, masked)
+                x = layer(x, cross[number].made, *seen)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
         prompt = cached(
             own,
@@ -328,26 +316,20 @@ class CrossDecoder(nnx.Module):
             sees=mask & text.valid[:, :, None],
             read=text.valid,
         )
-        images, attends, feeds = (), None, None
-        if visual is not None and masked is not None and masked.mask is not None:
+        cache = CrossCache(tail=Tail.empty(prompt, length, new_slots), own=prompt)
+        if visual is not None and seen is not None:
             last = jnp.maximum(length - 1, 0)[:, None]
-            attends = jnp.take_along_axis(masked.attends, last, axis=1)[:, 0]
-            feeds = jnp.take_along_axis(masked.feeds, last, axis=1)[:, 0]
             images = cached(
                 cross,
                 select,
                 num_visual=visual.features.shape[1],
                 numbers=visual.slots.positions,
                 sees=visual.sees & visual.slots.valid[:, None],
-                read=jnp.take_along_axis(masked.mask, last[:, :, None], axis=1)[:, 0],
+                read=jnp.take_along_axis(seen[0], last[:, :, None], axis=1)[:, 0],
             )
-        return self.norm(x), CrossCache(
-            tail=Tail.empty(prompt, length, new_slots),
-            own=prompt,
-            cross=images,
-            attends=attends,
-            feeds=feeds,
-        )
+            taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, last, axis=1), seen[1])
+            cache = replace(cache, cross=images, branches=taken)
+        return self.norm(x), cache
 
     def step(
         self, tokens: Int[Array, " r"], cache: CrossCache, select: Select
@@ -356,21 +338,16 @@ class CrossDecoder(nnx.Module):
         x = self.embed_tokens(tokens[:, None])
         tail, written = cache.tail.opened(), []
         rope = self._rope(tail.next_position[:, None])
-        masked = None
-        if cache.attends is not None and cache.feeds is not None:
-            attends, feeds = (
-                jnp.repeat(of_prompts, x.shape[0] // of_prompts.shape[0])[:, None]
-                for of_prompts in (cache.attends, cache.feeds)
-            )
-            masked = CrossMask(mask=None, attends=attends, feeds=feeds)
+        rows = tail.seen.shape[0] // tail.positions.shape[0]
+        branches = jax.tree.map(lambda taken: jnp.repeat(taken, rows, axis=0), cache.branches)
         cross = iter(by_layer(cache.cross, select))
         pasts = iter(tail.pasts(by_layer(cache.own, select)))
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
                 x, _, block = layer(x, rope, None, next(pasts))
                 written.append(block)
-            elif masked is not None:
-                x = layer(x, next(cross), masked)
+            elif branches is not None:
+                x = layer(x, next(cross), None, branches)
         return self.norm(x)[:, 0], replace(cache, tail=tail.closed(written))
 
     def _rope(

@@ -1,13 +1,16 @@
 """Methods that prune layers apart (CACHE) and choose what a step reads (READ), on both models."""
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+import catp_jax
 from catp_jax.contract import Keep, Reduction, Site, View
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
@@ -23,6 +26,7 @@ from tests import random_blip2 as blip2
 from tests import random_mllama as mllama
 
 NEW, BUDGET = 5, 3
+MINI = Path(catp_jax.__file__).parent / "assets" / "mini-llama-vision"
 KINDS = ("mllama", "opt")
 
 
@@ -416,3 +420,15 @@ def test_a_text_alone_has_nothing_to_prune():
     np.testing.assert_array_equal(out.tokens, answer(()).tokens)
     assert out.selection.kept is None
     assert out.selection.cached == {}
+
+
+def test_a_users_answer_says_what_each_layer_holds():
+    model = catp_jax.load(MINI)
+    image, prompt = Image.new("RGB", (64, 64), "red"), "what color is the shape?"
+    answers = model.generate([image], [prompt], [LongKeys(keep=8)], max_new_tokens=2)
+    layers = model.config.text.cross_attention_layers
+    assert answers.kept is None
+    assert sorted(answers.cached) == sorted(layers)
+    for kept in answers.cached.values():
+        assert kept.indices.shape == (1, model.config.text.num_key_value_heads, 8)
+        assert kept.indices.max() < answers.available[0]

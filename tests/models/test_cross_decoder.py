@@ -21,9 +21,10 @@ def test_modes_of_rows_without_an_image():
     sees = jnp.asarray([[[False, False, False], [True, False, True]]])
     valid = jnp.asarray([[True, True, False]])
     meta, hf = (cross_mask(sees, valid, mode) for mode in ("meta", "hf"))
-    np.testing.assert_array_equal(meta.mask[0, 1], [True, False, False])
-    np.testing.assert_array_equal(hf.mask[0], [[True, True, False], [True, False, False]])
-    np.testing.assert_array_equal(meta.attends[0], [False, True])
-    np.testing.assert_array_equal(hf.attends[0], [True, True])
-    for mask in (meta, hf):
-        np.testing.assert_array_equal(mask.feeds[0], [False, True])
+    (meta_mask, meta_takes), (hf_mask, hf_takes) = meta, hf
+    np.testing.assert_array_equal(meta_mask[0, 1], [True, False, False])
+    np.testing.assert_array_equal(hf_mask[0], [[True, True, False], [True, False, False]])
+    np.testing.assert_array_equal(meta_takes.attends[0], [False, True])
+    np.testing.assert_array_equal(hf_takes.attends[0], [True, True])
+    for takes in (meta_takes, hf_takes):
+        np.testing.assert_array_equal(takes.feeds[0], [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from catp_jax.models.cache import Slots, causal_mask
-from catp_jax.models.cross_decoder import CrossMask, MaskMode
+from catp_jax.models.cross_decoder import Branches, MaskMode
 from catp_jax.models.layers import rope_angles
 from catp_jax.models.mllama import Inputs, Mllama
 from tests.parity.tiny import (
@@ -116,7 +116,8 @@ def test_cross_attention_layer(name: str):
     result = layer(
         jnp.asarray(x),
         cache,
-        CrossMask(mask=jnp.asarray(mask), attends=everyone, feeds=jnp.asarray(feeds)),
+        jnp.asarray(mask),
+        Branches(attends=everyone, feeds=jnp.asarray(feeds)),
     )
     assert relative_difference(result, theirs) < TOLERANCE
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from catp_jax.models.blocks import Block
 from catp_jax.models.cache import Prompt, Tail
-from catp_jax.models.cross_decoder import CrossCache
+from catp_jax.models.cross_decoder import Branches, CrossCache
 from catp_jax.sharding.mesh import make_mesh, parse_mesh
 from catp_jax.sharding.rules import axes_of, named_leaves, split
 
@@ -104,13 +104,13 @@ def test_axes_are_read_from_the_annotations():
     options = {"layers": (0,), "num_visual": 0, "blocks": (block,)}
     whole = Prompt(numbers=x((2, 3), int), valid=x((2, 3), bool), **options)
     by_head = Prompt(numbers=x((2, 1, 3), int), valid=x((2, 1, 3), bool), **options)
-    row = x((2,), bool)
-    cache = CrossCache(own=(whole,), cross=(by_head,), attends=row, feeds=row, tail=tail)
+    branches = Branches(attends=x((2, 1), bool), feeds=x((2, 1), bool))
+    cache = CrossCache(own=(whole,), cross=(by_head,), branches=branches, tail=tail)
     found = list(named_leaves(cache))
     keys, slots, heads = ("b", "kv", "slots", "d"), ("b", "slots"), ("b", "kv", "slots")
     tails = [keys, keys, slots, ("r", "slots"), ("b",), ("r",)]
     prompts = [keys, keys, slots, slots, keys, keys, heads, heads]
-    assert [axes for _, axes in found] == [*tails, *prompts, ("b",), ("b",)]
+    assert [axes for _, axes in found] == [*tails, *prompts, ("r", "s"), ("r", "s")]
     assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(cache)]
 
 
