@@ -1,4 +1,7 @@
-"""BLIP-2 from the shipped folders: answers, pruning, errors, up to transformers end to end."""
+"""BLIP-2 from the shipped folders: answers, pruning, errors, up to transformers end to end.
+
+What is asked is mostly the same, so that tests share programs.
+"""
 
 import json
 from pathlib import Path
@@ -19,6 +22,8 @@ ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE = ASSETS / "blue-circle.png"
 COLOR, SHAPE = "what color is the shape?", "what shape is present?"
 MINIS = ("mini-blip2-opt", "mini-blip2-t5")
+NEW = 6  # tokens, at most
+BEAMS: dict = {"num_beams": 2, "max_new_tokens": NEW}
 
 
 @pytest.fixture(scope="module", params=MINIS)
@@ -32,53 +37,51 @@ def model(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def questions():
-    """Questions of different lengths about different images."""
+def asked() -> tuple[list[Path], list[str]]:
+    """Images, and twelve questions of different lengths about them."""
     every = list(easy_vqa("test"))
-    return every[:: len(every) // 12][:12]
+    some = every[:: len(every) // 10][:10]
+    return [CIRCLE, CIRCLE, *(q.image for q in some)], [COLOR, SHAPE, *(q.question for q in some)]
 
 
-def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model):
-    out = model.generate([CIRCLE, CIRCLE], [COLOR, SHAPE], max_new_tokens=6)
-    assert out.text == ["blue", "circle"]
-    assert out.available == (32, 32)
+def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model, asked):
+    out = model.generate(*asked, max_new_tokens=NEW)
+    assert out.text[:2] == ["blue", "circle"]
+    assert out.available == (32,) * 12
     assert out.kept is None
     assert out.slots == 32
-    assert out.logits.shape == (2, model.config.text.vocab_size)
+    assert out.logits.shape == (12, model.config.text.vocab_size)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_answers_are_those_of_transformers(folder, model, questions, beams):
+def test_answers_are_those_of_transformers(folder, model, asked, beams):
     hf = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
     processor = Blip2Processor.from_pretrained(folder)
     inputs = processor(
-        images=[Image.open(q.image) for q in questions],
-        text=[q.question for q in questions],
+        images=[Image.open(image) for image in asked[0]],
+        text=asked[1],
         padding=True,
         return_tensors="pt",
     )
-    options: dict = {"num_beams": beams, "max_new_tokens": 6}
+    options: dict = {"num_beams": beams, "max_new_tokens": NEW}
     if beams > 1:
         options["length_penalty"] = 0.0
     out = hf.generate(**inputs, **options, do_sample=False)
     if folder.name == "mini-blip2-opt":
         out = out[:, inputs["input_ids"].shape[1] :]
     expected = [t.strip() for t in processor.batch_decode(out, skip_special_tokens=True)]
-    ours = model.generate([q.image for q in questions], [q.question for q in questions], **options)
+    ours = model.generate(*asked, **options)
     assert ours.text == expected
     assert len({*expected}) > 2
 
 
-def test_logits_are_those_of_transformers(folder, model, questions):
+def test_logits_are_those_of_transformers(folder, model, asked):
     hf = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
     processor = Blip2Processor.from_pretrained(folder)
-    ours = model.generate(
-        [q.image for q in questions[:3]], [q.question for q in questions[:3]], max_new_tokens=1
-    )
-    for row, question in enumerate(questions[:3]):
-        inputs = processor(
-            images=Image.open(question.image), text=question.question, return_tensors="pt"
-        )
+    ours = model.generate(*asked, max_new_tokens=NEW)
+    for row in (1, 2, 3):
+        image, prompt = Image.open(asked[0][row]), asked[1][row]
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
         if folder.name == "mini-blip2-t5":
             inputs["decoder_input_ids"] = torch.zeros((1, 1), dtype=torch.long)
         with torch.no_grad():
@@ -86,24 +89,18 @@ def test_logits_are_those_of_transformers(folder, model, questions):
         np.testing.assert_allclose(ours.logits[row], logits, atol=1e-4 * np.abs(logits).max())
 
 
-def test_a_prompt_answers_in_a_batch_as_alone(model, questions):
-    images, prompts = [q.image for q in questions], [q.question for q in questions]
+def test_a_prompt_answers_in_a_batch_as_alone(model, asked):
     # not CATP: its votes go by rank, and rounding may decide between queries of equal standing
-    together = model.generate(images, prompts, [L2Norm(keep=8)], max_new_tokens=4, num_beams=2)
+    together = model.generate(*asked, [L2Norm(keep=8)], **BEAMS)
     for row in (0, 5, 11):
-        alone = model.generate(
-            images[row : row + 1],
-            prompts[row : row + 1],
-            [L2Norm(keep=8)],
-            max_new_tokens=4,
-            num_beams=2,
-        )
+        own = ([what[row]] for what in asked)
+        alone = model.generate(*own, [L2Norm(keep=8)], **BEAMS)
         assert alone.tokens[0] == together.tokens[row]
         np.testing.assert_array_equal(alone.kept[0].number, together.kept[row].number)
 
 
-def test_kept_queries_come_back_in_order_and_take_as_many_slots(model, questions):
-    out = model.generate([q.image for q in questions], [COLOR] * 12, [CATP(keep=8)])
+def test_kept_queries_come_back_in_order_and_take_as_many_slots(model, asked):
+    out = model.generate(*asked, [CATP(keep=8, layers="first")], max_new_tokens=NEW)
     assert out.slots == 8
     for kept in out.kept:
         assert kept.number.tolist() == sorted({*kept.number.tolist()})
@@ -119,12 +116,12 @@ def test_an_image_of_several_prompts_is_encoded_once(model):
 
 
 def test_an_empty_prompt_asks_for_a_caption(model):
-    assert len(model.generate([CIRCLE], [""], max_new_tokens=3).text) == 1
+    assert len(model.generate([CIRCLE], [""], [L2Norm(keep=8)], **BEAMS).text) == 1
 
 
 def test_the_map_shows_where_kept_queries_look(model):
     packed = model.prepare([CIRCLE], [COLOR])
-    out = model.generate_packed(packed, [CATP(keep=4)], max_new_tokens=1)
+    out = model.generate_packed(packed, [L2Norm(keep=8)], **BEAMS)
     grid = model.config.vision.grid
     shown = model.kept_map(packed, 0, out.kept[0])
     assert shown.shape == (grid, grid)
@@ -182,17 +179,16 @@ def test_fastv_works_between_opt_layers_that_exist():
         model.generate([CIRCLE], [COLOR], [FastV(keep=8, site=Site.LAYER, layer=depth)])
 
 
-def test_methods_by_name_are_those_by_class(questions):
+def test_methods_by_name_are_those_by_class(asked):
     model = catp_jax.load(ASSETS / "mini-blip2-opt")
-    images, prompts = [q.image for q in questions[:3]], [q.question for q in questions[:3]]
-    options = {"max_new_tokens": 2}
-    by_name = model.generate(images, prompts, prune="catp:layers=first", keep="25%", **options)
-    by_class = model.generate(images, prompts, [CATP(keep=8, layers="first")], **options)
+    options = {"max_new_tokens": NEW}
+    by_name = model.generate(*asked, prune="catp:layers=first", keep="25%", **options)
+    by_class = model.generate(*asked, [CATP(keep=8, layers="first")], **options)
     assert by_name.tokens == by_class.tokens
     for ours, theirs in zip(by_name.kept, by_class.kept, strict=True):
         np.testing.assert_array_equal(ours.number, theirs.number)
-    two = model.generate(images, prompts, prune=["l2", "random:seed=3"], keep=["50%", 4], **options)
-    assert [len(kept.number) for kept in two.kept] == [4, 4, 4]
+    two = model.generate(*asked, prune=["l2", "random:seed=3"], keep=["50%", 4], **options)
+    assert [len(kept.number) for kept in two.kept] == [4] * 12
 
 
 @pytest.mark.parametrize(

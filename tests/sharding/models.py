@@ -88,4 +88,5 @@ def on_mesh(kind: str, mesh: Mesh) -> Sharded:
     network = model(kind)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network)
     shardings = jax.tree.map(lambda struct: struct.sharding, place(abstract, mesh))
-    return sharded(freeze(jax.device_put(network, shardings)))
+    # from the host: what is on a device already is split by programs, one for each shape
+    return sharded(freeze(jax.device_put(jax.device_get(network), shardings)))

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MINI = ASSETS / "mini-blip2-opt"
 HEARTBEAT = 10  # seconds
 PRUNED = ["--prune", "catp", "--keep", "8", "--max-new-tokens", "4"]
+PROMPTS = ["what color is the shape?", "is there a triangle?"]
+SPREAD = ["--mesh", "fsdp=4,tensor=2"]
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -76,11 +78,11 @@ def answers(text: str) -> list[dict]:
 
 def test_two_processes_answer_as_one_and_the_first_one_speaks(tmp_path):
     words = ["generate", str(MINI), "--json", *PRUNED]
-    for prompt in ("what color is the shape?", "is there a triangle?"):
+    for prompt in PROMPTS:
         words += ["--image", str(CIRCLE), "--prompt", prompt]
     alone = catp_jax(*words)
     assert alone.returncode == 0, alone.stderr
-    first, second = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
+    first, second = start_two([*words, *SPREAD], tmp_path)
     try:
         said, silence = first.communicate(timeout=300)[0], second.communicate(timeout=300)[0]
     finally:
@@ -141,12 +143,16 @@ def test_every_way_of_answering_is_the_same_in_two_processes(tmp_path):
     [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
 )
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path, number, word):
-    """Killed or silent, the coordinator or another, and whether we or JAX notice first."""
+    """Killed or silent, the coordinator or another, and whether we or JAX notice first.
+
+    They answer what the first test asks, by the program that it has compiled.
+    """
     requests = tmp_path / "requests.jsonl"
-    line = json.dumps({"prompt": "is there a circle?", "images": [str(CIRCLE)]}) + "\n"
-    requests.write_text(line * 20_000)
+    lines = [json.dumps({"prompt": prompt, "images": [str(CIRCLE)]}) + "\n" for prompt in PROMPTS]
+    requests.write_text("".join(lines) * 10_000)
     words = ["generate", str(MINI), "--batch", str(requests), "--batch-size", "2", "--json"]
-    processes = start_two([*words, "--mesh", "fsdp=4,tensor=2"], tmp_path)
+    words += PRUNED
+    processes = start_two([*words, *SPREAD], tmp_path)
     speaker, victim, other = processes[0], processes[number], processes[1 - number]
     assert speaker.stdout is not None
     next(line for line in speaker.stdout if line.startswith("{"))
