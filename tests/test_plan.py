@@ -227,7 +227,7 @@ told = {}
 def show(model, mesh, **given):
     given = {"target": "h100", "prompt": 32, "new_tokens": 32, "tell": told.__setitem__} | given
     print(json.dumps(make_plan(model, mesh, **given).as_json()))
-show("opt", "tensor=1", batch=3, memory=580_000_000, fill=True)
+show("opt", "tensor=1", batch=2, memory=545_000_000, fill=True)
 show("llama", "data=2,tensor=4", hosts=2)
 print(json.dumps(told))
 """)
@@ -244,7 +244,7 @@ def test_a_step_on_a_gpu_reads_its_weights_and_its_cache_at_least(on_gpus):
     assert work["moved_at_least"] < work["moved"] == sum(work["moved_by_kind"].values())
     gpu = targets.find_gpu("h100")
     assert work["floor"]["memory"] == work["seconds"] == work["moved"] / gpu.bandwidth
-    assert one["tokens_per_second"] == 3 / work["seconds"]
+    assert one["tokens_per_second"] == 2 / work["seconds"]
 
 
 @compiler
@@ -266,7 +266,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(on_gpus):
     largest, memory = planned["largest_batch"], planned["memory"]
     assert totals[str(largest)] <= memory < totals[str(largest + 1)]
     assert planned["fits"] == (planned["batch"] <= largest)
-    assert len(told) < 4
+    assert 0 < len(told) < 4
 
 
 @compiler
