@@ -61,7 +61,9 @@ CASES = (
 )
 
 
-def row_of(case: Case, target: str, size: str = "real") -> dict[str, Any]:
+def row_of(
+    case: Case, target: str, size: str = "real", with_whole_sums: bool = True
+) -> dict[str, Any]:
     """A program's figures, a step's beside its floor."""
     devices = targets.devices_of(target, 8 if case.model == LARGE else 1)
     model, config = abstract(case, size)
@@ -100,15 +102,17 @@ def row_of(case: Case, target: str, size: str = "real") -> dict[str, Any]:
     state = nbytes((carry.last, carry.state, arguments[1:]))
     # a program's arguments are what it uses: not the vision tower
     floor = compiled.arguments - (tables(model) / len(devices)) - state
-    whole = program_of(traced, OPTIONS | WHOLE_SUMS)
-    return row | {
+    row |= {
         "batch": case.batch,
         "kept": program.kept,
         "floor": int(floor),
         "ratio": round(compiled.moved / floor, 4),
-        "ratio_whole_sums": round(whole.moved / floor, 4),
         "cache": nbytes(carry.cache),
     }
+    if with_whole_sums:
+        whole = program_of(traced, OPTIONS | WHOLE_SUMS)
+        row["ratio_whole_sums"] = round(whole.moved / floor, 4)
+    return row
 
 
 def pruning_row(model: str, batch: int, method: str, target: str) -> dict[str, Any]:

@@ -139,10 +139,11 @@ def test_what_cudnn_refuses_it_says_why(heads, split, dtype, reason, monkeypatch
 
 def test_a_mask_of_odd_sizes_is_left_to_xla_which_has_its_gradient(monkeypatch):
     monkeypatch.setattr(attention, "_cudnn_lacks", lambda channels: None)
-    queries, keys = jnp.zeros((1, 8, 2, 4), jnp.bfloat16), jnp.zeros((1, 6, 2, 4), jnp.bfloat16)
-    assert attention.cudnn_refuses(queries, keys, jnp.ones((1, 8, 6), bool)) is None
-    for odd in ((1, 7, 6), (1, 8, 5)):
-        assert "even" in attention.cudnn_refuses(queries, keys, jnp.ones(odd, bool))
+    for rows, columns in ((8, 6), (7, 6), (8, 5)):
+        queries, keys = (jnp.zeros((1, size, 2, 4), jnp.bfloat16) for size in (rows, columns))
+        assert attention.cudnn_refuses(queries, keys) is None
+        refused = attention.cudnn_refuses(queries, keys, jnp.ones((1, rows, columns), bool))
+        assert (refused is None) == (rows % 2 == columns % 2 == 0)
 
 
 def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):

@@ -28,7 +28,10 @@ cases = {
     "t5": (Case(T5, "step", 64), "shallow"),
     "fused": (Case(OPT, "step", 16, beams=5, fused=True), "shallow"),
 }
-print(json.dumps({name: row_of(case, "h100", size) for name, (case, size) in cases.items()}))
+print(json.dumps({
+    name: row_of(case, "h100", size, with_whole_sums=name not in ("toy", "int8"))
+    for name, (case, size) in cases.items()
+}))
 """
 
 pytestmark = pytest.mark.skipif(
@@ -71,7 +74,7 @@ def test_the_floor_is_the_weights_that_a_step_reads_and_its_cache(rows):
         ("opt", 1.08),
         ("t5", 1.08),
         ("beams", 1.10),
-        ("fused", 1.10),
+        ("fused", 1.13),  # 1.07 at full depth
     ],
 )
 def test_a_step_moves_little_more_than_its_floor(rows, name: str, most: float):
