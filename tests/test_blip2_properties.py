@@ -1,8 +1,8 @@
 """What design.md promises, for every method, on tiny BLIP-2s with OPT and with T5.
 
-Differences are relative to the largest logit: as much as 2e-5 (1.2e-5 was seen: another program sums
-in another order). Where a test compares many methods, those at the entry run on the view of one
-compiled program and share the rest; `test_generate_is_its_parts` ties both together.
+Differences are relative to the largest logit: as much as 2e-5 (1.2e-5 was seen: another program
+sums in another order). Where a test compares many methods, those at the entry run on the view of
+one compiled program and share the rest; `test_generate_is_its_parts` ties both together.
 """
 
 import jax
