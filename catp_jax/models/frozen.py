@@ -16,10 +16,12 @@ from catp_jax.struct import pytree, static
 
 
 class Structure:
-    """A tree's structure; quick to compare with itself, which is what each call does."""
+    """A tree's structure; quick to compare with itself, which is what each call does. `sites` are
+    the model's.
+    """
 
-    def __init__(self, treedef: Any):
-        self.treedef = treedef
+    def __init__(self, treedef: Any, sites: frozenset[Site]):
+        self.treedef, self.sites = treedef, sites
         self.number = hash(treedef)
 
     def __hash__(self) -> int:
@@ -50,7 +52,7 @@ class Frozen:
     @property
     def sites(self) -> frozenset[Site]:
         """See the model's own."""
-        return self.thaw().sites
+        return self.structure.sites
 
     def thaw(self) -> Any:
         """The model itself."""
@@ -72,4 +74,5 @@ class Frozen:
 def freeze(model: nnx.Module) -> Frozen:
     """The arrays of `model`, shared with it."""
     arrays, treedef = jax.tree.flatten(model)
-    return Frozen(arrays=tuple(arrays), structure=Structure(treedef))
+    sites = getattr(model, "sites", frozenset[Site]())
+    return Frozen(arrays=tuple(arrays), structure=Structure(treedef, sites))

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Select, Site
+from catp_jax.contract import Select, Site, keep_all
 from catp_jax.models.attention import attend, attend_blocks
 from catp_jax.models.blocks import Block, KeysValues
 from catp_jax.models.cache import (
@@ -323,7 +323,10 @@ class T5(nnx.Module):
     def step(
         self, tokens: Int[Array, " b"], cache: T5Cache, select: Select
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
-        """Adds one token to every sample. The caller sees to it that a slot is left."""
+        """Adds one token to every sample. The caller sees to it that a slot is left.
+
+        Nothing is pruned in a step: `select` is not asked.
+        """
         x, written = self.embed(tokens[:, None].astype(jnp.int32)), []
         tail = cache.tail.opened()
         batch = tail.next_slot.shape[0]
@@ -331,7 +334,7 @@ class T5(nnx.Module):
         position = tail.next_position.reshape(batch, -1)[:, :1]
         bias = self.decoder.bias(position, tail.positions)[:, :, 0]
         pasts = tail.pasts([None] * len(tail.blocks))
-        encoded = by_layer([cache.cross], select)
+        encoded = by_layer([cache.cross], keep_all)
         for block, past, prompt in zip(self.decoder.block, pasts, encoded, strict=True):
             attention, cross_attention, feed_forward = block.layer
             x, grown = attention.step(x, past, bias)
