@@ -133,7 +133,7 @@ def test_the_gpu_suite_runs_at_toy_size_and_holds_programs_against_their_floor(t
     assert tails <= beams - opt["floor_bytes"] < tails + 2 * 64 * 8 + 64
     assert rows["Llama-3.2-11B-Vision decode, batch 2, 50 % kept"]["kept"] == 10
     assert rows["blip2-opt-2.7b largest"]["batch"] == 3
-    assert {"token_ratio", "prefill_ratio"} <= rows["blip2-opt-2.7b, batch 2"].keys()
+    assert "token_ratio" in rows["blip2-opt-2.7b, batch 2"]
 
 
 def test_the_gpu_suite_says_what_did_not_fit_into_its_time(tmp_path: Path):
