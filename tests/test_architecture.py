@@ -18,6 +18,7 @@ BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"
 BELOW_API = BELOW_GENERATION | {"generation", "readers", "study", "training", "convert"}
 ROOMS = {
     "struct": set(),
+    "lines": set(),
     "contract": {"struct"},
     "models": BELOW_MODELS,
     "pruning": BELOW_MODELS,
@@ -27,16 +28,17 @@ ROOMS = {
     "convert": BELOW_MODELS | {"models", "sharding", "checkpoint"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"generation"},
-    "study": BELOW_GENERATION | {"generation", "targets"},
+    "study": BELOW_GENERATION | {"generation", "targets", "lines"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,
+    "batch": BELOW_API | {"api", "lines"},
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},
     "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
     "cli_cluster": BELOW_GENERATION | {"targets", "plan", "doctor"},
-    "cli": BELOW_API | {"api", "demo", "cli_cluster", "cli_study", "catp_jax"},
+    "cli": BELOW_API | {"api", "batch", "demo", "cli_cluster", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }

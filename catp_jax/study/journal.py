@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from catp_jax.lines import JsonLines, Row
 
 FIELDS = {
     "header": ("name", "task", "data", "prompt", "batch", "generation", "seed", "versions"),
@@ -26,14 +26,13 @@ FIELDS = {
 }
 """What a row of each kind holds at least."""
 
-OPENING = '{"row": "header"'
+WHAT, OPENING = "a sweep's file", '{"row": "header"'
 
 
 class Journal:
-    """The rows of a sweep, in memory and, with a path, in a file.
+    """The rows of a sweep, in memory and, with a path, in a file (see `lines.JsonLines`).
 
-    Reading changes nothing: a last line that was cut off is told to `report` and goes when the
-    first row is added. Of several processes that run one sweep, all read the file and one writes.
+    Of several processes that run one sweep, all read the file and one writes.
 
     Raises ValueError if the file is not a sweep's, is damaged elsewhere than at its end, or has a
     row that lacks its fields.
@@ -45,20 +44,10 @@ class Journal:
         report: Callable[[str], None] = lambda said: None,
         is_written: bool = True,
     ) -> None:
-        self.path, self.is_written = path, is_written
-        self.rows: list[Row] = []
-        self._end: int | None = None  # where the file is to be cut before anything is added
-        if path is None or not path.exists():
-            return
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file; give one for the sweep's lines")
-        data = path.read_bytes()
-        self.rows, end = _parse(data, path)
-        if end < len(data):
-            self._end = end
-            report(
-                f"{path}: the last line was cut off and does not count ({len(data) - end} bytes)"
-            )
+        self.path = path
+        lines = None if path is None else JsonLines(path, WHAT, OPENING, _check, report)
+        self.rows: list[Row] = [] if lines is None else lines.rows
+        self._lines = lines if is_written else None
 
     @property
     def header(self) -> Row | None:
@@ -83,25 +72,31 @@ class Journal:
     def begin(self, header: Row) -> None:
         """Writes the header, or checks it against the one that is there."""
         header = _plain({"row": "header", **header})
-        if self.header is not None:
+        if self.header is None:
+            self.append(header)
+        else:
             self.check({key: value for key, value in header.items() if key != "name"})
-            return
-        if self.path is not None and self.is_written:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.append(header)
 
     def append(self, row: Row) -> Row:
         """Adds a row and hands it to the system at once; returns it as it will be read."""
         row = _plain(row)
-        if self.path is not None and self.is_written:
-            if self._end is not None:
-                with self.path.open("r+b") as file:
-                    file.truncate(self._end)
-                self._end = None
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rows.append(row)
+        if self._lines is None:
+            self.rows.append(row)
+        else:
+            self._lines.append(row)
         return row
+
+    def claim(self) -> None:
+        """Keeps others from writing a file that is there, until `release`. Raises ValueError if one
+        does already.
+        """
+        if self._lines is not None and self.rows:
+            self._lines.claim()
+
+    def release(self) -> None:
+        """Lets others write the file."""
+        if self._lines is not None:
+            self._lines.release()
 
     def find(self, kind: str, **keys: Any) -> list[Row]:
         """The rows of a kind that have these values."""
@@ -136,33 +131,9 @@ def _plain(row: Row) -> Row:
     return json.loads(json.dumps(row))
 
 
-def _parse(data: bytes, path: Path) -> tuple[list[Row], int]:
-    """The rows, and where the last whole one ends."""
-    refusal = f"{path} is not a sweep's file; give another --out"
-    if data and not (data.startswith(OPENING.encode()) or OPENING.encode().startswith(data)):
-        raise ValueError(refusal)
-    rows, end = [], 0
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        is_last = number == len(lines) or (number == len(lines) - 1 and not lines[-1])
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("row"), str):
-                raise ValueError
-        except (ValueError, RecursionError):
-            if not is_last:
-                raise ValueError(
-                    f"line {number} of {path} is damaged; delete it from there on, and the sweep "
-                    f"goes on with what is before it"
-                ) from None
-            break
-        if number == len(lines):  # whole, but its newline is missing
-            break
-        if missing := [key for key in FIELDS.get(row["row"], ()) if key not in row]:
-            raise ValueError(
-                f"line {number} of {path} is {row['row']!r} without {', '.join(missing)}; delete "
-                f"it from there on, and the sweep goes on with what is before it"
-            )
-        rows.append(row)
-        end += len(line) + 1
-    return rows, end
+def _check(number: int, row: Row) -> None:
+    kind = row.get("row")
+    if not isinstance(kind, str):
+        raise ValueError("damaged")
+    if missing := [key for key in FIELDS.get(kind, ()) if key not in row]:
+        raise ValueError(f"{kind!r} without {', '.join(missing)}")

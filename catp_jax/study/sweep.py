@@ -170,8 +170,11 @@ def sweep(
         "device": jax.devices()[0].device_kind,
     }
     run = _Sweep(model, examples, conditions, every, journal, report)
-    run.begin(header, is_timed)
-    yield from run.results(run.answer(score, frozenset(pictured), progress))
+    try:
+        run.begin(header, is_timed)
+        yield from run.results(run.answer(score, frozenset(pictured), progress))
+    finally:
+        journal.release()
 
 
 class _Sweep:
@@ -195,6 +198,7 @@ class _Sweep:
     def begin(self, header: Row, is_timed: bool) -> None:
         """The header, once it is known to fit, and what each setting costs on the first batch."""
         self.journal.check({key: header[key] for key in header if key != "name"})
+        self.journal.claim()
         known = [Setting(**row["setting"]) for row in self.journal.find("cost")]
         new = [setting for setting in self.every if setting not in known]
         self.report("reading images")

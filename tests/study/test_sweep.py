@@ -50,6 +50,23 @@ def oracle(chosen):
     return texts, shares
 
 
+def test_of_two_sweeps_on_one_file_one_goes_on_and_every_row_is_there_once(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    two = [Journal(path), Journal(path)]
+    first, second = (
+        sweep(Tiny(), QUESTIONS, SETTINGS, CONDITIONS, journal=journal) for journal in two
+    )
+    next(first)  # it is under way
+    with pytest.raises(ValueError, match="another process is writing"):
+        next(second)
+    with pytest.raises(ValueError, match="another process is writing"):
+        next(sweep(Tiny(), QUESTIONS, SETTINGS, CONDITIONS, journal=Journal(path)))
+    list(first)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows].count("header") == 1
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+
+
 def test_the_small_model_is_what_a_study_wants():
     assert isinstance(Tiny(), Answerer)
 
