@@ -6,7 +6,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,20 @@ class Model:
         **options: Any,
     ) -> Answers:
         """`generate` on prepared inputs."""
+        return self.begin(packed, pruners, prune=prune, keep=keep, **options)()
+
+    def begin(
+        self,
+        packed: Packed[Any],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> Callable[[], Answers]:
+        """`generate_packed`, while which the caller may do something else: it sets the device to
+        work, and what it returns waits for the answers.
+        """
         chosen = Options(**options)
         pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
         self._check_length(packed.longest, chosen.max_new_tokens)
@@ -229,7 +243,7 @@ class Model:
             out = programs.go_on(self.network, pruners, front, found, selection, decoding, stop)
         else:
             out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
-        return self._answers(place.fetch(out), packed)
+        return lambda: self._answers(place.fetch(out), packed)
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""

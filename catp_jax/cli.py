@@ -1,29 +1,23 @@
 """The command line: `catp-jax generate`, `match`, `study`, `convert`, `plan`, `doctor`,
 `demo`.
 
-Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong).
+Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong). What
+takes long to import is imported where it is needed, so that --help and refusals are quick.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-import jax
 import typer
 from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
-from catp_jax.generation.images import read_image
-from catp_jax.generation.options import Options
-from catp_jax.pruning import METHODS
-from catp_jax.pruning.named import limits, named
-from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
-from catp_jax.sharding.distributed import start as start_processes
-from catp_jax.sharding.mesh import find_devices, parse_mesh
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +34,7 @@ Dtype = Annotated[
 ]
 
 
+METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random"
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
 
 
@@ -64,7 +59,7 @@ def start(
     ] = None,
     heartbeat: Annotated[
         int, typer.Option(help="Seconds after which a silent process counts as dead.")
-    ] = HEARTBEAT,
+    ] = 100,
 ) -> None:
     told = (coordinator, num_processes, process_id)
     if distributed or any(word is not None for word in told):
@@ -72,6 +67,9 @@ def start(
             raise typer.BadParameter(
                 f"several processes are for {', '.join(SEVERAL)}; run this in one"
             )
+        from catp_jax.sharding.distributed import is_first
+        from catp_jax.sharding.distributed import start as start_processes
+
         start_processes(*told, heartbeat=heartbeat)
         if not is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 it lives as long as the process
@@ -90,8 +88,15 @@ def generate(
     batch: Annotated[
         Path | None,
         typer.Option(
-            help='A file with one JSON object a line: {"prompt": "…", "images": ["…"]}. '
-            "A line that cannot be used is reported, the others are answered.",
+            help='A file with one JSON object a line: {"prompt": "…", "images": ["…"], "id": "…"}, '
+            "or messages in place of the prompt. A line that cannot be used is reported, the "
+            "others are answered.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file for a batch's answers, as JSON lines; what it has is not asked again."
         ),
     ] = None,
     batch_size: Annotated[
@@ -100,7 +105,7 @@ def generate(
     prune: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A pruning method, of {', '.join(METHODS)}; options follow after colons "
+            help=f"A pruning method, of {METHODS}; options follow after colons "
             "(trimmed_llama:k_ratio=0.25). Repeat it to apply several in order.",
             metavar="METHOD",
         ),
@@ -162,18 +167,35 @@ def generate(
             f"each --prune wants its --keep: got {len(prune or [])} methods and "
             f"{len(keep or [])} budgets"
         )
-    methods = named(prune, keep)
     if batch and (prompt or image):
         raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
-    if batch:
-        requests, problems = _read_batch(batch)
-    else:
-        requests, problems = _requests(prompt or [], image or []), []
-        batch_size = len(requests)
-        for path in image or []:
-            read_image(path)  # before a model is loaded, which may take minutes
+    if not (batch or prompt):
+        raise typer.BadParameter("give a --prompt, or a --batch file")
+    if out and not batch:
+        raise typer.BadParameter("--out is for the answers to a --batch file")
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
+    from catp_jax.generation.images import read_image
+
+    for path in image or []:
+        read_image(path)  # before a model is loaded, which may take minutes
+    from catp_jax import batch as batches
+    from catp_jax.generation.options import Options
+    from catp_jax.pruning.named import named
+    from catp_jax.sharding.distributed import gathered
+    from catp_jax.sharding.mesh import find_devices, parse_mesh
+
+    methods = named(prune, keep)
+    file, problems = None, []
+    if batch:
+        requests, problems = batches.read_requests(batch)
+    else:
+        requests = _requests(prompt or [], image or [])
+        batch_size = len(requests)
+    if out:
+        file = batches.AnswerFile(out, report=_say)
+        requests, others = file.missing(requests)
+        problems += others
     parse_mesh({} if mesh is None else mesh)
     find_devices()
     if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
@@ -200,53 +222,43 @@ def generate(
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
-    from catp_jax import api  # here, so that --help does not wait for it
+    if file:
+        file.begin(
+            {
+                "model": model.resolve().name,
+                "load": (dtype, weights, mask_mode, vision_mode),
+                "prune": methods,
+                "chat": chat,
+                **dataclasses.asdict(options),
+            }
+        )
+        if not requests and not problems:
+            _say(f"{out} has all answers already")
+            return
+    from catp_jax import api
 
     loaded = api.load(
         model, dtype, mesh=mesh, weights=weights, vision_mode=vision_mode, mask_mode=mask_mode
     )
-    for problem in problems:
-        print(f"catp-jax: {problem}", file=sys.stderr)
-    for start in range(0, len(requests), batch_size):
-        chunk, read, images = requests[start : start + batch_size], {}, {}
-        for request in chunk:
-            try:
-                question = loaded.read(
-                    request.images,
-                    request.chat if chat else request.prompt,
-                    max_new_tokens=max_new_tokens,
-                    done=images,
-                )
-                limits(methods, loaded.visual_tokens(question))
-                read[request.number] = request, question
-            except ValueError as error:
-                if request.line is None:
-                    raise
-                problems.append(f"line {request.line} of {batch}: {error}")
-                print(f"catp-jax: {problems[-1]}", file=sys.stderr)
-        for request, usable in zip(
-            chunk, agreed([request.number in read for request in chunk]), strict=True
-        ):
-            if not usable and read.pop(request.number, None) is not None:
-                problems.append(f"line {request.line} of {batch}: another process cannot use it")
-                print(f"catp-jax: {problems[-1]}", file=sys.stderr)
-        if not read:
-            continue
-        some, questions = ([*column] for column in zip(*read.values(), strict=True))
-        # short batches are filled up, so that all have one shape
-        missing = batch_size - len(questions)
-        questions += questions[:1] * missing
-        numbers = [request.number for request in some] + [some[0].number] * missing
-        answers = loaded.generate_packed(
-            loaded.pack(questions),
-            prune=prune,
-            keep=keep,
-            **{**dataclasses.asdict(options), "seed": [seed + number for number in numbers]},
-        )
-        for index, request in enumerate(some):
-            as_json = _as_json(request, answers, index) if json_output else None
-            print(json.dumps(as_json) if as_json else answers.text[index], flush=True)
-    if problems:
+    answers = batches.answer(
+        loaded,
+        requests,
+        batch_size=batch_size,
+        prune=prune,
+        keep=keep,
+        options=options,
+        is_chat=chat,
+    )
+    failed = False
+    for found in itertools.chain(problems, answers):
+        if isinstance(found, batches.Problem):
+            failed = True
+            _say(f"line {found.line} of {batch}: {found.said}")
+        elif file:
+            file.add(found)
+        else:
+            print(json.dumps(found.as_row()) if json_output else found.text, flush=True)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -265,7 +277,8 @@ def convert(
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
     from convert.__main__ import run
 
-    run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
+    with cli_study.interruptible():
+        run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
 
 
 app.command()(cli_cluster.plan)
@@ -286,6 +299,8 @@ def match(
 
     ITC is a cosine, cheap, for search among many; ITM the probability that the two fit, better.
     """
+    from catp_jax.generation.images import read_image
+
     pictures = [read_image(path) for path in image]
     from catp_jax import api
 
@@ -322,78 +337,35 @@ def demo(
 app.add_typer(cli_study.app, name="study")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and its images; `line` says where in a batch file it stands."""
+def _requests(prompts: list[str], images: list[Path]) -> list[Any]:
+    """What --prompt and --image ask: one prompt with all images, or each prompt with its own."""
+    from catp_jax.batch import Request
 
-    prompt: str
-    images: list[Path]
-    number: int = 0
-    line: int | None = None
-
-    @property
-    def chat(self) -> list[dict[str, Any]]:
-        """The prompt as a user's message, images first."""
-        content = [{"type": "image"} for _ in self.images]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": self.prompt}]}]
-
-
-def _requests(prompts: list[str], images: list[Path]) -> list[Request]:
-    if not prompts:
-        raise typer.BadParameter("give a --prompt, or a --batch file")
     if len(prompts) == 1:
-        return [Request(prompts[0], images)]
+        return [Request(prompts[0], tuple(images))]
     if len(images) not in (0, len(prompts)):
         raise typer.BadParameter(
             f"{len(prompts)} prompts want one image each, or none; got {len(images)} images. "
             f"Use --batch for anything else"
         )
-    own = [[image] for image in images] or [[] for _ in prompts]
+    own = [(image,) for image in images] or [() for _ in prompts]
     return [
         Request(prompt, some, number)
         for number, (prompt, some) in enumerate(zip(prompts, own, strict=True))
     ]
 
 
-def _read_batch(path: Path) -> tuple[list[Request], list[str]]:
-    """The file's requests, and what is wrong with the lines that are none."""
-    if not path.is_file():
-        raise ValueError(f"batch file {str(path)!r} is not a file")
-    requests, problems = [], []
-    for number, line in enumerate(path.read_text().split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, images = row["prompt"], row.get("images", [])
-            if not isinstance(prompt, str) or not isinstance(images, list):
-                raise TypeError
-            own = [path.parent / image for image in images]
-            requests.append(Request(prompt, own, number - 1, number))
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-            problems.append(
-                f'line {number} of {path} is not {{"prompt": text, "images": [paths]}}: {line[:80]}'
-            )
-    if not requests and not problems:
-        raise ValueError(f"batch file {str(path)!r} has no lines")
-    return requests, problems
+def _say(line: str) -> None:
+    print(f"catp-jax: {line}", file=sys.stderr)
 
 
-def _as_json(request: Request, answers: Any, index: int) -> dict[str, Any]:
-    return {
-        **({} if request.line is None else {"line": request.line}),
-        "prompt": request.prompt,
-        "images": [str(image) for image in request.images],
-        "text": answers.text[index],
-        "tokens": answers.tokens[index],
-        "visual_tokens": answers.available[index],
-        "kept": None if answers.kept is None else answers.kept[index].as_rows(),
-        "reports": [
-            {name: value[index].item() for name, value in vars(report).items()}
-            for report in answers.reports
-            if dataclasses.is_dataclass(report)
-        ],
-    }
+def leave(code: int) -> NoReturn:
+    """Ends the command; what never got as far as JAX has nobody to wait for."""
+    if "jax" in sys.modules:
+        from catp_jax.sharding import distributed
+
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def main() -> None:
@@ -403,15 +375,21 @@ def main() -> None:
         app()
     except ModuleNotFoundError:
         raise  # __main__ names it
-    except (ValueError, OSError, ImportError) as error:
-        print(f"catp-jax: {error}", file=sys.stderr)
+    except MemoryError:
+        _say("this machine's memory is full")
         leave(1)
-    except jax.errors.JaxRuntimeError as error:
+    except (ValueError, OSError, ImportError) as error:
+        _say(str(error))
+        leave(1)
+    except RuntimeError as error:
+        from jax.errors import JaxRuntimeError
+
+        from catp_jax.sharding.distributed import lost
+
         said = "the device's memory is full; lower --batch-size or use --dtype bfloat16"
+        if not isinstance(error, JaxRuntimeError):
+            raise
         if "RESOURCE_EXHAUSTED" not in str(error) and (said := lost(error)) is None:
             raise
-        print(f"catp-jax: {said}", file=sys.stderr)
+        _say(said)
         leave(1)
-    except KeyboardInterrupt:
-        print("catp-jax: interrupted", file=sys.stderr)
-        leave(130)

@@ -12,10 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from catp_jax.contract import Site
-from catp_jax.pruning import budget, make, methods_for
-from catp_jax.sharding.mesh import parse_mesh
-from catp_jax.targets import GPUS, devices_of, find_gpu
+GPUS = "h100, h200, a100, b200"
 
 MeshOption = Annotated[
     str | None,
@@ -54,7 +51,7 @@ def plan(
     target: Annotated[
         str | None,
         typer.Option(
-            help=f"Compile for a GPU that need not exist, of {', '.join(GPUS)}: bytes moved, the "
+            help=f"Compile for a GPU that need not exist, of {GPUS}: bytes moved, the "
             "least time of a prefill and a token, temporaries. Takes JAX's CUDA compiler.",
             metavar="GPU",
         ),
@@ -86,6 +83,9 @@ def plan(
     if target is None and (largest_batch or hosts is not None):
         raise typer.BadParameter("--largest-batch and --hosts want --target")
     from catp_jax import plan as planning
+    from catp_jax.pruning import budget, make, methods_for
+    from catp_jax.sharding.mesh import parse_mesh
+    from catp_jax.targets import devices_of, find_gpu
 
     planning.find_config(model)
     with wrong_call():
@@ -95,7 +95,7 @@ def plan(
     if gpu is not None:
         devices_of(gpu)  # says so if there is no compiler
 
-    def pruner(visual: int, sites: frozenset[Site]) -> Any:
+    def pruner(visual: int, sites: Any) -> Any:
         return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
 
     def tell(batch: int, total: int) -> None:

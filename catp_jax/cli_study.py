@@ -4,9 +4,12 @@ The first is short for `catp-jax study run MODEL …`. What needs no model is ch
 before one is loaded.
 """
 
+import contextlib
 import hashlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -173,12 +176,17 @@ def run(
     from catp_jax.pruning import make, methods_for
     from catp_jax.study.results import Setting
 
-    loaded = api.load(model, dtype, mesh=mesh)
-    specs = specs or methods_for(loaded.sites)
-    for spec in specs:
-        make(spec, 1, loaded.sites)
-    settings = [Setting(spec, budget) for spec in specs for budget in budgets]
-    _sweep(loaded, found, examples, settings, conditions, journal, name)
+    journal.claim()  # now, and not once a model is loaded
+    try:
+        loaded = api.load(model, dtype, mesh=mesh)
+        specs = specs or methods_for(loaded.sites)
+        for spec in specs:
+            make(spec, 1, loaded.sites)
+        settings = [Setting(spec, budget) for spec in specs for budget in budgets]
+        with interruptible():
+            _sweep(loaded, found, examples, settings, conditions, journal, name)
+    finally:
+        journal.release()
     print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
 
 
@@ -252,6 +260,21 @@ def _sweep(
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, for work that tidies up after itself (see `__main__`)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        from catp_jax.sharding.distributed import leave
+
+        _say("interrupted")
+        leave(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _task(name: str, given: dict[str, Path | None], fraction: float | None, seed: int) -> "Task":

@@ -38,15 +38,13 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
 
     Raises ValueError if `out` is a file or a model cannot be loaded.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder for the demo's figures")
+    report.make_folder(out)
     folders = folders or minis()
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
         names = [str(folder) for folder in folders]
     models = {name: api.load(folder) for name, folder in zip(names, folders, strict=True)}
     examples = spread_out(list(tasks.easy_vqa("test")), questions)
-    out.mkdir(parents=True, exist_ok=True)
 
     results: dict[str, list[Result]] = {}
     panels: list[list[Panel]] = []

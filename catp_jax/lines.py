@@ -70,7 +70,8 @@ class JsonLines:
             is_ours = False
         except OSError:
             pass  # a file system without locks
-        if not is_ours or os.fstat(file).st_size != self._size:
+        found = os.fstat(file)
+        if not is_ours or found.st_size != self._size or not found.st_nlink:
             os.close(file)
             raise ValueError(
                 f"another process {'has written' if is_ours else 'is writing'} {self.path}; wait "
@@ -90,7 +91,9 @@ class JsonLines:
         self.rows.append(row)
 
     def release(self) -> None:
-        """Lets others write the file."""
+        """Lets others write the file; one without a row is removed."""
+        if self._file is not None and not self._end:
+            self.path.unlink(missing_ok=True)
         self._close()
         self._file = None
 

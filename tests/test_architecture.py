@@ -32,7 +32,7 @@ ROOMS = {
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "api": BELOW_API,
-    "batch": BELOW_API | {"api", "lines"},
+    "batch": BELOW_GENERATION | {"generation", "readers", "api", "lines"},
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},

@@ -1,14 +1,21 @@
 """The command line as a user meets it: good input and bad."""
 
+import inspect
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from catp_jax import cli, cli_cluster
+from catp_jax.pruning import METHODS
+from catp_jax.sharding.distributed import HEARTBEAT
+from catp_jax.targets import GPUS
 from tests.command import catp_jax
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +102,7 @@ def test_a_file_of_requests_goes_on_past_bad_lines(tmp_path):
     assert answers[0]["text"] == "blue"
     assert [answer["visual_tokens"] for answer in answers] == [260, 520, 0]
     assert len(done.stderr.splitlines()) == 4
-    for line, words in {2: "missing.png", 3: "not json", 4: '"prompt": text', 5: "2"}.items():
+    for line, words in {2: "missing.png", 3: "not JSON", 4: "either a prompt", 5: "2"}.items():
         assert any(f"line {line}" in s and words in s for s in done.stderr.splitlines())
 
 
@@ -179,9 +186,32 @@ def test_bad_words_and_images_are_found_before_a_model_is_loaded(tmp_path):
     refused(catp_jax("generate", nowhere, "--image", "gone.png", *ASK), "gone.png")
     refused(catp_jax("generate", nowhere, *ASK, "--top-p", "0"), "top_p")
     refused(catp_jax("generate", nowhere, *ASK, "--prune", "random", "--keep", "x"), "'x'")
-    refused(
-        catp_jax("generate", nowhere, "--batch", "rows.jsonl", "--batch-size", "0"), "not a file"
-    )
+    refused(catp_jax("generate", nowhere, "--batch", "rows.jsonl"), "not a file")
+    refused(catp_jax("generate", nowhere, *ASK, "--batch-size", "0"), "at least 1")
+
+
+@pytest.mark.parametrize("library", ["numpy", "libjax_common"])
+def test_an_interrupt_ends_with_a_line_and_130(library):
+    """While it imports, and later."""
+    words = ["generate", MINI, "--image", CIRCLE, *ASK]
+    command = [sys.executable, "-m", "catp_jax", *map(str, words)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while library not in Path(f"/proc/{run.pid}/maps").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (130, "", "catp-jax: interrupted\n")
+
+
+def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
+    assert ", ".join(METHODS) == cli.METHODS
+    assert ", ".join(GPUS) == cli_cluster.GPUS
+    assert inspect.signature(cli.start).parameters["heartbeat"].default == HEARTBEAT
+    script = "import sys; from catp_jax import cli; print({'jax', 'numpy'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 def test_marks_and_images_that_differ_in_number_are_refused():

@@ -40,6 +40,18 @@ def test_of_two_writers_one_is_refused_before_it_has_written(tmp_path):
     assert numbers(path) == [0]
 
 
+def test_a_file_without_a_row_is_not_left(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = JsonLines(path, WHAT, OPENING)
+    lines.claim()
+    assert path.read_bytes() == b""
+    lines.release()
+    assert not path.exists()
+    lines.append({"n": 0})
+    lines.release()
+    assert numbers(path) == [0]
+
+
 def test_a_file_that_vanished_or_shrank_is_not_filled_up(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 0}\n{"n": 1}\n')

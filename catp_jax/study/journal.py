@@ -87,10 +87,10 @@ class Journal:
         return row
 
     def claim(self) -> None:
-        """Keeps others from writing a file that is there, until `release`. Raises ValueError if one
-        does already.
+        """Keeps others from writing the file, until `release`. Raises ValueError if one does
+        already, or if it cannot be written at all.
         """
-        if self._lines is not None and self.rows:
+        if self._lines is not None:
             self._lines.claim()
 
     def release(self) -> None:

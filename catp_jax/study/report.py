@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,18 @@ def read_study(path: Path, said: list[str] | None = None) -> Study:
     )
 
 
+def make_folder(out: Path) -> None:
+    """Makes a folder for figures, if there is none. Raises ValueError if nothing can be written."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder for the figures")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
 def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     """Table, CSV, curves and pictures of one or several sweeps; the files written, what to say.
 
@@ -115,9 +128,7 @@ def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str
     """
     said: list[str] = []
     studies = _named([read_study(path, said) for path in paths], paths)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder for the report")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, study in studies.items():
         said += [f"{name}: not finished: {line}" for line in study.unfinished]
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
 from catp_jax.study.journal import Journal
 from catp_jax.study.report import (
+    make_folder,
     markdown,
     markdown_table,
     panels,
@@ -303,3 +305,11 @@ def test_curves_of_one_model_need_no_name_and_no_unpruned_row(finished, tmp_path
     pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
     draw_accuracy(pruned, tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("place", ["/proc/new", "/proc", "notes/new"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path("notes").touch()
+    with pytest.raises(ValueError, match=f"{place} cannot be written"):
+        make_folder(Path(place))

@@ -1,0 +1,277 @@
+"""Requests by the file: answered a batch at a time, and one that cannot be used costs no other.
+
+    {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     images: also one, or none
+    {"messages": [{"role": "user", "content": "what is this?"}]}        for the chat template
+
+Images are read while the device answers the batch before. What is answered goes to a file that
+resumes (`lines`), or wherever the caller puts it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from catp_jax.api import Answers, Model
+from catp_jax.generation.options import Options
+from catp_jax.lines import JsonLines, Row
+from catp_jax.pruning.named import limits, named
+from catp_jax.readers.reading import Prompt, Question
+from catp_jax.sharding.distributed import agreed, is_first
+
+KEYS = ("prompt", "messages", "images", "image", "id")
+SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and its images; `number` is its place among all, from 0, and `line` its line in a
+    file, from 1. `key` names its answer.
+    """
+
+    prompt: Prompt
+    images: tuple[Any, ...] = ()
+    number: int = 0
+    line: int | None = None
+    key: str | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A request that got no answer, and why."""
+
+    line: int | None
+    said: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a request got: entry `index` of its batch's answers."""
+
+    request: Request
+    answers: Answers
+    index: int
+
+    @property
+    def text(self) -> str:
+        return self.answers.text[self.index]
+
+    def as_row(self) -> Row:
+        """As JSON has it, with what was kept."""
+        request, answers, index = self.request, self.answers, self.index
+        place = {"line": request.line, "id": request.key}
+        return {
+            **{key: value for key, value in place.items() if value is not None},
+            **_asked(request),
+            "text": self.text,
+            "tokens": answers.tokens[index],
+            "visual_tokens": answers.available[index],
+            "kept": None if answers.kept is None else answers.kept[index].as_rows(),
+            "reports": [
+                {name: value[index].item() for name, value in vars(report).items()}
+                for report in answers.reports
+                if dataclasses.is_dataclass(report)
+            ],
+        }
+
+
+def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
+    """The requests of a file, and what is wrong with the lines that are none.
+
+    Images' paths start from the file's folder. Raises ValueError if there is no file or no line.
+    """
+    if not path.is_file():
+        raise ValueError(f"batch file {str(path)!r} is not a file")
+    requests, problems, lines = [], [], {}
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            request = _request(line, number, path.parent)
+            if request.key is not None and lines.setdefault(request.key, number) != number:
+                raise ValueError(f"id {request.key!r} is that of line {lines[request.key]}")
+            requests.append(request)
+        except ValueError as error:
+            problems.append(Problem(number, str(error)))
+    if not requests and not problems:
+        raise ValueError(f"batch file {str(path)!r} has no lines")
+    return requests, problems
+
+
+def _request(line: bytes, number: int, folder: Path) -> Request:
+    """A line's request. Raises ValueError if it is none."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON; {SHAPE}: {line.decode()[:80]}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not an object; {SHAPE}: {line.decode()[:80]}")
+    if unknown := [key for key in row if key not in KEYS]:
+        raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; {SHAPE}")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError(f"either a prompt or messages are wanted; {SHAPE}")
+    if "image" in row and "images" in row:
+        raise ValueError("image and images are the same; give one of them")
+    prompt = row.get("prompt", row.get("messages"))
+    if not isinstance(prompt, str if "prompt" in row else list):
+        raise ValueError(f"a prompt is a text, and messages are a list; {SHAPE}")
+    images = row.get("images", row.get("image"))
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"images are a list of paths; {SHAPE}")
+    key = row.get("id")
+    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
+        raise ValueError(f"an id is a text or a whole number, got {key!r}")
+    own = tuple(_image(image, folder) for image in images)
+    return Request(prompt, own, number - 1, number, key)
+
+
+def _image(name: str, folder: Path) -> str | Path:
+    """A path from the file's folder; what is no path (`data:`, `file://`) as it is."""
+    return name if re.match(r"[a-z]+:", name) else folder / Path(name).expanduser()
+
+
+def answer(
+    model: Model,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 8,
+    prune: str | Sequence[str] | None = None,
+    keep: int | str | Sequence[int | str] | None = None,
+    options: Options | None = None,
+    is_chat: bool = False,
+) -> Iterator[Answer | Problem]:
+    """Answers requests a batch at a time; problems come as they are found.
+
+    `is_chat` puts plain prompts through the checkpoint's chat template. Each request draws with
+    `seed` and its own number, whatever else is asked. Several hosts take part together.
+
+    Raises ValueError for a request that cannot be used and has no line to tell it by.
+    """
+    options = options or Options()
+    methods = named(prune, keep)
+    under_way: Iterator[Answer] = iter(())
+    for start in range(0, len(requests), batch_size):
+        chunk, images = requests[start : start + batch_size], {}
+        usable: list[tuple[Request, Question[Any]]] = []
+        for request in chunk:
+            try:
+                prompt = _as_chat(request) if is_chat else request.prompt
+                question = model.read(
+                    request.images, prompt, max_new_tokens=options.max_new_tokens, done=images
+                )
+                limits(methods, model.visual_tokens(question))
+                usable.append((request, question))
+            except Exception as error:  # whatever it is, the others get their answers
+                if request.line is None:
+                    raise
+                said = str(error) if isinstance(error, ValueError) else repr(error)
+                yield Problem(request.line, said)
+        own = {request.number for request, _ in usable}
+        flags = agreed([request.number in own for request in chunk])
+        shared = {one.number for one, flag in zip(chunk, flags, strict=True) if flag}
+        for request, _ in usable:
+            if request.number not in shared:
+                yield Problem(request.line, "another process cannot use it")
+        usable = [pair for pair in usable if pair[0].number in shared]
+        yield from under_way  # the device was at work while these were read
+        under_way = _begin(model, usable, batch_size, prune, keep, options)
+    yield from under_way
+
+
+def _begin(
+    model: Model,
+    usable: Sequence[tuple[Request, Question[Any]]],
+    batch_size: int,
+    prune: Any,
+    keep: Any,
+    options: Options,
+) -> Iterator[Answer]:
+    """Sets the device to work on a batch; the answers come from what is returned."""
+    if not usable:
+        return iter(())
+    # short batches are filled up, so that all have one shape
+    filled = [*usable, *[usable[0]] * (batch_size - len(usable))]
+    seeds = [options.seed + request.number for request, _ in filled]  # type: ignore[operator]
+    fetch = model.begin(
+        model.pack([question for _, question in filled]),
+        prune=prune,
+        keep=keep,
+        **{**dataclasses.asdict(options), "seed": seeds},
+    )
+
+    def answers() -> Iterator[Answer]:
+        found = fetch()
+        for index, (request, _) in enumerate(usable):
+            yield Answer(request, found, index)
+
+    return answers()
+
+
+class AnswerFile:
+    """A file of answers, which resumes: a request that has its answer is not asked again.
+
+    Of several hosts, all read the file and one writes.
+    """
+
+    def __init__(self, path: Path, report: Any = lambda said: None) -> None:
+        self.path, self.settings = path, ""
+        self.lines = JsonLines(path, "a file of answers", '{"line": ', _check, report)
+
+    def missing(self, requests: Sequence[Request]) -> tuple[list[Request], list[Problem]]:
+        """The requests that have no answer yet, and those whose answer is another's."""
+        there = {row.get("id", row["line"]): row for row in self.lines.rows}
+        out, problems = [], []
+        for request in requests:
+            row = there.get(request.line if request.key is None else request.key)
+            if row is None:
+                out.append(request)
+            elif any(row[name] != value for name, value in _asked(request).items()):
+                said = f"{self.path} has an answer to another prompt in its place"
+                problems.append(Problem(request.line, said))
+        return out, problems
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Takes the file for answers under these settings, which are noted with each by a digest.
+
+        Raises ValueError if it has some under others, or if another process writes it.
+        """
+        told = json.dumps(settings, sort_keys=True).encode()
+        self.settings = hashlib.sha256(told).hexdigest()[:8]
+        if any(row["settings"] != self.settings for row in self.lines.rows):
+            raise ValueError(
+                f"{self.path} has answers of another model or with other options; give another "
+                "--out, or what it was begun with"
+            )
+        if is_first():
+            self.lines.claim()
+
+    def add(self, answer: Answer) -> None:
+        """Writes an answer at once."""
+        if is_first():
+            self.lines.append({**answer.as_row(), "settings": self.settings})
+
+
+def _check(number: int, row: Row) -> None:
+    if missing := [key for key in ("line", "text", "settings", "images") if key not in row]:
+        raise ValueError(f"an answer without {', '.join(missing)}")
+
+
+def _asked(request: Request) -> Row:
+    """The request itself, as JSON has it."""
+    return {"prompt": request.prompt, "images": [str(image) for image in request.images]}
+
+
+def _as_chat(request: Request) -> Prompt:
+    """The prompt as a user's message, images first."""
+    if not isinstance(request.prompt, str):
+        return request.prompt
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
+    content.append({"type": "text", "text": request.prompt})
+    return [{"role": "user", "content": content}]

@@ -1,0 +1,172 @@
+"""Requests by the file: which lines are requests, and a file of answers that resumes."""
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from catp_jax.batch import Request, read_requests
+from tests.command import catp_jax
+
+ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
+CIRCLE = str(ASSETS / "blue-circle.png")
+ASK = "what color is the shape?"
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def write(path: Path, *rows: dict | bytes) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def generate(requests: Path, *words: object):
+    """The command on a file of requests; its answers and what else it said."""
+    folder = ASSETS / "mini-blip2-opt"
+    return catp_jax("generate", folder, "--batch", requests, "--batch-size", 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("row", "request_"),
+    [
+        ({"prompt": "a"}, Request("a")),
+        ({"prompt": "", "images": None}, Request("")),
+        ({"prompt": "a", "image": "b.png"}, Request("a", ("here/b.png",))),
+        ({"prompt": "a", "images": "b.png"}, Request("a", ("here/b.png",))),
+        ({"prompt": "a", "image": ["b.png", "/c.png"]}, Request("a", ("here/b.png", "/c.png"))),
+        ({"prompt": "a", "image": "data:image/png;x"}, Request("a", ("data:image/png;x",))),
+        ({"prompt": "a", "image": "file:///c.png"}, Request("a", ("file:///c.png",))),
+        ({"messages": MESSAGES, "id": 7}, Request(MESSAGES, key=7)),
+        (b'\xef\xbb\xbf{"prompt": "\xc3\xa9"}\r', Request("é")),
+    ],
+)
+def test_a_line_may_spell_its_request_in_several_ways(tmp_path, row, request_):
+    path = write(tmp_path / "rows.jsonl", row, b"", b"  ")
+    (found,), problems = read_requests(path)
+    assert not problems
+    own = [str(image).replace(str(tmp_path), "here") for image in found.images]
+    assert (found.prompt, tuple(own), found.key) == (
+        request_.prompt,
+        request_.images,
+        request_.key,
+    )
+    assert (found.number, found.line) == (0, 1)
+
+
+def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (found,), _ = read_requests(write(tmp_path / "rows.jsonl", {"prompt": "", "image": "~/a.png"}))
+    assert str(found.images[0]) == "/home/me/a.png"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "a"}, "unknown: 'question'"),
+        ({"prompt": "a", "img": "b.png", "imgs": []}, "unknown: 'img', 'imgs'"),
+        ({"prompt": "a", "image": "b.png", "images": []}, "give one of them"),
+        ({"prompt": "a", "messages": []}, "either a prompt or messages"),
+        ({"images": []}, "either a prompt or messages"),
+        ({"prompt": 3}, "a prompt is a text"),
+        ({"prompt": None}, "a prompt is a text"),
+        ({"messages": "hello"}, "messages are a list"),
+        ({"prompt": "a", "images": 3}, "a list of paths"),
+        ({"prompt": "a", "images": [None]}, "a list of paths"),
+        ({"prompt": "a", "id": True}, "an id is"),
+        ({"prompt": "a", "id": [1]}, "an id is"),
+        (b"[]", "not an object"),
+        (b"null", "not an object"),
+        (b'{"prompt": "a"', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+        (b'\x00\xfe{"prompt": "a"}', "not UTF-8"),
+    ],
+)
+def test_a_line_that_is_no_request_is_told_with_its_number(tmp_path, row, said):
+    requests, (problem,) = read_requests(
+        write(tmp_path / "rows.jsonl", {"prompt": "a"}, row, {"prompt": "c"})
+    )
+    assert [request.line for request in requests] == [1, 3]
+    assert problem.line == 2
+    assert said in problem.said
+
+
+def test_an_id_names_one_request(tmp_path):
+    requests, problems = read_requests(
+        write(tmp_path / "rows.jsonl", *({"prompt": "a", "id": key} for key in (1, "1", 1)))
+    )
+    assert [request.key for request in requests] == [1, "1"]
+    assert [(p.line, p.said) for p in problems] == [(3, "id 1 is that of line 1")]
+
+
+def test_a_file_of_answers_resumes_wherever_it_was_cut_off(tmp_path):
+    rows = [
+        {"prompt": ASK, "image": CIRCLE},
+        {"prompt": "what shape is present?", "image": CIRCLE, "id": "second"},
+        {"prompt": ASK, "image": "gone.png"},
+        {"prompt": "is there a circle?", "images": [CIRCLE], "id": 3},
+    ]
+    requests, out = write(tmp_path / "rows.jsonl", *rows), tmp_path / "out" / "answers.jsonl"
+    done = generate(requests, "--out", out)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "line 3" in done.stderr
+    whole = out.read_bytes()
+    answers = [json.loads(line) for line in whole.splitlines()]
+    assert [row.get("id", row["line"]) for row in answers] == [1, "second", 3]
+    assert [row["text"] for row in answers] == ["blue", "circle", "yes"]
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (0, 5, ends[0] - 1, ends[0], ends[1] + 20):
+        out.write_bytes(whole[:cut])
+        assert generate(requests, "--out", out).returncode == 1
+        assert out.read_bytes() == whole
+    requests.write_text("\n".join(json.dumps(rows[number]) for number in (0, 1, 3)))
+    last = json.loads(whole.splitlines()[-1])
+    out.write_bytes(whole[: ends[1]])
+    assert generate(requests, "--out", out).returncode == 0  # the third line now
+    assert json.loads(out.read_bytes().splitlines()[-1]) == {**last, "line": 3}
+    done = generate(requests, "--out", out)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "has all answers already" in done.stderr
+
+
+def test_answers_of_other_requests_and_options_are_not_mixed(tmp_path):
+    requests = write(tmp_path / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
+    out = tmp_path / "answers.jsonl"
+    assert generate(requests, "--out", out).returncode == 0
+    whole = out.read_bytes()
+    for words in (
+        ["--max-new-tokens", 3],
+        ["--prune", "catp", "--keep", 8],
+        ["--dtype", "float32"],
+    ):
+        done = generate(requests, "--out", out, *words)
+        assert done.returncode == 1
+        assert "with other options" in done.stderr
+    write(requests, {"prompt": "is there a circle?", "image": CIRCLE})
+    done = generate(requests, "--out", out)
+    assert done.returncode == 1
+    assert "line 1" in done.stderr
+    assert "an answer to another prompt" in done.stderr
+    (tmp_path / "notes.txt").write_text("notes")
+    done = generate(requests, "--out", tmp_path / "notes.txt")
+    assert "is not a file of answers" in done.stderr
+    assert (out.read_bytes(), (tmp_path / "notes.txt").read_text()) == (whole, "notes")
+
+
+def test_a_file_that_another_process_writes_is_refused_before_a_model_is_loaded(tmp_path):
+    requests = write(tmp_path / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
+    with (tmp_path / "answers.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = catp_jax(
+            *("generate", "no-model", "--batch", requests),
+            *("--out", tmp_path / "answers.jsonl"),
+        )
+    assert done.returncode == 1
+    assert "another process is writing" in done.stderr
+
+
+def test_out_is_for_a_file_of_requests():
+    done = catp_jax("generate", "no-model", "--prompt", "a", "--out", "answers.jsonl")
+    assert done.returncode == 2
+    assert "--batch" in done.stderr
