@@ -24,6 +24,7 @@ from catp_jax.pruning.named import limits, named
 from catp_jax.sharding.distributed import HEARTBEAT, agreed, gathered, is_first, leave, lost
 from catp_jax.sharding.distributed import start as start_processes
 from catp_jax.sharding.mesh import find_devices, parse_mesh
+from catp_jax.terminal import printable
 
 app = typer.Typer(
     add_completion=False,
@@ -404,7 +405,10 @@ def main() -> None:
     except ModuleNotFoundError:
         raise  # __main__ names it
     except (ValueError, OSError, ImportError) as error:
-        print(f"catp-jax: {error}", file=sys.stderr)
+        print(f"catp-jax: {printable(error)}", file=sys.stderr)
+        leave(1)
+    except MemoryError:
+        print("catp-jax: the host's memory is full; use a machine with more", file=sys.stderr)
         leave(1)
     except jax.errors.JaxRuntimeError as error:
         said = "the device's memory is full; lower --batch-size or use --dtype bfloat16"

@@ -16,6 +16,7 @@ from catp_jax.contract import Site
 from catp_jax.pruning import budget, make, methods_for
 from catp_jax.sharding.mesh import parse_mesh
 from catp_jax.targets import GPUS, devices_of, find_gpu
+from catp_jax.terminal import printable
 
 MeshOption = Annotated[
     str | None,
@@ -153,7 +154,7 @@ def doctor(
             print(json.dumps(one), flush=True)
         else:
             level = f"[{colours[one['level']]}]{one['level']:4}[/]"
-            console.print(f"{level}  {one['subject']:9}  {escape(one['text'])}")
+            console.print(f"{level}  {one['subject']:9}  {escape(printable(one['text']))}")
 
     found = []
     for one in practice.examine(model, mesh):

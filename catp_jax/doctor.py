@@ -73,6 +73,7 @@ def examine(model: str | Path | None = None, mesh: str | None = None) -> Finding
         "attention": lambda: backends(head_sizes(model)),
         "top-k": top_k,
         "room": lambda: room(model, mesh),
+        "weights": lambda: weights(model),
     }
     for subject, check in checks.items():
         try:
@@ -368,3 +369,15 @@ def room(model: str | Path | None, mesh: str | None) -> Findings:
         yield Finding("warn", "disk", f"{text}: load the Hugging Face folder as it is")
     else:
         yield Finding("ok", "disk", text)
+
+
+def weights(model: str | Path | None) -> Findings:
+    """Whether a folder's weights are finite numbers and, if it was converted, still the same."""
+    if model is None or not Path(model).is_dir() or jax.process_index() > 0:
+        return
+    wrong = False
+    for fault in convert.faults(Path(model)):
+        wrong = True
+        yield Finding("fail", "weights", fault)
+    if not wrong:
+        yield Finding("ok", "weights", "all read, all finite")

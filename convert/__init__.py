@@ -16,6 +16,7 @@ from convert.families import Config, Model, config_json, read_config
 from convert.folders import refuse_unfinished
 from convert.reader import Place, abstract, load_hf
 from convert.report import Report, table
+from convert.values import faults
 from convert.writer import write_hf
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "abstract",
     "config_json",
+    "faults",
     "load",
     "load_converted",
     "load_hf",

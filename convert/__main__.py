@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from catp_jax.terminal import one_line, printable
 from convert import table, to_orbax
 from convert import to_hf as back_to_hf
 from convert.folders import remove_leftovers
@@ -40,7 +41,7 @@ def run(
         )
     console = Console(stderr=True)
     for left in remove_leftovers(out):
-        console.print(f"removed {left.name}, which an interrupted run left", highlight=False)
+        print(one_line(f"removed {left.name}, which an interrupted run left"), file=sys.stderr)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     hidden = not console.is_terminal
     bar = Progress(*columns, console=console, transient=True, disable=hidden)
@@ -58,7 +59,7 @@ def run(
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
     console.print(table(report))
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    print(one_line(f"wrote {out}"))
     return report
 
 
@@ -91,7 +92,7 @@ def convert(
     try:
         run(source, out, to_hf, dtype, verify)
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         sys.exit(1)
 
 

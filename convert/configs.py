@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from catp_jax.models.layers import ACTIVATIONS
+from convert import strict_json
 
 Config = TypeVar("Config")
 
@@ -44,13 +45,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; a Hugging Face model folder is wanted")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a JSON object but {type(raw).__name__}")
-    return raw
+    return strict_json.read(path)
 
 
 def parse(

@@ -1,31 +1,37 @@
 """Converted folders: Orbax weights, what is needed to go back, and the Hugging Face side files.
 
 out/
-  catp_jax.json      format, model type, key layout, and every tensor's file and number type
+  catp_jax.json      format, model type, key layout, every tensor's file and number type, and the
+                     checksums of all parameters, of config.json and of itself
   weights/           the parameters, an Orbax checkpoint
   config.json, tokenizer.json, …   copied from the Hugging Face folder, byte by byte
 """
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from catp_jax.models.narrow import Weights, with_scales
+from convert import strict_json
 from convert.families import FAMILIES, Config, Model, family_of, read_config
-from convert.folders import copy_side_files, forget, new_folder, refuse_unfinished
+from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
+from convert.names import check_weights_file
 from convert.reader import (
     Pair,
     Place,
     Progress,
+    Source,
     abstract,
     by_position,
     cast,
@@ -37,12 +43,13 @@ from convert.reader import (
     with_dtypes,
 )
 from convert.report import Report, Row
-from convert.shards import INDEX, SINGLE
+from convert.rules import listed
+from convert.shards import DTYPES, INDEX, SINGLE, is_text_by_text
 from convert.streams import ahead, parts, trim
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
-FORMAT = 2  # 1 had the queries, keys and values of BLIP-2's tower one after the other
+FORMAT = 3  # 2 had no checksums, 1 the parts of BLIP-2's `qkv` one after the other
 FLOAT32 = np.dtype(np.float32)
 PART = 384 * 2**20  # bytes of tensors that are written, or read back, as one; or a larger tensor
 
@@ -57,43 +64,80 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What catp_jax.json holds; `dtypes` are those of the original tensors."""
+    """What catp_jax.json holds.
+
+    `dtypes` are those of the original tensors; `checksums` are CRC-32 of the parameters as they are
+    stored, by their names; `config` is the SHA-256 of config.json.
+    """
 
     model_type: str
     layout: str
     files: dict[str, File]
     dtypes: dict[str, str]
     ignored: tuple[str, ...]
+    checksums: dict[str, int]
+    config: str
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
+        content["sha256"] = _digest(content)
         (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads it from a folder. Raises ValueError if it is none, or of another version."""
+        """Reads it from a folder. Raises ValueError if it is of another version, or was changed."""
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
-            content = json.loads(path.read_bytes())
+            content = strict_json.parse(path.read_bytes())
             written, kind = content["format"], content["model_type"]
             if written != FORMAT or kind not in FAMILIES:
                 raise ValueError(
                     f"it is of format {written} and model type {kind}, this version reads format "
                     f"{FORMAT} and {', '.join(FAMILIES)}"
                 )
+            if content["layout"] not in FAMILIES[kind].layouts:
+                raise ValueError(f"unknown layout {content['layout']!r}")
             files = {
-                name: File(dict(file["metadata"]), tuple(file["tensors"]))
+                check_weights_file(name): File(file["metadata"], tuple(file["tensors"]))
                 for name, file in content["files"].items()
             }
-            layout = content["layout"]
-            if layout not in FAMILIES[kind].layouts:
-                raise ValueError(f"unknown layout {layout!r}")
-            return cls(kind, layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
+            if not all(is_text_by_text(file.metadata) for file in files.values()):
+                raise ValueError("the metadata of its files are not objects of texts")
+            listed = [name for file in files.values() for name in file.tensors]
+            dtypes, known = content["dtypes"], {dtype.name for dtype in DTYPES.values()}
+            if len({*listed}) != len(listed) or {*listed} != dtypes.keys():
+                raise ValueError("its files and dtypes do not name the same tensors, each once")
+            if not known.issuperset(dtypes.values()):
+                raise ValueError(f"its dtypes are not all of {', '.join(sorted(known))}")
+            checksums, config = content["checksums"], content["config"]
+            if not isinstance(checksums, dict) or not isinstance(config, str):
+                raise ValueError("its checksums are none")
+            if content.pop("sha256", None) != _digest(content):
+                raise ValueError("it was changed after it was written")
+            return cls(
+                model_type=kind,
+                layout=content["layout"],
+                files=files,
+                dtypes=dtypes,
+                ignored=tuple(content["ignored"]),
+                checksums=checksums,
+                config=config,
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); convert again") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's content, order included."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """The SHA-256 of a folder's config.json."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 def to_orbax(
@@ -111,23 +155,11 @@ def to_orbax(
     it reads back differently; nothing is left of it then.
     """
     wanted = parse_dtype(dtype)
+    check_new(Path(out))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
     source = open_source(Path(hf_folder))
-    matching, family = source.matching, family_of(source.config)
-    matched = {match.source for match in (*matching.matches, *matching.twins)}
-    manifest = Manifest(
-        model_type=family.model_type,
-        layout=source.layout,
-        files={
-            shard.path.name: File(
-                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
-            )
-            for shard in source.shards
-        },
-        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
-        ignored=tuple(matching.ignored),
-    )
+    matching = source.matching
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
     weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
     pairs = by_position(source)
@@ -137,8 +169,7 @@ def to_orbax(
 
     def read(pair: Pair) -> np.ndarray:
         array = read_part(*pair, dtypes[pair[0].target])
-        if verify:
-            checksums[pair[0].target] = checksum(array)
+        checksums[pair[0].target] = checksum(array)
         return array
 
     def stored_bytes(pair: Pair) -> int:
@@ -173,13 +204,38 @@ def to_orbax(
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
-        manifest.write(folder)
+        _manifest(source, checksums, config_digest(folder)).write(folder)
     return source.report(dtypes)
+
+
+def _manifest(source: Source, checksums: dict[str, int], config: str) -> Manifest:
+    """What leads back from a converted folder to its source."""
+    matching = source.matching
+    matched = {match.source for match in (*matching.matches, *matching.twins)}
+    return Manifest(
+        model_type=family_of(source.config).model_type,
+        layout=source.layout,
+        files={
+            shard.path.name: File(
+                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
+            )
+            for shard in source.shards
+        },
+        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
+        ignored=tuple(matching.ignored),
+        checksums={name: checksums[name] for name in sorted(checksums)},
+        config=config,
+    )
 
 
 def checksum(array: np.ndarray) -> int:
     """The CRC-32 of a contiguous array's bytes."""
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
+    """The names of arrays that are not those of the checksums."""
+    return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
 
 
 def _verify(
@@ -191,21 +247,16 @@ def _verify(
     """Reads weights back from the disk. Raises ValueError if they are not those of the source."""
     forget(folder)
     stored = checkpoint.contents(folder / WEIGHTS)
-    different = []
+    wrong = []
     for run in runs:
         wanted = {match.target: stored[match.target] for match, _ in run}
-        different += [  # a loop's variable would hold the last array besides the next run
-            name
-            for name, array in checkpoint.read(folder / WEIGHTS, wanted).items()
-            if checksum(array) != checksums[name]
-        ]
+        wrong += different(checkpoint.read(folder / WEIGHTS, wanted), checksums)
         trim()
         count(run)
-    if different:
-        more = f", … and {len(different) - 20} more" if len(different) > 20 else ""
+    if wrong:
         raise ValueError(
-            f"{len(different)} of the tensors read back differently from what was written: "
-            f"{', '.join(different[:20])}{more}; nothing was kept. Check the disk and convert again"
+            f"{len(wrong)} of the tensors read back differently from what was written: "
+            f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
         )
 
 
@@ -267,19 +318,26 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
     """Writes a converted folder back as the new Hugging Face folder `out`.
 
     Tensors have the names, files, order and — unless converted with a `dtype` — the bytes that
-    they had. Raises ValueError if `converted` is damaged, or if `out` exists or cannot be written.
+    they had. Raises ValueError if `converted` is damaged, or was changed since, or if `out` exists
+    or cannot be written.
     """
     folder = Path(converted)
+    check_new(Path(out))
     refuse_unfinished(folder)
     manifest = Manifest.read(folder)
+    if config_digest(folder) != manifest.config:
+        raise ValueError(
+            f"{folder / 'config.json'} was changed after the conversion, and the weights were not; "
+            "put the original back, and change what comes out"
+        )
     stored = checkpoint.contents(folder / WEIGHTS)
     config = _config(folder, stored)
     family = family_of(config)
-    listed = {name for file in manifest.files.values() for name in file.tensors}
-    matches = family.places(listed, stored, config, family.layouts[manifest.layout])
-    if listed != matches.keys() or {one.target for one in matches.values()} != stored.keys():
+    names = {name for file in manifest.files.values() for name in file.tensors}
+    matches = family.places(names, stored, config, family.layouts[manifest.layout])
+    if names != matches.keys() or {one.target for one in matches.values()} != stored.keys():
         raise ValueError(
-            f"{folder}: {MANIFEST} lists {len(listed)} tensors, {WEIGHTS} holds {len(stored)}, "
+            f"{folder}: {MANIFEST} lists {len(names)} tensors, {WEIGHTS} holds {len(stored)}, "
             f"and they are not the same; convert again"
         )
     specs: dict[str, list[Spec]] = {
@@ -300,6 +358,8 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             arrays = checkpoint.read(
                 folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
             )
+            if wrong := different(arrays, manifest.checksums):
+                raise ValueError(f"{folder / WEIGHTS} is damaged: {listed(wrong)}; convert again")
             for one, spec in zip(ones, group, strict=True):
                 yield one.transform.inverse(arrays[one.target])
                 done += nbytes(spec)

@@ -24,7 +24,7 @@ from convert.families import Config, Model, family_of, read_config
 from convert.family import Family
 from convert.folders import refuse_unfinished
 from convert.report import Report, make_report
-from convert.rules import Match, Matching
+from convert.rules import Match, Matching, listed
 from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
 from convert.streams import ahead
 
@@ -151,10 +151,9 @@ def has_own_head(family: Family, tensors: Mapping[str, Tensor]) -> bool:
 def _refuse_other_types(folder: Path, tensors: list[Tensor]) -> None:
     wrong = [f"{one.name} ({one.dtype.name})" for one in tensors if one.dtype not in READ]
     if wrong:
-        more = f", … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
             f"{folder} has weights of other types than {', '.join(dtype.name for dtype in READ)}: "
-            f"{', '.join(wrong[:20])}{more}"
+            f"{listed(wrong)}"
         )
 
 

@@ -66,7 +66,8 @@ def test_every_subject_of_a_model_on_this_machine():
     assert [one.subject for one in found if one.level == "fail"] == []
     subjects = {one.subject for one in found}
     assert subjects == {
-        *("versions", "devices", "processes", "mesh", "attention", "top-k", "memory", "disk")
+        *("versions", "devices", "processes", "mesh", "attention", "top-k", "memory", "disk"),
+        "weights",
     }
     text = {one.subject: one.text for one in found}
     assert text["mesh"].startswith("data=4,tensor=2 divides")  # 4 heads in the tower, 6 elsewhere
