@@ -296,9 +296,7 @@ def _options() -> ocp.Context:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """Where Orbax is to write `path`. On failure, all that it wrote is removed; what the disk refuses
-    is an OSError.
-    """
+    """Where Orbax is to write `path`. What fails leaves nothing; the disk's errors are OSErrors."""
     with _quiet(), _plain(path.parent) as parent:
         place = parent / PATTERN.sub("_", path.name)
         try:

@@ -153,6 +153,7 @@ def generate(
         typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
     ] = None,
     mesh: cli_cluster.MeshOption = None,
+    ignore_config: cli_cluster.IgnoreConfig = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
@@ -204,7 +205,13 @@ def generate(
     from catp_jax import api  # here, so that --help does not wait for it
 
     loaded = api.load(
-        model, dtype, mesh=mesh, weights=weights, vision_mode=vision_mode, mask_mode=mask_mode
+        model,
+        dtype,
+        mesh=mesh,
+        weights=weights,
+        vision_mode=vision_mode,
+        mask_mode=mask_mode,
+        ignore_config=ignore_config or (),
     )
     for problem in problems:
         print(f"catp-jax: {problem}", file=sys.stderr)
@@ -262,11 +269,12 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all back from the disk and compare checksums.")
     ] = False,
+    ignore_config: cli_cluster.IgnoreConfig = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
     from convert.__main__ import run
 
-    run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
+    run(source, out, to_hf, dtype, verify, ignore_config or ())
 
 
 app.command()(cli_cluster.plan)

@@ -28,6 +28,16 @@ MeshOption = Annotated[
 ]
 
 
+IgnoreConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Read config.json as if it had not this key (text_config.KEY for one of a part); "
+        "repeat it for several.",
+        metavar="KEY",
+    ),
+]
+
+
 def plan(
     model: Annotated[
         str, typer.Argument(help="A folder with a config.json, or a published checkpoint's name.")
@@ -139,6 +149,7 @@ def doctor(
         typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
     ] = None,
     mesh: MeshOption = None,
+    ignore_config: IgnoreConfig = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
@@ -157,7 +168,7 @@ def doctor(
             console.print(f"{level}  {one['subject']:9}  {escape(printable(one['text']))}")
 
     found = []
-    for one in practice.examine(model, mesh):
+    for one in practice.examine(model, mesh, ignore_config or ()):
         found.append(dataclasses.asdict(one))
         show(found[-1])
     for process, others in enumerate(gathered(json.dumps(found))[1:], start=1):

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +33,13 @@ def run(
     to_hf: bool = False,
     dtype: str | None = None,
     verify: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Report:
     """Converts a folder and prints what became of every tensor. Raises ValueError."""
-    if to_hf and (dtype is not None or verify):
+    if to_hf and (dtype is not None or verify or ignore_config):
         raise ValueError(
-            "--dtype and --verify go with the way there; --to-hf writes what is stored"
+            "--dtype, --verify and --ignore-config go with the way there; --to-hf writes what is "
+            "stored, and checks it"
         )
     console = Console(stderr=True)
     for left in remove_leftovers(out):
@@ -54,7 +56,7 @@ def run(
         if to_hf:
             report = back_to_hf(source, out, progress)
         else:
-            report = to_orbax(source, out, dtype, progress, verify)
+            report = to_orbax(source, out, dtype, progress, verify, ignore_config)
     console = Console()
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
@@ -87,10 +89,14 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="read all back from the disk and compare checksums")
     ] = False,
+    ignore_config: Annotated[
+        list[str] | None,
+        typer.Option(help="read config.json as if it had not this key; repeat it for several"),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
     try:
-        run(source, out, to_hf, dtype, verify)
+        run(source, out, to_hf, dtype, verify, ignore_config or ())
     except (ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         sys.exit(1)

@@ -23,11 +23,12 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from catp_jax.models.narrow import Weights, with_scales
-from convert import strict_json
-from convert.families import FAMILIES, Config, Model, family_of, read_config
+from convert import families, strict_json
+from convert.families import FAMILIES, Config, Model, family_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
 from convert.names import check_weights_file
 from convert.reader import (
+    DTYPE_KEYS,
     Pair,
     Place,
     Progress,
@@ -37,6 +38,7 @@ from convert.reader import (
     cast,
     file_bytes,
     narrowed,
+    one_dtype,
     open_source,
     parse_dtype,
     read_part,
@@ -67,7 +69,8 @@ class Manifest:
     """What catp_jax.json holds.
 
     `dtypes` are those of the original tensors; `checksums` are CRC-32 of the parameters as they are
-    stored, by their names; `config` is the SHA-256 of config.json.
+    stored, by their names; `config` is the SHA-256 of config.json, which is read without the keys
+    `ignore_config`.
     """
 
     model_type: str
@@ -77,6 +80,7 @@ class Manifest:
     ignored: tuple[str, ...]
     checksums: dict[str, int]
     config: str
+    ignore_config: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder."""
@@ -125,6 +129,7 @@ class Manifest:
                 ignored=tuple(content["ignored"]),
                 checksums=checksums,
                 config=config,
+                ignore_config=tuple(content["ignore_config"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); convert again") from error
@@ -146,8 +151,12 @@ def to_orbax(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Report:
     """Converts a Hugging Face folder into the new folder `out`; weights as `dtype` (None: as is).
+
+    Keys of config.json in `ignore_config` are read as if they were not there, by whoever loads what
+    comes out, too.
 
     Threads read while others write; host memory stays below twice the largest tensor and 1 GiB.
     `verify` reads all back and compares checksums, in up to one such tensor more. Raises
@@ -158,7 +167,7 @@ def to_orbax(
     check_new(Path(out))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
-    source = open_source(Path(hf_folder))
+    source = open_source(Path(hf_folder), ignore_config)
     matching = source.matching
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
     weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
@@ -204,11 +213,14 @@ def to_orbax(
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
-        _manifest(source, checksums, config_digest(folder)).write(folder)
+        manifest = _manifest(source, checksums, config_digest(folder), tuple(ignore_config))
+        manifest.write(folder)
     return source.report(dtypes)
 
 
-def _manifest(source: Source, checksums: dict[str, int], config: str) -> Manifest:
+def _manifest(
+    source: Source, checksums: dict[str, int], config: str, ignore_config: tuple[str, ...]
+) -> Manifest:
     """What leads back from a converted folder to its source."""
     matching = source.matching
     matched = {match.source for match in (*matching.matches, *matching.twins)}
@@ -225,6 +237,7 @@ def _manifest(source: Source, checksums: dict[str, int], config: str) -> Manifes
         ignored=tuple(matching.ignored),
         checksums={name: checksums[name] for name in sorted(checksums)},
         config=config,
+        ignore_config=ignore_config,
     )
 
 
@@ -264,7 +277,7 @@ def name_dtype(path: Path, dtype: np.dtype) -> None:
     """Makes a config.json name the number type of weights that were cast."""
     content = json.loads(path.read_bytes())
     for part in (content, *content.values()):
-        for key in ("dtype", "torch_dtype"):
+        for key in DTYPE_KEYS:
             if isinstance(part, dict) and part.get(key) is not None:
                 part[key] = dtype.name
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -275,18 +288,24 @@ def load_converted(
     dtype: DTypeLike | None = None,
     place: Place | None = None,
     weights: Weights | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> Model:
     """The model in a converted folder, its weights as `dtype` (None: as they are stored).
 
-    Number types, `place` and `weights` are as in `load_hf`, but that all is read before the first
-    kernel is narrowed. Raises ValueError if the folder is damaged.
+    Number types, `place`, `weights` and `ignore_config` are as in `load_hf`, but that all is read
+    before the first kernel is narrowed. Raises ValueError if the folder is damaged.
     """
     wanted, folder = parse_dtype(dtype), Path(folder)
     refuse_unfinished(folder)
     Manifest.read(folder)
     stored = checkpoint.contents(folder / WEIGHTS)
-    config = _config(folder, stored)
+    config = _config(folder, stored, ignore_config)
     model, family = abstract(config), family_of(config)
+    wanted = wanted or one_dtype(
+        folder,
+        family,
+        {name: (dtype, nbytes((name, dtype, shape))) for name, (shape, dtype) in stored.items()},
+    )
     dtypes = {
         # `restore` lists what is missing
         name: cast(family, name, wanted or (stored[name][1] if name in stored else FLOAT32))
@@ -305,9 +324,18 @@ def load_converted(
     return checkpoint.fill(with_scales(model, weights), arrays)
 
 
-def _config(folder: Path, stored: Container[str]) -> Config:
+def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
+    """The configuration in a folder, Hugging Face or converted, read without the keys `ignore`.
+
+    Raises ValueError listing everything in config.json that is not supported.
+    """
+    told = Manifest.read(folder).ignore_config if (folder / MANIFEST).exists() else ()
+    return families.read_config(folder, sorted({*told, *ignore}))
+
+
+def _config(folder: Path, stored: Container[str], ignore: Sequence[str] = ()) -> Config:
     """The configuration of the parameters that are stored in a converted folder."""
-    config = read_config(folder)
+    config = read_config(folder, ignore)
     family = family_of(config)
     own = family.with_own_head(config)
     heads = checkpoint.names(abstract(own)).keys() - checkpoint.names(abstract(config)).keys()

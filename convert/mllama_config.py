@@ -6,6 +6,7 @@ from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, CrossDecoderConfig
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig, VisionMode
 from convert.configs import (
+    MOST_LAYERS,
     MUST_BE_FALSE,
     check_activation,
     check_known,
@@ -104,8 +105,10 @@ def _check_vision(vision: Any) -> list[str]:
         *("hidden_size", "num_hidden_layers", "attention_heads", "num_channels"),
         *("intermediate_size", "norm_eps", "max_num_tiles"),
     )
-    if vision.num_global_layers < 0:
-        problems.append(f"num_global_layers is {vision.num_global_layers}")
+    if not 0 <= vision.num_global_layers <= MOST_LAYERS:
+        problems.append(
+            f"num_global_layers is {vision.num_global_layers}; 0 to {MOST_LAYERS} are read"
+        )
     problems += check_activation(vision.hidden_act)
     for name in ("image_size", "patch_size"):
         if side(getattr(vision, name)) is None:

@@ -22,16 +22,16 @@ from convert.streams import ahead, parts
 AT_ONCE = 2**24  # numbers that are looked at as one
 
 
-def faults(folder: Path) -> Iterator[str]:
+def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
     """A line for each kind of fault: bytes that changed since the conversion, values that are no
-    finite numbers.
+    finite numbers. `ignore_config` is as in `load`.
 
     Raises ValueError if the folder cannot be read at all.
     """
     if (folder / MANIFEST).exists():
         yield from _faults_of_converted(folder)
         return
-    source = open_source(folder)
+    source = open_source(folder, ignore_config)
     pairs = [[pair] for pair in by_position(source)]
     endless = [
         pair[0].source

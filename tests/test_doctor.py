@@ -12,6 +12,7 @@ import pytest
 from catp_jax import doctor
 from catp_jax.contract import Keep
 from catp_jax.doctor import examine, head_sizes, processes, versions
+from catp_jax.plan import find_config
 from catp_jax.sharding import distributed
 from tests.command import catp_jax
 
@@ -75,8 +76,8 @@ def test_every_subject_of_a_model_on_this_machine():
 
 
 def test_heads_of_every_part_are_tried():
-    assert head_sizes("Llama-3.2-11B-Vision") == {80, 128}
-    assert head_sizes("blip2-opt-2.7b") == {80, 88}
+    assert head_sizes(find_config("Llama-3.2-11B-Vision")) == {80, 128}
+    assert head_sizes(find_config("blip2-opt-2.7b")) == {80, 88}
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):

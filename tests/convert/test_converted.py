@@ -356,10 +356,10 @@ def test_termination_leaves_nothing(tmp_path: Path):
 import os, signal
 from pathlib import Path
 from convert import __main__ as command
-def to_orbax(source, out, dtype, progress, verify):
+def to_orbax(source, out, dtype, progress, *rest):
     def end(done, total):
         os.kill(os.getpid(), signal.SIGTERM)
-    return convert(source, out, dtype, end, verify)
+    return convert(source, out, dtype, end, *rest)
 convert, command.to_orbax = command.to_orbax, to_orbax
 command.run(Path({str(source)!r}), Path({str(tmp_path / "out")!r}))
 """
