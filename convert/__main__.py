@@ -100,6 +100,9 @@ def convert(
     except (ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         sys.exit(1)
+    except MemoryError:
+        typer.echo("error: the host's memory is full; use a machine with more", err=True)
+        sys.exit(1)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ REPEATED = {
 }
 """What some write again at the top, for tools that look only there."""
 
-MOST_LAYERS, LARGEST = 1000, 2**31 - 1  # layers, and anything else that is counted
+MOST_LAYERS, LARGEST, WIDEST = 1000, 2**24, 2**14  # of layers, of anything else; pixels of a side
 
 MUST_BE_FALSE = frozenset({"pruned_heads", "quantization_config"})
 HARMLESS_BY_KIND = {
@@ -201,9 +201,10 @@ def is_positive(value: Any) -> bool:
 
 
 def side(size: Any) -> Any:
-    """The side of a square given as a number or as two; None if it is no square."""
+    """The side of a square given as a number or as two; None if it is none, or none of images."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
-    return next(iter(sides)) if len(sides) == 1 and is_positive(next(iter(sides))) else None
+    (one, *more) = sides or {None}
+    return one if not more and is_positive(one) and one <= WIDEST else None
 
 
 def short(value: Any) -> str:

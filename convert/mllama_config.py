@@ -8,6 +8,7 @@ from catp_jax.models.tiled_vit import TiledVitConfig, VisionMode
 from convert.configs import (
     MOST_LAYERS,
     MUST_BE_FALSE,
+    WIDEST,
     check_activation,
     check_known,
     is_positive,
@@ -112,7 +113,10 @@ def _check_vision(vision: Any) -> list[str]:
     problems += check_activation(vision.hidden_act)
     for name in ("image_size", "patch_size"):
         if side(getattr(vision, name)) is None:
-            problems.append(f"{name} is {getattr(vision, name)}; tiles and patches are square")
+            problems.append(
+                f"{name} is {getattr(vision, name)}; tiles and patches are square, of at most "
+                f"{WIDEST} pixels a side"
+            )
     if problems:
         return problems
     image, patch = side(vision.image_size), side(vision.patch_size)
