@@ -380,6 +380,7 @@ def load(
     weights: Weights | None = None,
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
     by `catp-jax convert`.
@@ -389,14 +390,15 @@ def load(
     its own devices. `weights="int8"` (or "float8") narrows the language model's layers to 8 bits as
     they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the
     decoder gets (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and
-    what text does that sees no image ("meta", see `cross_decoder.MaskMode`).
+    what text does that sees no image ("meta", see `cross_decoder.MaskMode`). config.json is read as
+    if it had not the keys `ignore_config` ("text_config.x" for one of a part).
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     find_devices()
     network, _ = convert.load(
-        folder, dtype, None if mesh is None else partial(_spread, mesh), weights
+        folder, dtype, None if mesh is None else partial(_spread, mesh), weights, ignore_config
     )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode

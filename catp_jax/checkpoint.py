@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ Shape = tuple[int, ...]
 
 LISTED = 20  # names of one kind that an error shows
 PIECE = 32 * 2**20  # bytes of an array that are stored, and read, as one
+PATTERN = re.compile(r"[*?\[\]\\]")  # a path with these Orbax globs, and finds another or nothing
 READ_AT_ONCE = 512 * 2**20  # bytes that are on their way from disk at a time
 
 
@@ -50,8 +52,8 @@ def save(path: str | Path, tree: Any) -> None:
     if not leaves:
         raise ValueError(f"nothing to save to {path}: the tree has no arrays")
     arrays = {name: _array(leaf) for name, leaf in leaves.items()}
-    with _writing(path), _options():
-        ocp.save(str(path), arrays)
+    with _writing(path) as place, _options():
+        ocp.save(str(place), arrays)
 
 
 def save_runs(
@@ -67,7 +69,7 @@ def save_runs(
     path = _new_folder(path)
     pieces = {name: orbax.SaveArgs(chunk_byte_size=PIECE) for name in abstract}
     tree = orbax.args.PyTreeSave(dict(abstract), save_args=pieces)
-    with _writing(path):
+    with _writing(path) as place:
         handler = orbax.PyTreeCheckpointHandler(
             use_ocdbt=True,
             use_zarr3=True,
@@ -77,7 +79,7 @@ def save_runs(
             ),
         )
         with orbax.Checkpointer(orbax.CompositeCheckpointHandler(pytree=handler)) as writer:
-            writer.save(path, orbax.args.Composite(pytree=tree))
+            writer.save(place, orbax.args.Composite(pytree=tree))
 
 
 def restore(path: str | Path, abstract: Tree) -> Tree:
@@ -129,7 +131,8 @@ def contents(path: str | Path) -> dict[str, tuple[Shape, np.dtype]]:
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder")
     try:
-        tree: Any = ocp.metadata(str(path)).metadata
+        with _quiet(), _plain(path) as plain:
+            tree: Any = ocp.metadata(str(plain)).metadata
         return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
     except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
@@ -192,8 +195,8 @@ def _parts(
 
 def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        with _quiet(), _options():
-            return ocp.load(str(path), dict(wanted))
+        with _quiet(), _plain(path) as plain, _options():
+            return ocp.load(str(plain), dict(wanted))
     except (MemoryError, RuntimeError):  # the machine's, not the file's
         raise
     except Exception as error:  # Orbax raises bare Exceptions
@@ -267,6 +270,17 @@ def _new_folder(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[Path]:
+    """Another path to the same folder, where Orbax would take this one for a pattern."""
+    if not PATTERN.search(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="catp-jax-") as folder:
+        (link := Path(folder) / "link").symlink_to(path, target_is_directory=True)
+        yield link
+
+
 def _options() -> ocp.Context:
     """Pieces small enough that a process reads little beside its shards.
 
@@ -281,13 +295,16 @@ def _options() -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Removes what was written towards `path` on failure, and names the disk's errors as such."""
-    with _quiet():
+def _writing(path: Path) -> Iterator[Path]:
+    """Where Orbax is to write `path`. What fails leaves nothing; the disk's errors are OSErrors."""
+    with _quiet(), _plain(path.parent) as parent:
+        place = parent / PATTERN.sub("_", path.name)
         try:
-            yield
+            yield place
+            if place.name != path.name:
+                place.rename(parent / path.name)
         except BaseException as error:
-            _remove_parts(path)
+            _remove_parts(place)
             if code := re.search(r"os_error_code='(\d+)'", str(error)):
                 number = int(code[1])
                 raise OSError(number, os.strerror(number), str(path)) from error

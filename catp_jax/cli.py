@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
+from catp_jax.terminal import printable, say
 
 app = typer.Typer(
     add_completion=False,
@@ -157,6 +158,7 @@ def generate(
         typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
     ] = None,
     mesh: cli_cluster.MeshOption = None,
+    ignore_config: cli_cluster.IgnoreConfig = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
@@ -193,7 +195,7 @@ def generate(
         requests = _requests(prompt or [], image or [])
         batch_size = len(requests)
     if out:
-        file = batches.AnswerFile(out, report=_say)
+        file = batches.AnswerFile(out, report=say)
         requests, others = file.missing(requests)
         problems += others
     parse_mesh({} if mesh is None else mesh)
@@ -233,12 +235,18 @@ def generate(
             }
         )
         if not requests and not problems:
-            _say(f"{out} has all answers already")
+            say(f"{out} has all answers already")
             return
     from catp_jax import api
 
     loaded = api.load(
-        model, dtype, mesh=mesh, weights=weights, vision_mode=vision_mode, mask_mode=mask_mode
+        model,
+        dtype,
+        mesh=mesh,
+        weights=weights,
+        vision_mode=vision_mode,
+        mask_mode=mask_mode,
+        ignore_config=ignore_config or (),
     )
     answers = batches.answer(
         loaded,
@@ -253,11 +261,12 @@ def generate(
     for found in itertools.chain(problems, answers):
         if isinstance(found, batches.Problem):
             failed = True
-            _say(f"line {found.line} of {batch}: {found.said}")
+            say(f"line {found.line} of {batch}: {found.said}")
         elif file:
             file.add(found)
         else:
-            print(json.dumps(found.as_row()) if json_output else found.text, flush=True)
+            text = json.dumps(found.as_row()) if json_output else printable(found.text)
+            print(text, flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -273,12 +282,13 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all back from the disk and compare checksums.")
     ] = False,
+    ignore_config: cli_cluster.IgnoreConfig = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
     from convert.__main__ import run
 
     with cli_study.interruptible():
-        run(source, out, to_hf=to_hf, dtype=dtype, verify=verify)
+        run(source, out, to_hf, dtype, verify, ignore_config or ())
 
 
 app.command()(cli_cluster.plan)
@@ -316,7 +326,7 @@ def match(
             "itm": probability,
         }
         line = f"itm {probability:.3f}  itc {itc[i, t]:+.3f}  {image[i]}  {text[t]}"
-        print(json.dumps(row) if json_output else line)
+        print(json.dumps(row) if json_output else printable(line))
 
 
 @app.command()
@@ -355,10 +365,6 @@ def _requests(prompts: list[str], images: list[Path]) -> list[Any]:
     ]
 
 
-def _say(line: str) -> None:
-    print(f"catp-jax: {line}", file=sys.stderr)
-
-
 def leave(code: int) -> NoReturn:
     """Ends the command; what never got as far as JAX has nobody to wait for."""
     if "jax" in sys.modules:
@@ -376,10 +382,10 @@ def main() -> None:
     except ModuleNotFoundError:
         raise  # __main__ names it
     except MemoryError:
-        _say("this machine's memory is full")
+        say("the host's memory is full; use a machine with more")
         leave(1)
     except (ValueError, OSError, ImportError) as error:
-        _say(str(error))
+        say(str(error))
         leave(1)
     except RuntimeError as error:
         from jax.errors import JaxRuntimeError
@@ -391,5 +397,5 @@ def main() -> None:
             raise
         if "RESOURCE_EXHAUSTED" not in str(error) and (said := lost(error)) is None:
             raise
-        _say(said)
+        say(said)
         leave(1)

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from catp_jax.terminal import printable
+
 GPUS = "h100, h200, a100, b200"
 
 MeshOption = Annotated[
@@ -20,6 +22,16 @@ MeshOption = Annotated[
         help="Spread the model over all devices: sizes of data, fsdp and tensor, whose product is "
         "their number (data=2,tensor=4). `catp-jax plan` says what fits.",
         metavar="SIZES",
+    ),
+]
+
+
+IgnoreConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Read config.json as if it had not this key (text_config.KEY for one of a part); "
+        "repeat it for several.",
+        metavar="KEY",
     ),
 ]
 
@@ -138,6 +150,7 @@ def doctor(
         typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
     ] = None,
     mesh: MeshOption = None,
+    ignore_config: IgnoreConfig = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
@@ -153,10 +166,10 @@ def doctor(
             print(json.dumps(one), flush=True)
         else:
             level = f"[{colours[one['level']]}]{one['level']:4}[/]"
-            console.print(f"{level}  {one['subject']:9}  {escape(one['text'])}")
+            console.print(f"{level}  {one['subject']:9}  {escape(printable(one['text']))}")
 
     found = []
-    for one in practice.examine(model, mesh):
+    for one in practice.examine(model, mesh, ignore_config or ()):
         found.append(dataclasses.asdict(one))
         show(found[-1])
     for process, others in enumerate(gathered(json.dumps(found))[1:], start=1):

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+
+from catp_jax.terminal import say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.study.results import Setting
@@ -146,7 +147,7 @@ def run(
         raise ValueError(f"model {str(model)!r} is not a folder")
     name = model.resolve().name
     out = out or Path("runs") / f"{name}-{task}.jsonl"
-    journal = Journal(out, report=_say, is_written=is_first())
+    journal = Journal(out, report=say, is_written=is_first())
     if len({*gathered(hashlib.sha256(json.dumps(journal.rows).encode()).hexdigest())}) > 1:
         raise ValueError(
             f"{out} is not the same on every host, and the study would go on where it was; put it "
@@ -156,7 +157,7 @@ def run(
     given = {"questions": questions, "annotations": annotations, "images": images, "data": data}
     found = _task(task, given, fraction, seed)
     for problem in found.problems:
-        _say(problem)
+        say(problem)
     examples = spread(found.examples, limit)
     conditions = Conditions(
         task=found.name,
@@ -202,7 +203,7 @@ def report(
 
     written, said = write_report(files, out)
     for line in said:
-        _say(line)
+        say(line)
     print(f"written: {', '.join(map(str, written))}")
 
 
@@ -256,7 +257,7 @@ def _sweep(
                 )
             )
     except KeyboardInterrupt:
-        _say(f"{journal.path} holds what was answered; the same command goes on from there")
+        say(f"{journal.path} holds what was answered; the same command goes on from there")
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))
@@ -271,7 +272,7 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         from catp_jax.sharding.distributed import leave
 
-        _say("interrupted")
+        say("interrupted")
         leave(130)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -345,7 +346,3 @@ def _check_numbers(
         raise typer.BadParameter(
             f"--min-new-tokens ({min_new_tokens}) is above --max-new-tokens ({max_new_tokens})"
         )
-
-
-def _say(line: str) -> None:
-    print(f"catp-jax: {line}", file=sys.stderr)

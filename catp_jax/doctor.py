@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,22 +57,29 @@ class Finding:
 Findings = Iterator[Finding]
 
 
-def examine(model: str | Path | None = None, mesh: str | None = None) -> Findings:
-    """All findings, in order. A check that itself breaks is a finding that fails."""
+def examine(
+    model: str | Path | None = None, mesh: str | None = None, ignore_config: Sequence[str] = ()
+) -> Findings:
+    """All findings, in order. A check that itself breaks is a finding that fails.
+
+    A folder's config.json is read without the keys `ignore_config`.
+    """
+    config = None
     if model is not None:
         try:
-            find_config(model)
-        except ValueError as error:
+            config = find_config(model, ignore_config)
+        except (ValueError, OSError) as error:
             yield Finding("fail", "model", str(error))
-            model = None
+    folder = None if model is None or config is None or not Path(model).is_dir() else Path(model)
     checks: dict[str, Callable[[], Findings]] = {
         "versions": lambda: versions(installed()),
         "devices": devices,
         "processes": lambda: processes(os.environ),
-        "mesh": lambda: meshes(model, mesh),
-        "attention": lambda: backends(head_sizes(model)),
+        "mesh": lambda: meshes(config, mesh),
+        "attention": lambda: backends(head_sizes(config)),
         "top-k": top_k,
-        "room": lambda: room(model, mesh),
+        "room": lambda: room(config, mesh, folder),
+        "weights": lambda: weights(folder, ignore_config),
     }
     for subject, check in checks.items():
         try:
@@ -199,28 +206,28 @@ def processes(environment: Mapping[str, str]) -> Findings:
     yield Finding("ok", "processes", "one, by itself")
 
 
-def meshes(model: str | Path | None, mesh: str | None) -> Findings:
+def meshes(config: Any, mesh: str | None) -> Findings:
     """The mesh that was asked for, or the one that would be made, and whether it divides."""
-    sizes = choose(model, mesh)
-    if model is None:
+    sizes = choose(config, mesh)
+    if config is None:
         make_mesh(sizes, 1)
         yield Finding("ok", "mesh", f"{in_words(sizes)}; name a model to see whether it divides")
         return
-    abstract = convert.abstract(find_config(model))
+    abstract = convert.abstract(config)
     place(abstract, make_mesh(sizes, kv_heads(abstract)))
-    yield Finding("ok", "mesh", f"{in_words(sizes)} divides {model}")
+    yield Finding("ok", "mesh", f"{in_words(sizes)} divides the model")
 
 
-def choose(model: str | Path | None, mesh: str | None) -> dict[str, int]:
+def choose(config: Any, mesh: str | None) -> dict[str, int]:
     """The mesh that was asked for; else of all devices, with the largest `tensor` that the model
     allows.
     """
     number = jax.device_count()
     if mesh is not None:
         return parse_mesh(mesh)
-    if model is None:
+    if config is None:
         return parse_mesh({"data": number})
-    abstract, sizes = convert.abstract(find_config(model)), parse_mesh({"data": number})
+    abstract, sizes = convert.abstract(config), parse_mesh({"data": number})
     for tensor in sorted((n for n in range(1, number + 1) if number % n == 0), reverse=True):
         sizes = parse_mesh({"data": number // tensor, "tensor": tensor})
         with contextlib.suppress(ValueError):
@@ -234,11 +241,11 @@ def in_words(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "tensor=1"
 
 
-def head_sizes(model: str | Path | None) -> set[int]:
+def head_sizes(config: Any) -> set[int]:
     """Channels of an attention head in each part of a model; two common ones without a model."""
-    if model is None:
+    if config is None:
         return {64, 128}
-    abstract = convert.abstract(find_config(model))
+    abstract = convert.abstract(config)
     leaves = jax.tree.leaves(abstract, is_leaf=lambda node: isinstance(node, nnx.Variable))
     return {
         leaf.get_value().shape[-1] // own["heads"]
@@ -342,14 +349,13 @@ def top_k() -> Findings:
         yield Finding("ok", "top-k", f"the same tokens as NumPy's, devices: {number}")
 
 
-def room(model: str | Path | None, mesh: str | None) -> Findings:
+def room(config: Any, mesh: str | None, folder: Path | None) -> Findings:
     """Whether a model's weights, in bfloat16, go into memory and a converted copy onto the disk."""
-    if model is None:
+    if config is None:
         return
-    config = find_config(model)
     abstract = abstract_model(config, jnp.bfloat16)
     parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.names(abstract).values())
-    sizes = choose(model, mesh)
+    sizes = choose(config, mesh)
     each = shard_bytes(place(abstract, make_mesh(sizes, kv_heads(abstract))))
     memory = device_memory()
     text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in bfloat16"
@@ -360,7 +366,7 @@ def room(model: str | Path | None, mesh: str | None) -> Findings:
         yield Finding("fail", "memory", f"{text}, but it has {readable(memory)}: {advice}")
     else:
         yield Finding("ok", "memory", f"{text}, of {readable(memory)}; see catp-jax plan for all")
-    where = Path(model) if Path(model).is_dir() else Path.cwd()
+    where = folder or Path.cwd()
     free = shutil.disk_usage(where).free
     copy = readable(2 * parameters)
     text = f"{readable(free)} free in {where.resolve()}, a converted copy takes {copy}"
@@ -368,3 +374,15 @@ def room(model: str | Path | None, mesh: str | None) -> Findings:
         yield Finding("warn", "disk", f"{text}: load the Hugging Face folder as it is")
     else:
         yield Finding("ok", "disk", text)
+
+
+def weights(folder: Path | None, ignore_config: Sequence[str] = ()) -> Findings:
+    """Whether a folder's weights are finite numbers and, if it was converted, still the same."""
+    if folder is None or jax.process_index() > 0:
+        return
+    wrong = False
+    for fault in convert.faults(folder, ignore_config):
+        wrong = True
+        yield Finding("fail", "weights", fault)
+    if not wrong:
+        yield Finding("ok", "weights", "all read, all finite")

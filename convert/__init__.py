@@ -6,16 +6,18 @@ model, config = load("llama-orbax", dtype="bfloat16")
 to_hf("llama-orbax", "llama-again")                             # byte-equal tensors
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax.typing import DTypeLike
 
 from catp_jax.models.narrow import Weights, check
-from convert.converted import MANIFEST, load_converted, to_hf, to_orbax
-from convert.families import Config, Model, config_json, read_config
+from convert.converted import MANIFEST, load_converted, read_config, to_hf, to_orbax
+from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
 from convert.reader import Place, abstract, load_hf
 from convert.report import Report, table
+from convert.values import faults
 from convert.writer import write_hf
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Report",
     "abstract",
     "config_json",
+    "faults",
     "load",
     "load_converted",
     "load_hf",
@@ -40,25 +43,28 @@ def load(
     dtype: DTypeLike | None = None,
     place: Place | None = None,
     weights: Weights | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
     `dtype` changes the weights' number type; `place` gives the abstract model's leaves the
     shardings they are read onto; `weights` has the language model's layers narrowed to 8 bits, see
-    `catp_jax.models.narrow`. Raises ValueError if the folder is neither or is damaged.
+    `catp_jax.models.narrow`. Keys of config.json in `ignore_config` are read as if they were not
+    there. Raises ValueError if the folder is neither or is damaged.
     """
     check(weights)
     folder = Path(folder)
     if not folder.is_dir():
+        kinds = "; GGUF files are not read" if folder.suffix.lower() == ".gguf" else ""
         raise ValueError(
-            f"{folder} is not a folder; a Hugging Face folder (config.json, *.safetensors) or a "
-            f"converted one ({MANIFEST}, weights/) is wanted"
+            f"{folder} is not a folder{kinds}; a Hugging Face folder (config.json, *.safetensors) "
+            f"or a converted one ({MANIFEST}, weights/) is wanted"
         )
     refuse_unfinished(folder)
     if (folder / MANIFEST).exists():
-        model = load_converted(folder, dtype, place, weights)
+        model = load_converted(folder, dtype, place, weights, ignore_config)
     elif (folder / "config.json").exists():
-        model, _ = load_hf(folder, dtype, place=place, weights=weights)
+        model, _ = load_hf(folder, dtype, place=place, weights=weights, ignore_config=ignore_config)
     else:
         raise ValueError(
             f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from catp_jax.terminal import one_line, printable
 from convert import table, to_orbax
 from convert import to_hf as back_to_hf
 from convert.folders import remove_leftovers
@@ -32,15 +33,17 @@ def run(
     to_hf: bool = False,
     dtype: str | None = None,
     verify: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Report:
     """Converts a folder and prints what became of every tensor. Raises ValueError."""
-    if to_hf and (dtype is not None or verify):
+    if to_hf and (dtype is not None or verify or ignore_config):
         raise ValueError(
-            "--dtype and --verify go with the way there; --to-hf writes what is stored"
+            "--dtype, --verify and --ignore-config go with the way there; --to-hf writes what is "
+            "stored, and checks it"
         )
     console = Console(stderr=True)
     for left in remove_leftovers(out):
-        console.print(f"removed {left.name}, which an interrupted run left", highlight=False)
+        print(one_line(f"removed {left.name}, which an interrupted run left"), file=sys.stderr)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     hidden = not console.is_terminal
     bar = Progress(*columns, console=console, transient=True, disable=hidden)
@@ -53,12 +56,12 @@ def run(
         if to_hf:
             report = back_to_hf(source, out, progress)
         else:
-            report = to_orbax(source, out, dtype, progress, verify)
+            report = to_orbax(source, out, dtype, progress, verify, ignore_config)
     console = Console()
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
     console.print(table(report))
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    print(one_line(f"wrote {out}"))
     return report
 
 
@@ -86,12 +89,19 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="read all back from the disk and compare checksums")
     ] = False,
+    ignore_config: Annotated[
+        list[str] | None,
+        typer.Option(help="read config.json as if it had not this key; repeat it for several"),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
     try:
-        run(source, out, to_hf, dtype, verify)
+        run(source, out, to_hf, dtype, verify, ignore_config or ())
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
+        sys.exit(1)
+    except MemoryError:
+        typer.echo("error: the host's memory is full; use a machine with more", err=True)
         sys.exit(1)
 
 

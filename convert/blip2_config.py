@@ -15,7 +15,7 @@ from catp_jax.models.querying import QueryingConfig
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.models.vit import VitConfig
-from convert.configs import check_activation, check_known, not_positive, parse, side
+from convert.configs import WIDEST, check_activation, check_known, not_positive, parse, side
 from convert.language_config import (
     check_text,
     check_text_keys,
@@ -122,7 +122,10 @@ def _check_vision(vision: Any) -> list[str]:
     problems += check_activation(vision.hidden_act)
     for name in ("image_size", "patch_size"):
         if side(getattr(vision, name)) is None:
-            problems.append(f"{name} is {getattr(vision, name)}; images and patches are square")
+            problems.append(
+                f"{name} is {getattr(vision, name)}; images and patches are square, of at most "
+                f"{WIDEST} pixels a side"
+            )
     if not problems and vision.hidden_size % vision.num_attention_heads:
         problems.append(heads_do_not_fit(vision.hidden_size, vision.num_attention_heads))
     if not problems and side(vision.image_size) % side(vision.patch_size):

@@ -4,14 +4,42 @@ transformers fills in the defaults of its config classes; every key is then eith
 list of those that change no number. An unknown key is refused: it may well change one.
 """
 
+import copy
+import functools
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from catp_jax.models.layers import ACTIVATIONS
+from catp_jax.terminal import one_line
+from convert import strict_json
+from convert.shards import UNQUANTISED
 
 Config = TypeVar("Config")
+
+WITHOUT_EFFECT_BY_KIND = {
+    "what a mirror says of it": "author base_model base_model_name_or_path datasets language "
+    "library_name license model_creator model_name pipeline_tag tags",
+    "code and libraries": "auto_map custom_pipelines transformers.js_config trust_remote_code",
+    "tokenizers": "max_seq_length model_max_length padding_side tokenizer_model_max_length "
+    "tokenizer_padding_side truncation_side",
+    "trainers": "freeze_language_model freeze_multi_modal_projector freeze_vision_tower "
+    "gradient_checkpointing_kwargs ignore_index label_smoothing loss_type neftune_noise_alpha",
+    "how a torch model is run": "attn_impl device_map low_cpu_mem_usage torch_compile "
+    "use_flash_attention_2 use_flash_attn use_safetensors _flash_attn_2_enabled",
+}
+WITHOUT_EFFECT = {key for keys in WITHOUT_EFFECT_BY_KIND.values() for key in keys.split()}
+"""What mirrors and trainers leave in a config.json, and no model reads: passed over with a note."""
+PREFIXES = ("unsloth_", "axolotl_")  # of keys that a trainer made for itself
+REPEATED = {
+    *("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"),
+    *("num_hidden_layers", "num_key_value_heads", "vocab_size"),
+}
+"""What some write again at the top, for tools that look only there."""
+
+MOST_LAYERS, LARGEST, WIDEST = 1000, 2**24, 2**14  # of layers, of anything else; pixels of a side
 
 MUST_BE_FALSE = frozenset({"pruned_heads", "quantization_config"})
 HARMLESS_BY_KIND = {
@@ -44,13 +72,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; a Hugging Face model folder is wanted")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a JSON object but {type(raw).__name__}")
-    return raw
+    return strict_json.read(path)
 
 
 def parse(
@@ -100,12 +122,58 @@ def check_known(
     """What is wrong with the keys of one part of config.json, whose place is `prefix`."""
     problems = []
     for key, value in (part if isinstance(part, dict) else {}).items():
-        if key in must_be_false:
+        if key == "quantization_config" and value:
+            problems.append(_quantised(prefix, value))
+        elif key in must_be_false:
             if value:
                 problems.append(f"{prefix}{key} is {short(value)}; only without it")
-        elif key not in known | HARMLESS:
-            problems.append(f"{prefix}{key} is unknown (it is {short(value)})")
+        elif key in known | HARMLESS:
+            continue
+        elif key in WITHOUT_EFFECT or key.startswith(PREFIXES):
+            note(f"config.json: {prefix}{key} changes no number and is passed over")
+        elif not prefix and key in REPEATED and _repeats(part, key):
+            note(f"config.json: {key} repeats text_config.{key} and is passed over")
+        else:
+            problems.append(
+                f"{prefix}{key} is unknown (it is {short(value)}); if it changes no number, "
+                f"ignore_config={prefix + key!r} (--ignore-config {prefix}{key}) passes over it"
+            )
     return problems
+
+
+def without(raw: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, Any]:
+    """A config.json without some keys, which may lie within its parts (`text_config.x`).
+
+    Raises ValueError for a key that it has not.
+    """
+    raw = copy.deepcopy(raw)
+    for key in keys:
+        first, _, rest = key.partition(".")
+        part, name = (raw[first], rest) if isinstance(raw.get(first), dict) and rest else (raw, key)
+        if name not in part:
+            raise ValueError(f"{where} has no key {key!r} to ignore; it has {', '.join(part)}")
+        del part[name]
+    return raw
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Says something that is no error, once."""
+    logging.getLogger("catp_jax").warning("%s", one_line(text))
+
+
+def _quantised(prefix: str, value: Any) -> str:
+    kind = value.get("quant_method", value) if isinstance(value, dict) else value
+    return (
+        f"{prefix}quantization_config: the checkpoint is quantised ({short(kind)}), which is not "
+        f"read; {UNQUANTISED}. If its tensors are not quantised after all, ignore_config="
+        f"{prefix + 'quantization_config'!r} (--ignore-config {prefix}quantization_config) helps"
+    )
+
+
+def _repeats(raw: dict[str, Any], key: str) -> bool:
+    text = raw.get("text_config")
+    return not isinstance(text, dict) or text.get(key, raw[key]) == raw[key]
 
 
 def check_activation(name: str) -> list[str]:
@@ -116,12 +184,15 @@ def check_activation(name: str) -> list[str]:
 
 
 def not_positive(part: Any, *names: str) -> list[str]:
-    """A line for each of these values that is no positive number."""
-    return [
-        f"{name} is {getattr(part, name)!r}; a positive number is wanted"
-        for name in names
-        if not is_positive(getattr(part, name))
-    ]
+    """A line for each of these values that is no positive number, or a size that no model has."""
+    problems = []
+    for name in names:
+        value, most = getattr(part, name), MOST_LAYERS if name.endswith("layers") else LARGEST
+        if not is_positive(value):
+            problems.append(f"{name} is {value!r}; a positive number is wanted")
+        elif value > most:
+            problems.append(f"{name} is {value!r}; at most {most} is read")
+    return problems
 
 
 def is_positive(value: Any) -> bool:
@@ -130,9 +201,10 @@ def is_positive(value: Any) -> bool:
 
 
 def side(size: Any) -> Any:
-    """The side of a square given as a number or as two; None if it is no square."""
+    """The side of a square given as a number or as two; None if it is none, or none of images."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
-    return next(iter(sides)) if len(sides) == 1 and is_positive(next(iter(sides))) else None
+    (one, *more) = sides or {None}
+    return one if not more and is_positive(one) and one <= WIDEST else None
 
 
 def short(value: Any) -> str:

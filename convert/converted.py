@@ -1,48 +1,57 @@
 """Converted folders: Orbax weights, what is needed to go back, and the Hugging Face side files.
 
 out/
-  catp_jax.json      format, model type, key layout, and every tensor's file and number type
+  catp_jax.json      format, model type, key layout, every tensor's file and number type, and the
+                     checksums of all parameters, of config.json and of itself
   weights/           the parameters, an Orbax checkpoint
   config.json, tokenizer.json, …   copied from the Hugging Face folder, byte by byte
 """
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from catp_jax.models.narrow import Weights, with_scales
-from convert.families import FAMILIES, Config, Model, family_of, read_config
-from convert.folders import copy_side_files, forget, new_folder, refuse_unfinished
+from convert import families, strict_json
+from convert.families import FAMILIES, Config, Model, family_of
+from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
+from convert.names import check_weights_file
 from convert.reader import (
+    DTYPE_KEYS,
     Pair,
     Place,
     Progress,
+    Source,
     abstract,
     by_position,
     cast,
     file_bytes,
     narrowed,
+    one_dtype,
     open_source,
     parse_dtype,
     read_part,
     with_dtypes,
 )
 from convert.report import Report, Row
-from convert.shards import INDEX, SINGLE
+from convert.rules import listed
+from convert.shards import DTYPES, INDEX, SINGLE, is_text_by_text
 from convert.streams import ahead, parts, trim
 from convert.writer import Spec, nbytes, write_index, write_safetensors
 
 MANIFEST, WEIGHTS = "catp_jax.json", "weights"
-FORMAT = 2  # 1 had the queries, keys and values of BLIP-2's tower one after the other
+FORMAT = 3  # 2 had no checksums, 1 the parts of BLIP-2's `qkv` one after the other
 FLOAT32 = np.dtype(np.float32)
 PART = 384 * 2**20  # bytes of tensors that are written, or read back, as one; or a larger tensor
 
@@ -57,43 +66,83 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What catp_jax.json holds; `dtypes` are those of the original tensors."""
+    """What catp_jax.json holds.
+
+    `dtypes` are those of the original tensors; `checksums` are CRC-32 of the parameters as they are
+    stored, by their names; `config` is the SHA-256 of config.json, which is read without the keys
+    `ignore_config`.
+    """
 
     model_type: str
     layout: str
     files: dict[str, File]
     dtypes: dict[str, str]
     ignored: tuple[str, ...]
+    checksums: dict[str, int]
+    config: str
+    ignore_config: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
+        content["sha256"] = _digest(content)
         (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Reads it from a folder. Raises ValueError if it is none, or of another version."""
+        """Reads it from a folder. Raises ValueError if it is of another version, or was changed."""
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
-            content = json.loads(path.read_bytes())
+            content = strict_json.parse(path.read_bytes())
             written, kind = content["format"], content["model_type"]
             if written != FORMAT or kind not in FAMILIES:
                 raise ValueError(
                     f"it is of format {written} and model type {kind}, this version reads format "
                     f"{FORMAT} and {', '.join(FAMILIES)}"
                 )
+            if content["layout"] not in FAMILIES[kind].layouts:
+                raise ValueError(f"unknown layout {content['layout']!r}")
             files = {
-                name: File(dict(file["metadata"]), tuple(file["tensors"]))
+                check_weights_file(name): File(file["metadata"], tuple(file["tensors"]))
                 for name, file in content["files"].items()
             }
-            layout = content["layout"]
-            if layout not in FAMILIES[kind].layouts:
-                raise ValueError(f"unknown layout {layout!r}")
-            return cls(kind, layout, files, dict(content["dtypes"]), tuple(content["ignored"]))
+            if not all(is_text_by_text(file.metadata) for file in files.values()):
+                raise ValueError("the metadata of its files are not objects of texts")
+            listed = [name for file in files.values() for name in file.tensors]
+            dtypes, known = content["dtypes"], {dtype.name for dtype in DTYPES.values()}
+            if len({*listed}) != len(listed) or {*listed} != dtypes.keys():
+                raise ValueError("its files and dtypes do not name the same tensors, each once")
+            if not known.issuperset(dtypes.values()):
+                raise ValueError(f"its dtypes are not all of {', '.join(sorted(known))}")
+            checksums, config = content["checksums"], content["config"]
+            if not isinstance(checksums, dict) or not isinstance(config, str):
+                raise ValueError("its checksums are none")
+            if content.pop("sha256", None) != _digest(content):
+                raise ValueError("it was changed after it was written")
+            return cls(
+                model_type=kind,
+                layout=content["layout"],
+                files=files,
+                dtypes=dtypes,
+                ignored=tuple(content["ignored"]),
+                checksums=checksums,
+                config=config,
+                ignore_config=tuple(content["ignore_config"]),
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); convert again") from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's content, order included."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """The SHA-256 of a folder's config.json."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
 
 def to_orbax(
@@ -102,8 +151,12 @@ def to_orbax(
     dtype: DTypeLike | None = None,
     progress: Progress | None = None,
     verify: bool = False,
+    ignore_config: Sequence[str] = (),
 ) -> Report:
     """Converts a Hugging Face folder into the new folder `out`; weights as `dtype` (None: as is).
+
+    Keys of config.json in `ignore_config` are read as if they were not there, by whoever loads what
+    comes out, too.
 
     Threads read while others write; host memory stays below twice the largest tensor and 1 GiB.
     `verify` reads all back and compares checksums, in up to one such tensor more. Raises
@@ -111,23 +164,11 @@ def to_orbax(
     it reads back differently; nothing is left of it then.
     """
     wanted = parse_dtype(dtype)
+    check_new(Path(out))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
-    source = open_source(Path(hf_folder))
-    matching, family = source.matching, family_of(source.config)
-    matched = {match.source for match in (*matching.matches, *matching.twins)}
-    manifest = Manifest(
-        model_type=family.model_type,
-        layout=source.layout,
-        files={
-            shard.path.name: File(
-                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
-            )
-            for shard in source.shards
-        },
-        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
-        ignored=tuple(matching.ignored),
-    )
+    source = open_source(Path(hf_folder), ignore_config)
+    matching = source.matching
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
     weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
     pairs = by_position(source)
@@ -137,8 +178,7 @@ def to_orbax(
 
     def read(pair: Pair) -> np.ndarray:
         array = read_part(*pair, dtypes[pair[0].target])
-        if verify:
-            checksums[pair[0].target] = checksum(array)
+        checksums[pair[0].target] = checksum(array)
         return array
 
     def stored_bytes(pair: Pair) -> int:
@@ -173,13 +213,42 @@ def to_orbax(
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
+        manifest = _manifest(source, checksums, config_digest(folder), tuple(ignore_config))
         manifest.write(folder)
     return source.report(dtypes)
+
+
+def _manifest(
+    source: Source, checksums: dict[str, int], config: str, ignore_config: tuple[str, ...]
+) -> Manifest:
+    """What leads back from a converted folder to its source."""
+    matching = source.matching
+    matched = {match.source for match in (*matching.matches, *matching.twins)}
+    return Manifest(
+        model_type=family_of(source.config).model_type,
+        layout=source.layout,
+        files={
+            shard.path.name: File(
+                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
+            )
+            for shard in source.shards
+        },
+        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
+        ignored=tuple(matching.ignored),
+        checksums={name: checksums[name] for name in sorted(checksums)},
+        config=config,
+        ignore_config=ignore_config,
+    )
 
 
 def checksum(array: np.ndarray) -> int:
     """The CRC-32 of a contiguous array's bytes."""
     return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+def different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
+    """The names of arrays that are not those of the checksums."""
+    return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
 
 
 def _verify(
@@ -191,21 +260,16 @@ def _verify(
     """Reads weights back from the disk. Raises ValueError if they are not those of the source."""
     forget(folder)
     stored = checkpoint.contents(folder / WEIGHTS)
-    different = []
+    wrong = []
     for run in runs:
         wanted = {match.target: stored[match.target] for match, _ in run}
-        different += [  # a loop's variable would hold the last array besides the next run
-            name
-            for name, array in checkpoint.read(folder / WEIGHTS, wanted).items()
-            if checksum(array) != checksums[name]
-        ]
+        wrong += different(checkpoint.read(folder / WEIGHTS, wanted), checksums)
         trim()
         count(run)
-    if different:
-        more = f", … and {len(different) - 20} more" if len(different) > 20 else ""
+    if wrong:
         raise ValueError(
-            f"{len(different)} of the tensors read back differently from what was written: "
-            f"{', '.join(different[:20])}{more}; nothing was kept. Check the disk and convert again"
+            f"{len(wrong)} of the tensors read back differently from what was written: "
+            f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
         )
 
 
@@ -213,7 +277,7 @@ def name_dtype(path: Path, dtype: np.dtype) -> None:
     """Makes a config.json name the number type of weights that were cast."""
     content = json.loads(path.read_bytes())
     for part in (content, *content.values()):
-        for key in ("dtype", "torch_dtype"):
+        for key in DTYPE_KEYS:
             if isinstance(part, dict) and part.get(key) is not None:
                 part[key] = dtype.name
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -224,18 +288,24 @@ def load_converted(
     dtype: DTypeLike | None = None,
     place: Place | None = None,
     weights: Weights | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> Model:
     """The model in a converted folder, its weights as `dtype` (None: as they are stored).
 
-    Number types, `place` and `weights` are as in `load_hf`, but that all is read before the first
-    kernel is narrowed. Raises ValueError if the folder is damaged.
+    Number types, `place`, `weights` and `ignore_config` are as in `load_hf`, but that all is read
+    before the first kernel is narrowed. Raises ValueError if the folder is damaged.
     """
     wanted, folder = parse_dtype(dtype), Path(folder)
     refuse_unfinished(folder)
     Manifest.read(folder)
     stored = checkpoint.contents(folder / WEIGHTS)
-    config = _config(folder, stored)
+    config = _config(folder, stored, ignore_config)
     model, family = abstract(config), family_of(config)
+    wanted = wanted or one_dtype(
+        folder,
+        family,
+        {name: (dtype, nbytes((name, dtype, shape))) for name, (shape, dtype) in stored.items()},
+    )
     dtypes = {
         # `restore` lists what is missing
         name: cast(family, name, wanted or (stored[name][1] if name in stored else FLOAT32))
@@ -254,9 +324,18 @@ def load_converted(
     return checkpoint.fill(with_scales(model, weights), arrays)
 
 
-def _config(folder: Path, stored: Container[str]) -> Config:
+def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
+    """The configuration in a folder, Hugging Face or converted, read without the keys `ignore`.
+
+    Raises ValueError listing everything in config.json that is not supported.
+    """
+    told = Manifest.read(folder).ignore_config if (folder / MANIFEST).exists() else ()
+    return families.read_config(folder, sorted({*told, *ignore}))
+
+
+def _config(folder: Path, stored: Container[str], ignore: Sequence[str] = ()) -> Config:
     """The configuration of the parameters that are stored in a converted folder."""
-    config = read_config(folder)
+    config = read_config(folder, ignore)
     family = family_of(config)
     own = family.with_own_head(config)
     heads = checkpoint.names(abstract(own)).keys() - checkpoint.names(abstract(config)).keys()
@@ -267,19 +346,26 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
     """Writes a converted folder back as the new Hugging Face folder `out`.
 
     Tensors have the names, files, order and — unless converted with a `dtype` — the bytes that
-    they had. Raises ValueError if `converted` is damaged, or if `out` exists or cannot be written.
+    they had. Raises ValueError if `converted` is damaged, or was changed since, or if `out` exists
+    or cannot be written.
     """
     folder = Path(converted)
+    check_new(Path(out))
     refuse_unfinished(folder)
     manifest = Manifest.read(folder)
+    if config_digest(folder) != manifest.config:
+        raise ValueError(
+            f"{folder / 'config.json'} was changed after the conversion, and the weights were not; "
+            "put the original back, and change what comes out"
+        )
     stored = checkpoint.contents(folder / WEIGHTS)
     config = _config(folder, stored)
     family = family_of(config)
-    listed = {name for file in manifest.files.values() for name in file.tensors}
-    matches = family.places(listed, stored, config, family.layouts[manifest.layout])
-    if listed != matches.keys() or {one.target for one in matches.values()} != stored.keys():
+    names = {name for file in manifest.files.values() for name in file.tensors}
+    matches = family.places(names, stored, config, family.layouts[manifest.layout])
+    if names != matches.keys() or {one.target for one in matches.values()} != stored.keys():
         raise ValueError(
-            f"{folder}: {MANIFEST} lists {len(listed)} tensors, {WEIGHTS} holds {len(stored)}, "
+            f"{folder}: {MANIFEST} lists {len(names)} tensors, {WEIGHTS} holds {len(stored)}, "
             f"and they are not the same; convert again"
         )
     specs: dict[str, list[Spec]] = {
@@ -300,6 +386,8 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             arrays = checkpoint.read(
                 folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
             )
+            if wrong := different(arrays, manifest.checksums):
+                raise ValueError(f"{folder / WEIGHTS} is damaged: {listed(wrong)}; convert again")
             for one, spec in zip(ones, group, strict=True):
                 yield one.transform.inverse(arrays[one.target])
                 done += nbytes(spec)

@@ -1,5 +1,6 @@
 """The kinds of model there are, and what is done alike for all of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2 import BLIP2
-from convert.configs import read_json
+from convert.configs import read_json, without
 from convert.family import Family
 from convert.instructblip import INSTRUCTBLIP
 from convert.mllama import MLLAMA
@@ -36,16 +37,19 @@ def family_of(config: Config) -> Family:
     return next(family for family in FAMILIES.values() if isinstance(config, family.configs))
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration in a Hugging Face folder's config.json.
+def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
+    """The configuration in a Hugging Face folder's config.json, read without the keys `ignore`.
 
     Raises ValueError listing everything in it that is not supported.
     """
-    return parse_config(read_json(folder), str(folder / "config.json"))
+    return parse_config(read_json(folder), str(folder / "config.json"), ignore)
 
 
-def parse_config(raw: dict[str, Any], where: str = "config.json") -> Config:
+def parse_config(
+    raw: dict[str, Any], where: str = "config.json", ignore: Sequence[str] = ()
+) -> Config:
     """The configuration in the content of a config.json, which `where` names in errors."""
+    raw = without(raw, ignore, where)
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in PARTS:
         raise ValueError(f"{where} is of {PARTS[kind]} ({kind}); the whole model is wanted")

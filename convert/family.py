@@ -8,6 +8,19 @@ from flax import nnx
 
 from convert.rules import Ignore, Match, Matching, Rule, Shape, Twin, match, places
 
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "_forward_module.", "pretrained_model.")
+"""What peft, torch's parallel and compiled modules, Lightning and TRL put before every name."""
+
+
+def wrapper(names: Iterable[str]) -> str:
+    """What stands before all of the names and belongs to no model: wrappers, one in another."""
+    names, prefix = list(names), ""
+    while names and (
+        found := [w for w in WRAPPERS if all(name.startswith(prefix + w) for name in names)]
+    ):
+        prefix += found[0]
+    return prefix
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -67,8 +80,14 @@ class Family:
 
         The matching has the tensors' own names. Raises ValueError with all that does not fit.
         """
-        layout = self.detect(tensors, where)
-        own = {layout.to_hub(name): name for name in tensors}
+        if adapted := next((name for name in tensors if ".lora_" in name), None):
+            raise ValueError(
+                f"{where} has tensors of an adapter among those of the model ({adapted}); save it "
+                "with peft's merge_and_unload(), or the adapter apart with save_pretrained"
+            )
+        bare = bare_names(tensors)
+        layout = self.detect(bare, where)
+        own = {layout.to_hub(name): whole for name, whole in bare.items()}
         if len(own) != len(tensors):
             raise ValueError(f"{where} has tensors whose names mean the same; keep one of each")
         found = match(
@@ -91,7 +110,7 @@ class Family:
         self, names: Iterable[str], parameters: Iterable[str], config: Any, layout: Layout
     ) -> dict[str, Match]:
         """Where tensors of these names go, by the names alone; not those that go nowhere."""
-        own = {layout.to_hub(name): name for name in names}
+        own = {layout.to_hub(name): whole for name, whole in bare_names(names).items()}
         found = places(own, set(parameters), self.rules(config), self.twins)
         return {own[hub]: dataclasses.replace(one, source=own[hub]) for hub, one in found.items()}
 
@@ -99,3 +118,10 @@ class Family:
         """The names of tensors that have the same values as the head if it is tied."""
         of = {twin.of for twin in self.twins if twin.source == head}
         return of | {twin.source for twin in self.twins if twin.of in of} - {head}
+
+
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """The names by what they are without their wrapper."""
+    names = list(names)
+    prefix = wrapper(names)
+    return {name.removeprefix(prefix): name for name in names}

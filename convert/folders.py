@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from pathlib import Path
 UNFINISHED = "UNFINISHED"
 HALF = re.compile(r"\.unfinished-[0-9a-f]{8}$")  # the name of a folder that is being written
 
-SIDE_FOLDERS = ("qformer_tokenizer",)  # the second tokenizer of InstructBLIP's processor
+SIDE_FOLDERS = (
+    "qformer_tokenizer",  # the second tokenizer of InstructBLIP's processor
+    "additional_chat_templates",
+)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx")
 
 
@@ -30,10 +34,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     cannot be written (a full disk, say).
     """
     path = path.absolute()
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists already; choose another folder or delete it first")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be made: there is no folder {path.parent}")
+    check_new(path)
     remove_leftovers(path)
     half = path.parent / f"{path.name}.unfinished-{uuid.uuid4().hex[:8]}"
     try:
@@ -54,6 +55,20 @@ def new_folder(path: Path) -> Iterator[Path]:
                 f"{path} could not be written: {error.strerror or error}; nothing of it was kept"
             ) from error
         raise
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError if a folder `path` cannot be made: said before anything is read for it."""
+    path = path.absolute()
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already; choose another folder or delete it first")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be made: there is no folder {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be made: {error.strerror or error}") from error
 
 
 def remove_leftovers(path: Path) -> list[Path]:

@@ -6,7 +6,9 @@ from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, CrossDecoderConfig
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig, VisionMode
 from convert.configs import (
+    MOST_LAYERS,
     MUST_BE_FALSE,
+    WIDEST,
     check_activation,
     check_known,
     is_positive,
@@ -104,12 +106,17 @@ def _check_vision(vision: Any) -> list[str]:
         *("hidden_size", "num_hidden_layers", "attention_heads", "num_channels"),
         *("intermediate_size", "norm_eps", "max_num_tiles"),
     )
-    if vision.num_global_layers < 0:
-        problems.append(f"num_global_layers is {vision.num_global_layers}")
+    if not 0 <= vision.num_global_layers <= MOST_LAYERS:
+        problems.append(
+            f"num_global_layers is {vision.num_global_layers}; 0 to {MOST_LAYERS} are read"
+        )
     problems += check_activation(vision.hidden_act)
     for name in ("image_size", "patch_size"):
         if side(getattr(vision, name)) is None:
-            problems.append(f"{name} is {getattr(vision, name)}; tiles and patches are square")
+            problems.append(
+                f"{name} is {getattr(vision, name)}; tiles and patches are square, of at most "
+                f"{WIDEST} pixels a side"
+            )
     if problems:
         return problems
     image, patch = side(vision.image_size), side(vision.patch_size)

@@ -7,7 +7,7 @@ stays near the largest tensor, beyond the model itself.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from catp_jax.models.narrow import SCALE, Weights, is_narrowed, narrow, with_scales
+from convert.configs import note, read_json
 from convert.families import Config, Model, family_of, read_config
-from convert.family import Family
+from convert.family import Family, bare_names
 from convert.folders import refuse_unfinished
 from convert.report import Report, make_report
-from convert.rules import Match, Matching
+from convert.rules import Match, Matching, listed
 from convert.shards import DTYPES, Shard, Tensor, find_shards, have_same_values
 from convert.streams import ahead
 
 READ = tuple(DTYPES.values())
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json; the second is the older
 
 Progress = Callable[[int, int], None]
 """Called now and then with the bytes done and the bytes in all; in the end they are the same."""
@@ -41,7 +43,10 @@ Place = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet."""
+    """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet.
+
+    `dtype` is the one number type to compute in if the tensors have several, else None.
+    """
 
     folder: Path
     config: Config
@@ -50,6 +55,7 @@ class Source:
     tensors: dict[str, Tensor]
     layout: str
     matching: Matching
+    dtype: np.dtype | None
 
     def stored(self, match: Match, dtype: np.dtype | None) -> np.dtype:
         """The number type of a parameter where `dtype` is asked for (None: as it is)."""
@@ -67,17 +73,21 @@ def load_hf(
     progress: Progress | None = None,
     place: Place | None = None,
     weights: Weights | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> tuple[Model, Report]:
-    """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them).
+    """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them; if
+    it has several types, that of config.json, as in transformers).
 
-    Parts that compute in float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`.
-    `place` chooses shardings; each process then reads the bytes of its own shards. `weights`
-    narrows kernels one by one as they come, see `catp_jax.models.narrow`. Raises
+    Keys of config.json in `ignore_config` are read as if they were not there. Parts that compute in
+    float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`. `place` chooses shardings;
+    each process then reads the bytes of its own shards. `weights` narrows kernels one by one as
+    they come, see `catp_jax.models.narrow`. Raises
     ValueError if config.json or the weights are damaged, unsupported or do not fit together.
     """
     wanted = parse_dtype(dtype)
-    source = open_source(Path(folder))
+    source = open_source(Path(folder), ignore_config)
     family = family_of(source.config)
+    wanted = wanted or source.dtype
     dtypes = {
         match.target: cast(family, match.target, source.stored(match, wanted))
         for match in source.matching.matches
@@ -115,19 +125,19 @@ def narrowed(name: str, array: jax.Array, weights: Weights | None) -> dict[str, 
     return {name: kernel, f"{name.removesuffix('kernel')}{SCALE}": scale}
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, ignore_config: Sequence[str] = ()) -> Source:
     """Checks a Hugging Face folder without reading its weights. Raises ValueError.
 
     But for those that may be another's twin: these are compared, as far as they are equal.
     """
     refuse_unfinished(folder)
-    config = read_config(folder)
+    config = read_config(folder, ignore_config)
     shards = find_shards(folder)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= {tensor.name: tensor for tensor in shard.tensors}
     family = family_of(config)
-    if has_own_head(family, tensors):
+    if has_own_head(family, {bare: tensors[name] for bare, name in bare_names(tensors).items()}):
         config = family.with_own_head(config)
     model = abstract(config)
     shapes = {name: tuple(leaf.shape) for name, leaf in checkpoint.names(model).items()}
@@ -136,7 +146,35 @@ def open_source(folder: Path) -> Source:
     )
     _refuse_other_types(folder, [tensors[one.source] for one in matching.matches])
     _refuse_other_values(folder, tensors, matching)
-    return Source(folder, config, model, shards, tensors, layout.name, matching)
+    found = {one.target: tensors[one.source] for one in matching.matches}
+    dtype = one_dtype(
+        folder, family, {name: (one.dtype, one.nbytes) for name, one in found.items()}
+    )
+    return Source(folder, config, model, shards, tensors, layout.name, matching, dtype)
+
+
+def one_dtype(
+    folder: Path, family: Family, found: Mapping[str, tuple[np.dtype, int]]
+) -> np.dtype | None:
+    """The number type that parameters of several types are read as: what config.json says, else
+    what most bytes are of. None if all are of one.
+
+    `found` has type and bytes of each parameter. Those that stay float32 anyway do not count.
+    """
+    nbytes: dict[str, int] = {}
+    for name, (dtype, size) in found.items():
+        if not name.startswith(family.float32):
+            nbytes[dtype.name] = nbytes.get(dtype.name, 0) + size
+    if len(nbytes) < 2:
+        return None
+    raw = read_json(folder)
+    parts = [raw, raw.get("text_config")]
+    said = [part.get(key) for part in parts if isinstance(part, dict) for key in DTYPE_KEYS]
+    one = next(
+        (name for name in said if name in nbytes), max(nbytes, key=lambda name: nbytes[name])
+    )
+    note(f"{folder} has weights of {' and '.join(sorted(nbytes))}; all are read as {one}")
+    return parse_dtype(one)
 
 
 def has_own_head(family: Family, tensors: Mapping[str, Tensor]) -> bool:
@@ -151,10 +189,9 @@ def has_own_head(family: Family, tensors: Mapping[str, Tensor]) -> bool:
 def _refuse_other_types(folder: Path, tensors: list[Tensor]) -> None:
     wrong = [f"{one.name} ({one.dtype.name})" for one in tensors if one.dtype not in READ]
     if wrong:
-        more = f", … and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(
             f"{folder} has weights of other types than {', '.join(dtype.name for dtype in READ)}: "
-            f"{', '.join(wrong[:20])}{more}"
+            f"{listed(wrong)}"
         )
 
 

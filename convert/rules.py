@@ -184,7 +184,7 @@ def match(
     }
     if any(problems.values()):
         lines = [
-            f"  {len(found)} {kind}: {_list(found)}" for kind, found in problems.items() if found
+            f"  {len(found)} {kind}: {listed(found)}" for kind, found in problems.items() if found
         ]
         lines += [f"  {hint}" for name, hint in (hints or {}).items() if name in missing]
         raise ValueError(
@@ -260,6 +260,7 @@ def _fill(pattern: str, numbers: tuple[str, ...]) -> str:
     return pattern
 
 
-def _list(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
     more = f", … and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more

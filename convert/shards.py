@@ -10,16 +10,17 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert import strided
+from convert import strict_json, strided
+from convert.names import check_weights_file
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -33,8 +34,26 @@ COUNTS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+MOST_TENSORS = 50_000  # of a checkpoint; the largest that there are have 2,000
 COMPARED = 2**24  # bytes that are compared at a time
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FOREIGN = {
+    "PyTorch pickles": (".bin", ".pt", ".pth", ".ckpt"),
+    "GGUF, the quantised form of llama.cpp": (".gguf",),
+    "files of Flax, TensorFlow or ONNX": (".msgpack", ".h5", ".onnx"),
+}
+QUANTISED = {
+    ".qweight": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight_packed": "compressed-tensors",
+}
+"""How names of tensors end that only quantised checkpoints have, and which."""
+UNQUANTISED = (
+    "take the checkpoint that it was made of, in bf16, f16 or f32; weights='int8' (--weights int8) "
+    "narrows that as it loads"
+)
 TO_SAFETENSORS = """make safetensors of them where torch and transformers are installed:
 
     import json, transformers
@@ -43,6 +62,10 @@ TO_SAFETENSORS = """make safetensors of them where torch and transformers are in
     model.save_pretrained("NEW_FOLDER")
 
 then copy the tokenizer's and processor's files to NEW_FOLDER"""
+
+
+class NotRead(ValueError):
+    """The weights are whole, but of a kind that is not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +130,28 @@ def find_shards(folder: Path) -> list[Shard]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if (folder / SINGLE).exists():  # transformers, too, looks for it first
-        return [read_header(folder / SINGLE)]
-    if not (folder / INDEX).exists():
+    if os.path.lexists(folder / SINGLE):  # transformers, too, looks for it first
+        shards = [read_header(folder / SINGLE)]
+    elif os.path.lexists(folder / INDEX):
+        shards = _find_listed(folder)
+    else:
         raise ValueError(_no_weights(folder))
+    _refuse_quantised(folder, (tensor.name for shard in shards for tensor in shard.tensors))
+    return shards
 
+
+def _find_listed(folder: Path) -> list[Shard]:
+    """The weight files that an index names."""
     listed = _read_index(folder / INDEX)
     shards, problems = [], []
     for name in sorted(set(listed.values())):
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             problems.append(f"{folder / name} is missing, though {INDEX} names it")
             continue
         try:
             shards.append(read_header(folder / name))
+        except NotRead:
+            raise
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -146,6 +178,10 @@ def find_shards(folder: Path) -> list[Shard]:
 
 def read_header(path: Path) -> Shard:
     """One file's header. Raises ValueError, naming the file, if it is truncated or corrupt."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not a file that can be read, but {what(path)}; copy the file itself there"
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -162,14 +198,16 @@ def read_header(path: Path) -> Shard:
         file.seek(8)
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
+        header = strict_json.parse(raw)
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise ValueError("its __metadata__ is not an object")
+        if not is_text_by_text(metadata):
+            raise ValueError("its __metadata__ is not an object of texts")
+        if len(header) > MOST_TENSORS:
+            raise NotRead(f"{path} has {len(header)} tensors; at most {MOST_TENSORS} are read")
         tensors = [_tensor(name, entry, path, 8 + length) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except NotRead:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt: its header cannot be read ({error})") from error
 
     tensors.sort(key=lambda tensor: tensor.start)
@@ -199,39 +237,71 @@ def have_same_values(one: Tensor, other: Tensor) -> bool:
 
 def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has a shape or offset that is no count")
-    known = DTYPES | COUNTS
-    if entry["dtype"] not in known:
-        raise ValueError(
-            f"{name} is of type {entry['dtype']}; {', '.join(DTYPES)} are read: "
-            "take the checkpoint in bf16, f16 or f32, not a quantised one"
+    known, kind = DTYPES | COUNTS, entry["dtype"]
+    if not isinstance(kind, str):
+        raise ValueError(f"{name} has a dtype that is no text")
+    if kind not in known:
+        quantised = "FP8: " if kind.startswith("F8") else ""
+        raise NotRead(
+            f"{path}: {name} is of type {kind} ({quantised}only {', '.join(DTYPES)} are read). "
+            f"Of a quantised checkpoint, {UNQUANTISED}"
         )
-    tensor = Tensor(name, path, known[entry["dtype"]], shape, data + start)
+    tensor = Tensor(name, path, known[kind], shape, data + start)
     if tensor.nbytes != stop - start:
         raise ValueError(f"{name} {list(shape)} needs {tensor.nbytes} bytes, has {stop - start}")
     return tensor
 
 
+def is_text_by_text(content: Any) -> bool:
+    """Whether it is an object whose values are texts that UTF-8 can hold."""
+    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+        return False
+    try:
+        "".join((*content.keys(), *content.values())).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to file name."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file that can be read, but {what(path)}")
     try:
-        listed = json.loads(path.read_bytes())["weight_map"]
+        listed = strict_json.parse(path.read_bytes())["weight_map"]
         if not isinstance(listed, dict) or not listed:
             raise ValueError("its weight_map is empty")
+        if len(listed) > MOST_TENSORS:
+            raise ValueError(f"it lists {len(listed)} tensors; at most {MOST_TENSORS} are read")
         for file in listed.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"it names a file outside its folder: {file!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+            check_weights_file(file)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt: a weight_map is wanted ({error})") from error
     return listed
 
 
+def _refuse_quantised(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        for ending, kind in QUANTISED.items():
+            if name.endswith(ending):
+                raise NotRead(f"{folder} is quantised ({kind}: it has {name}); {UNQUANTISED}")
+
+
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return (
-            f"{folder} has weights only as PyTorch pickles ({', '.join(pickles[:3])}), which are "
-            f"not read; {TO_SAFETENSORS}"
-        )
+    for kind, endings in FOREIGN.items():
+        files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in endings)
+        if files:
+            way = UNQUANTISED if ".gguf" in endings else TO_SAFETENSORS
+            return f"{folder} has weights only as {kind} ({', '.join(files[:3])}), not read; {way}"
     return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"
+
+
+def what(path: Path) -> str:
+    """What stands at a path where a file is wanted."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which is not there"
+    if path.is_dir():
+        return "a folder"
+    return "a pipe, socket or device" if path.exists() else "nothing"

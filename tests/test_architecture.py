@@ -15,17 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # `convert`; "catp_jax" is the package's own __init__, which everything else lies below.
 BELOW_MODELS = {"struct", "contract"}
 BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"}
-BELOW_API = BELOW_GENERATION | {"generation", "readers", "study", "training", "convert"}
+BELOW_API = BELOW_GENERATION | {
+    *("generation", "readers", "study", "training", "convert", "terminal"),
+}
 ROOMS = {
     "struct": set(),
     "lines": set(),
+    "terminal": set(),
     "contract": {"struct"},
     "models": BELOW_MODELS,
     "pruning": BELOW_MODELS,
     "sharding": {"struct"},
     "checkpoint": {"struct", "sharding"},
     "targets": {"struct"},
-    "convert": BELOW_MODELS | {"models", "sharding", "checkpoint"},
+    "convert": BELOW_MODELS | {"models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"generation"},
     "study": BELOW_GENERATION | {"generation", "targets", "lines"},
@@ -36,8 +39,8 @@ ROOMS = {
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},
-    "cli_study": BELOW_GENERATION | {"generation", "study", "api"},
-    "cli_cluster": BELOW_GENERATION | {"targets", "plan", "doctor"},
+    "cli_study": BELOW_GENERATION | {"terminal", "generation", "study", "api"},
+    "cli_cluster": BELOW_GENERATION | {"targets", "plan", "doctor", "terminal"},
     "cli": BELOW_API | {"api", "batch", "demo", "cli_cluster", "cli_study", "catp_jax"},
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},

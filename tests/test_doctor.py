@@ -12,6 +12,7 @@ import pytest
 from catp_jax import doctor
 from catp_jax.contract import Keep
 from catp_jax.doctor import examine, head_sizes, processes, versions
+from catp_jax.plan import find_config
 from catp_jax.sharding import distributed
 from tests.command import catp_jax
 
@@ -66,7 +67,8 @@ def test_every_subject_of_a_model_on_this_machine():
     assert [one.subject for one in found if one.level == "fail"] == []
     subjects = {one.subject for one in found}
     assert subjects == {
-        *("versions", "devices", "processes", "mesh", "attention", "top-k", "memory", "disk")
+        *("versions", "devices", "processes", "mesh", "attention", "top-k", "memory", "disk"),
+        "weights",
     }
     text = {one.subject: one.text for one in found}
     assert text["mesh"].startswith("data=4,tensor=2 divides")  # 4 heads in the tower, 6 elsewhere
@@ -74,8 +76,8 @@ def test_every_subject_of_a_model_on_this_machine():
 
 
 def test_heads_of_every_part_are_tried():
-    assert head_sizes("Llama-3.2-11B-Vision") == {80, 128}
-    assert head_sizes("blip2-opt-2.7b") == {80, 88}
+    assert head_sizes(find_config("Llama-3.2-11B-Vision")) == {80, 128}
+    assert head_sizes(find_config("blip2-opt-2.7b")) == {80, 88}
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):

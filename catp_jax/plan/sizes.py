@@ -1,7 +1,7 @@
 """What a generation's arrays and products amount to, from shapes alone: nothing is compiled."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ PRESETS: Mapping[str, Callable[[], Any]] = {
 """Configurations by the names of the published checkpoints."""
 
 
-def find_config(model: str | Path) -> Any:
-    """A configuration by its checkpoint's name, or a folder's. Raises ValueError for others."""
+def find_config(model: str | Path, ignore_config: Sequence[str] = ()) -> Any:
+    """A configuration by its checkpoint's name, or a folder's, whose config.json is read without
+    the keys `ignore_config`. Raises ValueError for others.
+    """
     if str(model) in PRESETS:
         return PRESETS[str(model)]()
     if not Path(model).is_dir():
         raise ValueError(f"{model} is no folder and none of {', '.join(PRESETS)}")
-    return convert.read_config(Path(model))
+    return convert.read_config(Path(model), ignore_config)
 
 
 def abstract_model(config: Any, dtype: Any) -> Any:

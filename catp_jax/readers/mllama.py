@@ -16,7 +16,7 @@ from catp_jax.generation.mllama_inputs import (
     locate,
     pack,
 )
-from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.readers.reading import (
     Done,
@@ -74,7 +74,8 @@ class MllamaReader:
         tokens = self._tokenize(prompt, len(processed))
         check_marks(tokens, len(processed), self.config.image_token_index)
         text = [token for token in tokens if token != self.config.image_token_index]
-        check_tokens(text, self.config.text.vocab_size, "the language model")
+        rows = self.config.text.vocab_size + EXTRA_EMBEDDINGS
+        check_tokens(text, rows, "the language model")
         return Question(tokens=tokens, images=processed)
 
     def length(self, question: Question[ProcessedImage]) -> int:

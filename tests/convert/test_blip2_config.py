@@ -185,7 +185,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a part": ("opt", "", {"architectures": ["Blip2QFormerModel"]}, "a part of BLIP-2"),
     "vision alone": ("opt", "", {"model_type": "blip_2_vision_model"}, "vision model alone"),
     "unknown key": ("opt", "", {"sparkle": 3}, r"sparkle is unknown \(it is 3\)"),
-    "quantised": ("opt", "", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+    "quantised": ("opt", "", {"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),
     "image token": ("opt", "", {"image_token_index": 50304}, "embedding has 50304 rows"),
     "queries": ("opt", "", {"num_query_tokens": 0}, "num_query_tokens is 0"),
     "other language model": (

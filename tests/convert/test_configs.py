@@ -143,7 +143,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "another model": ("", {"model_type": "llava"}, "'llava'; supported: mllama"),
     "no model type": ("", {"model_type": None}, "model_type is None"),
     "text half": ("", {"model_type": "mllama_text_model"}, "text half alone"),
-    "quantised": ("", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+    "quantised": (
+        "",
+        {"quantization_config": {"bits": 4}},
+        "the checkpoint is quantised",
+    ),
     "unknown key": ("", {"sparkle": 3}, r"sparkle is unknown \(it is 3\)"),
     "image token": ("", {"image_token_index": 200000}, "embedding has 128264 rows"),
     "unknown text key": ("text_config", {"attention_bias": True}, "text_config.attention_bias"),

@@ -97,7 +97,7 @@ DAMAGED = {
     "no header": (lambda path: path.write_bytes(b"\xff" * 100), "no safetensors file"),
     "not JSON": (lambda path: write(path, b"{]"), "corrupt: its header cannot be read"),
     "not UTF-8": (lambda path: write(path, b'{"\xff": 1}'), "corrupt: its header cannot be read"),
-    "a list": (lambda path: write(path, b"[]"), "it is not an object"),
+    "a list": (lambda path: write(path, b"[]"), "it is not a JSON object"),
     "no shape": (lambda path: write(path, b'{"x": {"dtype": "F32"}}'), "'shape'"),
     "not an entry": (lambda path: write(path, b'{"x": 3}'), "header cannot be read"),
     "negative": (lambda path: write(path, entry(shape=(-2,)), b"0" * 8), "no count"),
