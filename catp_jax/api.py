@@ -52,6 +52,19 @@ from catp_jax.sharding.rules import shares
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 
+class Unsound(ValueError):
+    """Logits that no token can be chosen from, at the prompts `numbers`."""
+
+    def __init__(self, numbers: list[int]):
+        self.numbers = numbers
+        which = ", ".join(map(str, numbers))
+        super().__init__(
+            f"prompt {which}: the model's logits are not finite, or every token is forbidden; look "
+            "at the weights with `catp-jax doctor`, try dtype='float32' if they are float16, or "
+            "allow more tokens"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Answers:
     """What a batch of prompts got; lists have one entry a prompt, `text` and `tokens` one an
@@ -218,7 +231,9 @@ class Model:
         chosen = Options(**options)
         pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
         self._check_length(packed.longest, chosen.max_new_tokens)
-        decoding = chosen.decoding(len(packed.available))
+        chosen.check_vocabulary(self.config.text.vocab_size)
+        before = self.reader.before_answers(packed) if chosen.reads_prompts else None
+        decoding = chosen.decoding(len(packed.available), before)
         stop = chosen.stop(self.end_tokens, self.pad_token)
         if isinstance(self.network, place.Sharded):
             pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
@@ -248,6 +263,8 @@ class Model:
         return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
 
     def _answers(self, out: programs.Generated, packed: Packed[Any]) -> Answers:
+        each = len(out.lengths) // len(out.is_sound)  # answers to which it is said once
+        self._check_sound(np.repeat(out.is_sound, each), len(out.lengths) // len(packed.available))
         tokens = [
             row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
         ]
@@ -269,6 +286,12 @@ class Model:
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),
         )
+
+    @staticmethod
+    def _check_sound(is_sound: np.ndarray, each: int) -> None:
+        """`each`: answers to a prompt."""
+        if not is_sound.all():
+            raise Unsound(sorted({int(number) // each for number in np.flatnonzero(~is_sound)}))
 
     def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
         if methods and pruners:
