@@ -60,6 +60,12 @@ class Options:
                 raise ValueError(f"{name} is a whole number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
+        if self.logprobs is not None and (
+            isinstance(self.logprobs, bool)
+            or not isinstance(self.logprobs, numbers.Integral)
+            or self.logprobs < 0
+        ):
+            raise ValueError(f"logprobs is a number of tokens, from 0, got {self.logprobs!r}")
         # the rest is checked as it is made
         self.rules()
         self._search(Rules.of())
@@ -78,12 +84,6 @@ class Options:
             raise ValueError("length_penalty and early_stopping require num_beams of 2 or more")
         if not all(isinstance(text, str) and text for text in self.strings):
             raise ValueError(f"stop_strings are texts, and none is empty; got {self.stop_strings}")
-        if self.logprobs is not None and (
-            isinstance(self.logprobs, bool)
-            or not isinstance(self.logprobs, numbers.Integral)
-            or self.logprobs < 0
-        ):
-            raise ValueError(f"logprobs is a number of tokens, from 0, got {self.logprobs!r}")
 
     @property
     def strings(self) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ class Options:
             max_new_tokens=self.max_new_tokens,
             ends=jnp.asarray(ends, jnp.int32),
             pad=jnp.asarray(pad, jnp.int32),
-            strings=strings,
+            strings=None if strings is None else jnp.asarray(strings),
         )
 
 

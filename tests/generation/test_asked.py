@@ -2,9 +2,11 @@
 transformers on the same folders: which tokens of a prompt rules look at is its matter, too.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 import catp_jax
+from catp_jax.struct import replace
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE = ASSETS / "blue-circle.png"
@@ -91,3 +94,38 @@ def test_rules_are_transformers_in_beam_search(both: Both):
 def test_a_token_that_the_model_does_not_have_is_refused(both: Both):
     with pytest.raises(ValueError, match=r"suppress_tokens has token 9999; this model has \d+"):
         both.answers(suppress_tokens=[9999])
+
+
+def test_answers_end_with_a_stop_string_as_in_transformers(both: Both):
+    free = both.answers(min_new_tokens=7)
+    string = free.text[0][1:4]  # which begins and ends within tokens
+    options = {"min_new_tokens": 7, "stop_strings": [string, "no such text"]}
+    ours = both.answers(**options)
+    same(ours.tokens, both.expected(**options, tokenizer=both.processor.tokenizer).new)
+    assert string in ours.text[0]
+    assert len(ours.tokens[0]) < len(free.tokens[0])
+
+
+def test_logits_that_are_not_finite_name_the_prompt(both: Both):
+    packed = both.ours.prepare(IMAGES, PROMPTS)
+    images = getattr(packed.inputs, "images", packed.inputs)
+    pixels = np.asarray(images.pixels).copy()
+    pixels[:] = np.nan
+    images = replace(images, pixels=pixels)
+    inputs = replace(packed.inputs, images=images) if both.is_llama else images
+    with pytest.raises(ValueError, match=r"prompt 0, 1, 2: the model's logits are not finite"):
+        both.ours.generate_packed(dataclasses.replace(packed, inputs=inputs), max_new_tokens=NEW)
+
+
+def test_log_probabilities_come_with_their_tokens(both: Both):
+    out = both.answers(logprobs=3)
+    hf = both.expected(output_scores=True)
+    scores = torch.stack(hf.scores, dim=1).log_softmax(-1)
+    for row, tokens in enumerate(out.tokens):
+        assert len(out.logprobs[row]) == len(out.alternatives[row]) == len(tokens)
+        expected = scores[row, range(len(tokens)), tokens].tolist()
+        np.testing.assert_allclose(out.logprobs[row], expected, atol=1e-3)
+        for place, likely in enumerate(out.alternatives[row]):
+            assert [token for token, _ in likely] == scores[row, place].topk(3).indices.tolist()
+            assert likely[0] == (tokens[place], out.logprobs[row][place])
+    assert both.answers().logprobs is None
