@@ -6,6 +6,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import convert
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.blip2_inputs import stack_images
+from catp_jax.generation.decoding import Written
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
 from catp_jax.generation.options import Options
@@ -45,11 +47,25 @@ from catp_jax.readers.reading import (
     remember,
     special_tokens,
 )
+from catp_jax.readers.token_text import stop_machine
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
+
+
+class Unsound(ValueError):
+    """Logits that no token can be chosen from, at the prompts `numbers`."""
+
+    def __init__(self, numbers: list[int]):
+        self.numbers = numbers
+        which = ", ".join(map(str, numbers))
+        super().__init__(
+            f"prompt {which}: the model's logits are not finite, or every token is forbidden; look "
+            "at the weights with `catp-jax doctor`, try dtype='float32' if they are float16, or "
+            "allow more tokens"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +77,16 @@ class Answers:
     visual tokens before pruning; `kept` says which were kept (None: all), `cached` which are in the
     cache of a layer that was pruned apart, by the layer's number. `slots` is the room that each
     prompt's visual tokens take in the other caches.
-    `reports` has the final state of each pruner, `logits` those of the first new token.
+    `logprobs` are those of the tokens, and `alternatives` the likeliest tokens at each place with
+    theirs, the likeliest first; None unless they were asked for, see `sampling` and `beam` for what
+    they are of. `reports` has the final state of each pruner, `logits` those of the first new
+    token.
     """
 
     text: list[str]
     tokens: list[list[int]]
+    logprobs: list[list[float]] | None
+    alternatives: list[list[list[tuple[int, float]]]] | None
     available: tuple[int, ...]
     kept: list[Kept] | None
     cached: dict[int, Keep]
@@ -232,8 +253,12 @@ class Model:
         chosen = Options(**options)
         pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
         self._check_length(packed.longest, chosen.max_new_tokens)
-        decoding = chosen.decoding(len(packed.available))
-        stop = chosen.stop(self.end_tokens, self.pad_token)
+        chosen.check_vocabulary(self.config.text.vocab_size)
+        before = self.reader.before_answers(packed) if chosen.reads_prompts else None
+        decoding = chosen.decoding(len(packed.available), before)
+        size, strings = self.config.text.vocab_size, chosen.strings
+        machine = stop_machine(self.reader.tokenizer, size, strings) if strings else None
+        stop = chosen.stop(self.end_tokens, self.pad_token, machine)
         if isinstance(self.network, place.Sharded):
             pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
         if any(pruner.keep is None for pruner in pruners):
@@ -262,6 +287,8 @@ class Model:
         return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
 
     def _answers(self, out: programs.Generated, packed: Packed[Any]) -> Answers:
+        each = len(out.lengths) // len(out.is_sound)  # answers to which it is said once
+        self._check_sound(np.repeat(out.is_sound, each), len(out.lengths) // len(packed.available))
         tokens = [
             row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
         ]
@@ -276,6 +303,8 @@ class Model:
         return Answers(
             text=[text.strip() for text in texts],
             tokens=tokens,
+            logprobs=_logprobs(out.written),
+            alternatives=_alternatives(out.written),
             available=packed.available,
             kept=kept,
             cached=out.selection.cached,
@@ -283,6 +312,12 @@ class Model:
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),
         )
+
+    @staticmethod
+    def _check_sound(is_sound: np.ndarray, each: int) -> None:
+        """`each`: answers to a prompt."""
+        if not is_sound.all():
+            raise Unsound(sorted({int(number) // each for number in np.flatnonzero(~is_sound)}))
 
     def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
         if methods and pruners:
@@ -364,6 +399,27 @@ def _image_tokens(network: Frozen, pixels: Any) -> jax.Array:
 @jax.jit
 def _match(network: Frozen, image: Any, tokens: Any, valid: Any) -> jax.Array:
     return network.thaw().match(image, tokens, valid)
+
+
+def _logprobs(written: Written) -> list[list[float]] | None:
+    if written.logprobs is None:
+        return None
+    rows = zip(np.asarray(written.logprobs), written.lengths, strict=True)
+    return [row[:length].tolist() for row, length in rows]
+
+
+def _alternatives(written: Written) -> list[list[list[tuple[int, float]]]] | None:
+    """Of each answer, at each place; without tokens that could not be."""
+    if written.top_tokens is None:
+        return None
+    columns = (np.asarray(array).tolist() for array in (written.top_tokens, written.top_logprobs))
+    return [
+        [
+            [(token, logprob) for token, logprob in zip(*place, strict=True) if logprob > -np.inf]
+            for place in itertools.islice(zip(*answer, strict=True), int(length))
+        ]
+        for *answer, length in zip(*columns, written.lengths, strict=True)
+    ]
 
 
 def _as_list(own: Any) -> list[ImageLike]:

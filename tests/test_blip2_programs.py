@@ -16,6 +16,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
 from catp_jax.generation.blip2_inputs import pack
 from catp_jax.generation.decoding import Stop
+from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
@@ -356,7 +357,7 @@ def test_beam_search_with_pruning_is_one_program_and_one_beam_is_greedy(
     greedy, compiled = run(1), programs.generate._cache_size()
     np.testing.assert_array_equal(greedy.tokens, reference(kind, pruners).tokens)
     three = run(3)
-    run(3, length_penalty=-1.0, min_new_tokens=2)
+    run(3, length_penalty=-1.0, rules=Rules.of(min_new_tokens=2))
     assert programs.generate._cache_size() == compiled + 1
     jax.tree.map(np.testing.assert_array_equal, three.selection.kept, greedy.selection.kept)
     assert (np.asarray(three.tokens) != np.asarray(greedy.tokens)).any()

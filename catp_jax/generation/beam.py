@@ -12,13 +12,14 @@ The rules, and which candidates count, are those of Hugging Face transformers
 one that is done changes no more, whatever its neighbours do.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.generation.decoding import Stop
+from catp_jax.generation.decoding import Stop, Written, with_logprobs
+from catp_jax.generation.rules import Rules
 from catp_jax.struct import pytree, static
 
 NEVER = -1.0e9  # the score of what must not be chosen, as transformers has it
@@ -39,32 +40,40 @@ class Search:
     """
 
     number: Int[Array, ""]
-    running: Int[Array, "b k new"]
+    running: Written
     running_scores: Float[Array, "b k"]
-    finished: Int[Array, "b k new"]
+    finished: Written
     finished_scores: Float[Array, "b k"]
     is_finished: Bool[Array, "b k"]
     is_open: Bool[Array, " b"]
+    is_sound: Bool[Array, " b"]
 
 
-def _take(array: Array, index: Int[Array, "b m"]) -> Array:
-    """The beams `index` of every sample."""
-    return jnp.take_along_axis(array, index.reshape(index.shape + (1,) * (array.ndim - 2)), axis=1)
+def _take(beams: Any, index: Int[Array, "b m"]) -> Any:
+    """The beams `index` of every sample, of an array or of several."""
+
+    def taken(array: Array) -> Array:
+        places = index.reshape(index.shape + (1,) * (array.ndim - 2))
+        return jnp.take_along_axis(array, places, axis=1)
+
+    return jax.tree.map(taken, beams)
 
 
 @pytree
 class Beams:
     """How to search. `length_penalty` above 0 favours long answers; 0 does not look at length.
 
-    `min_new_tokens`: none ends before it has that many tokens, the end token apart. Of each prompt
-    the best `num_answers` are given, the best one first.
+    Of each prompt the best `num_answers` are given, the best one first. `rules` change
+    log-probabilities here, which are what `logprobs` notes, as in transformers: those of a token
+    need not sum to 1 then.
     """
 
     num_beams: int = static()
     num_answers: int = static(default=1)
     early_stopping: EarlyStopping = static(default="heuristic")
+    logprobs: int | None = static(default=None)
     length_penalty: Float[Array, ""]
-    min_new_tokens: Int[Array, ""]
+    rules: Rules
 
     @property
     def rows(self) -> int:
@@ -74,40 +83,42 @@ class Beams:
     def start(self, batch: int, stop: Stop) -> Search:
         """No token yet; all beams but the first of a prompt wait, or all would be the same."""
         k = self.num_beams
-        tokens = jnp.full((batch, k, stop.max_new_tokens), stop.pad, jnp.int32)
+        written = Written.start((batch, k), stop, self.logprobs)
         first = jnp.where(jnp.arange(k) == 0, 0.0, NEVER)
         return Search(
             number=jnp.asarray(0, jnp.int32),
-            running=tokens,
+            running=written,
             running_scores=jnp.broadcast_to(first, (batch, k)),
-            finished=tokens,
+            finished=written,
             finished_scores=jnp.full((batch, k), NEVER),
             is_finished=jnp.zeros((batch, k), bool),
             is_open=jnp.ones((batch,), bool),
+            is_sound=jnp.ones((batch,), bool),
         )
 
     def advance(
         self, logits: Float[Array, "r vocab"], state: Search, stop: Stop
     ) -> tuple[Int[Array, " r"], Int[Array, " r"], Search]:
         """The best continuations: each beam's last token, the row it came from, the new state."""
-        batch, k, new = state.running.shape
+        batch, k, new = state.running.tokens.shape
         vocab, number = logits.shape[-1], state.number
         scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        is_end_token = stop.is_end(jnp.arange(vocab, dtype=jnp.int32))
-        too_early = is_end_token & (number < self.min_new_tokens)
-        scores = jnp.where(too_early[None], -jnp.inf, scores).reshape(batch, k, vocab)
-        scores = (scores + state.running_scores[:, :, None]).reshape(batch, k * vocab)
+        scores = self.rules(scores, state.running.tokens.reshape(-1, new), number, stop)
+        scores = scores.reshape(batch, k, vocab)
+        sums = (scores + state.running_scores[:, :, None]).reshape(batch, k * vocab)
+
+        is_finite = jnp.isfinite(logits).all(axis=-1).reshape(batch, k).all(axis=1)
+        sound = (is_finite & (sums > -jnp.inf).any(axis=1)) | ~state.is_open
 
         candidates = max(2, 1 + stop.ends.shape[0]) * k
-        scores, place = jax.lax.top_k(scores, min(candidates, k * vocab))
+        sums, place = jax.lax.top_k(sums, min(candidates, k * vocab))
         parents, tokens = place // vocab, (place % vocab).astype(jnp.int32)
-        answers = jax.lax.dynamic_update_slice_in_dim(
-            _take(state.running, parents), tokens[:, :, None], number, axis=2
-        )
-        ended = is_end_token[tokens] | (number + 1 >= new)
+        chosen = with_logprobs(tokens, _take(scores, parents), self.logprobs)
+        answers = _take(state.running, parents).extended(chosen, number, stop)
+        ended = answers.has_ended(chosen, stop) | (number + 1 >= new)
 
         # those that go on
-        scores_on, best = jax.lax.top_k(scores + jnp.where(ended, NEVER, 0.0), k)
+        scores_on, best = jax.lax.top_k(sums + jnp.where(ended, NEVER, 0.0), k)
         running, last, parents_on = (_take(x, best) for x in (answers, tokens, parents))
 
         # those that have ended: only the first k candidates count, where nothing is settled
@@ -115,13 +126,13 @@ class Beams:
         settled = ~state.is_open
         if self.early_stopping == "first":
             settled = settled | state.is_finished.all(axis=1)
-        counts = ended & (jnp.arange(scores.shape[1]) < k)[None]
-        ended_scores = scores / length**self.length_penalty
+        counts = ended & (jnp.arange(sums.shape[1]) < k)[None]
+        ended_scores = sums / length**self.length_penalty
         ended_scores += jnp.where(settled[:, None], NEVER, 0.0) + jnp.where(counts, 0.0, NEVER)
         merged = jnp.concatenate([state.finished_scores, ended_scores], axis=1)
         finished_scores, best = jax.lax.top_k(merged, k)
-        finished = _take(jnp.concatenate([state.finished, answers], axis=1), best)
-        is_finished = _take(jnp.concatenate([state.is_finished, counts], axis=1), best)
+        finished = _take(_joined(state.finished, answers), best)
+        is_finished = _take(_joined(state.is_finished, counts), best)
 
         # whether the best beam may still beat the worst finished answer
         hopeful = jnp.where(
@@ -129,12 +140,15 @@ class Beams:
         )
         best_possible = scores_on[:, :1] / hopeful**self.length_penalty
         worst = jnp.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
-        still_open = state.is_open & (best_possible > worst).any(axis=1)
+        still_open = state.is_open & sound & (best_possible > worst).any(axis=1)
         if self.early_stopping == "first":
             still_open = still_open & ~is_finished.all(axis=1)
 
-        def keep_settled(new_value: Array, old: Array) -> Array:
-            return jnp.where(state.is_open.reshape((-1,) + (1,) * (old.ndim - 1)), new_value, old)
+        def keep_settled(new_values: Any, olds: Any) -> Any:
+            def kept(value: Array, old: Array) -> Array:
+                return jnp.where(state.is_open.reshape((-1,) + (1,) * (old.ndim - 1)), value, old)
+
+            return jax.tree.map(kept, new_values, olds)
 
         state = Search(
             number=number + 1,
@@ -144,13 +158,23 @@ class Beams:
             finished_scores=keep_settled(finished_scores, state.finished_scores),
             is_finished=keep_settled(is_finished, state.is_finished),
             is_open=still_open,
+            is_sound=state.is_sound & sound,
         )
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * k
         return last.reshape(-1), (first + parents_on).reshape(-1), state
 
-    def answers(self, state: Search) -> Int[Array, "answers new"]:
+    def answers(self, state: Search) -> Written:
         """The best finished ones."""
-        return state.finished[:, : self.num_answers].reshape(-1, state.finished.shape[-1])
+
+        def best(array: Array) -> Array:
+            return array[:, : self.num_answers].reshape(-1, *array.shape[2:])
+
+        return jax.tree.map(best, state.finished)
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """The beams of both, of an array or of several."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), one, other)
 
 
 def beams(
@@ -158,8 +182,9 @@ def beams(
     *,
     answers: int = 1,
     length_penalty: float = 1.0,
-    min_new_tokens: int = 0,
+    rules: Rules | None = None,
     early_stopping: EarlyStopping = "heuristic",
+    logprobs: int | None = None,
 ) -> Beams:
     """Beam search's numbers. Raises ValueError for those out of range."""
     if num_beams < 1:
@@ -168,8 +193,6 @@ def beams(
         raise ValueError(
             f"{num_beams} beams find 1 to {num_beams} answers to a prompt, got {answers}"
         )
-    if min_new_tokens < 0:
-        raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
     if not -100 <= length_penalty <= 100:
         raise ValueError(f"length_penalty lies between -100 and 100, got {length_penalty}")
     if early_stopping not in get_args(EarlyStopping):
@@ -181,5 +204,6 @@ def beams(
         num_answers=answers,
         early_stopping=early_stopping,
         length_penalty=jnp.asarray(length_penalty, jnp.float32),
-        min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
+        rules=rules or Rules.of(),
+        logprobs=logprobs,
     )

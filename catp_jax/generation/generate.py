@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep, Pruners, Select, Site
-from catp_jax.generation.decoding import Decoding, Stop
+from catp_jax.generation.decoding import Decoding, Stop, Written
 from catp_jax.generation.selector import Selection, Selector
-from catp_jax.struct import pytree, replace, static
+from catp_jax.struct import AnyArray, pytree, replace, static
 
 
 @runtime_checkable
@@ -55,16 +55,27 @@ class Prefilled:
 
 @pytree
 class Generated:
-    """New tokens of each answer, padding after the end; `lengths` counts them, the end token
-    included. A prompt's answers follow each other.
+    """What was written. A prompt's answers follow each other.
 
-    `logits` are those of the first new token.
+    `is_sound` says of each answer (in a beam search, of each prompt) whether its logits were finite
+    and left a token to choose; its tokens are worth nothing otherwise. `logits` are those of the
+    first new token.
     """
 
-    tokens: Int[Array, "answers new"]
-    lengths: Int[Array, " answers"]
+    written: Written
+    is_sound: Bool[Array, " some"]
     logits: Float[Array, "b vocab"]
     selection: Selection
+
+    @property
+    def tokens(self) -> Int[AnyArray, "answers new"]:
+        """New tokens of each answer, padding after the end."""
+        return self.written.tokens
+
+    @property
+    def lengths(self) -> Int[AnyArray, " answers"]:
+        """How many tokens an answer has, the end token included."""
+        return self.written.lengths
 
 
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
@@ -158,12 +169,9 @@ def decode(
         lambda carry: advance(model, pruners, carry, decoding, stop),
         begin(start, decoding, stop),
     )
-    tokens = decoding.answers(carry.state)
-    ended = stop.is_end(tokens)
-    lengths = jnp.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
     return Generated(
-        tokens=tokens,
-        lengths=lengths.astype(jnp.int32),
+        written=decoding.answers(carry.state),
+        is_sound=carry.state.is_sound,
         logits=start.logits,
         selection=replace(start.selection, states=carry.states),
     )

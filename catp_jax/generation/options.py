@@ -3,14 +3,20 @@
 import dataclasses
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from catp_jax.generation.beam import Beams, EarlyStopping, beams
 from catp_jax.generation.decoding import Decoding, Stop
+from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import Sampling, sampling
 
-WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences")
+WHOLE = (
+    *("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences"),
+    "no_repeat_ngram_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,10 @@ class Options:
     From 2 beams on there is beam search instead, see `beam.Beams`; `length_penalty` and
     `early_stopping` are for that alone. Each prompt gets `num_return_sequences` answers, which
     share its cache; a beam search gives its best ones, the best one first.
+
+    What may be written is said as in transformers, see `rules.Rules`. An answer also ends with one
+    of `stop_strings`, which stays in it. `logprobs` asks for the log-probability of each token, and
+    of so many of the likeliest ones.
 
     Raises ValueError for a number out of range and for options that exclude each other.
     """
@@ -34,6 +44,14 @@ class Options:
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "heuristic"
     num_return_sequences: int = 1
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    suppress_tokens: Sequence[int] = ()
+    begin_suppress_tokens: Sequence[int] = ()
+    forced_eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in WHOLE:
@@ -42,9 +60,16 @@ class Options:
                 raise ValueError(f"{name} is a whole number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
+        if self.logprobs is not None and (
+            isinstance(self.logprobs, bool)
+            or not isinstance(self.logprobs, numbers.Integral)
+            or self.logprobs < 0
+        ):
+            raise ValueError(f"logprobs is a number of tokens, from 0, got {self.logprobs!r}")
         # the rest is checked as it is made
-        self._search()
-        self._choice(1, 0)
+        self.rules()
+        self._search(Rules.of())
+        self._choice(1, 0, Rules.of())
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is at most max_new_tokens ({self.max_new_tokens}), got "
@@ -56,36 +81,115 @@ class Options:
                 "not both"
             )
         if self.num_beams == 1 and (self.length_penalty, self.early_stopping) != (1, "heuristic"):
-            raise ValueError("length_penalty and early_stopping want num_beams of 2 or more")
+            raise ValueError("length_penalty and early_stopping require num_beams of 2 or more")
+        if not all(isinstance(text, str) and text for text in self.strings):
+            raise ValueError(f"stop_strings are texts, and none is empty; got {self.stop_strings}")
 
-    def decoding(self, prompts: int) -> Decoding:
-        """What chooses the tokens of so many prompts. Raises ValueError if seeds are not theirs."""
-        return self._search() if self.num_beams > 1 else self._choice(prompts, self.seed)
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else (*self.stop_strings,)
 
-    def _search(self) -> Beams:
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ValueError for a token that a model with so many does not have."""
+        named = {
+            "suppress_tokens": self.suppress_tokens,
+            "begin_suppress_tokens": self.begin_suppress_tokens,
+            "forced_eos_token_id": self._forced,
+            "bad_words_ids": [token for word in self.bad_words_ids for token in word],
+        }
+        for name, tokens in named.items():
+            if (highest := max(tokens, default=0)) >= size:
+                raise ValueError(f"{name} has token {highest}; this model has {size} tokens")
+        if self.logprobs is not None and self.logprobs > size:
+            raise ValueError(f"logprobs is {self.logprobs}; this model has {size} tokens")
+
+    @property
+    def _forced(self) -> Sequence[int]:
+        forced = self.forced_eos_token_id
+        return () if forced is None else np.atleast_1d(forced).tolist()
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether what may be written depends on the prompts' tokens."""
+        has_words = any(len(word) > 1 for word in self.bad_words_ids)
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or has_words
+
+    def rules(self, before: Sequence[Sequence[int]] | None = None) -> Rules:
+        """What may be written; `before` are the prompts' tokens, see `Rules`."""
+        return Rules.of(
+            min_new_tokens=self.min_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            bad_words_ids=self.bad_words_ids,
+            forced_eos_token_id=self._forced,
+            suppress_tokens=self.suppress_tokens,
+            begin_suppress_tokens=self.begin_suppress_tokens,
+            before=before,
+        )
+
+    def decoding(self, prompts: int, before: Sequence[Sequence[int]] | None = None) -> Decoding:
+        """What chooses the tokens of so many prompts, with their tokens. Raises ValueError if
+        seeds are not theirs.
+        """
+        rules = self.rules(before)
+        return (
+            self._search(rules) if self.num_beams > 1 else self._choice(prompts, self.seed, rules)
+        )
+
+    def _search(self, rules: Rules) -> Beams:
         return beams(
             self.num_beams,
             length_penalty=self.length_penalty,
-            min_new_tokens=self.min_new_tokens,
+            rules=rules,
             early_stopping=self.early_stopping,
             answers=1 if self.num_beams == 1 else self.num_return_sequences,
+            logprobs=self.logprobs,
         )
 
-    def _choice(self, prompts: int, seed: int | Sequence[int]) -> Sampling:
+    def _choice(self, prompts: int, seed: int | Sequence[int], rules: Rules) -> Sampling:
         return sampling(
             prompts,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             seed=seed,
-            min_new_tokens=self.min_new_tokens,
+            rules=rules,
             answers=1 if self.num_beams > 1 else self.num_return_sequences,
+            logprobs=self.logprobs,
         )
 
-    def stop(self, ends: Sequence[int], pad: int) -> Stop:
-        """When answers end, for a model with these tokens."""
+    def stop(self, ends: Sequence[int], pad: int, strings: Any = None) -> Stop:
+        """When answers end, for a model with these tokens; `strings` is the machine that finds the
+        stop strings.
+        """
         return Stop(
             max_new_tokens=self.max_new_tokens,
             ends=jnp.asarray(ends, jnp.int32),
             pad=jnp.asarray(pad, jnp.int32),
+            strings=None if strings is None else jnp.asarray(strings),
         )
+
+
+HELP = {
+    "max_new_tokens": "Longest answer, in tokens.",
+    "min_new_tokens": "Shortest answer, in tokens.",
+    "temperature": "0 is greedy; above, answers vary.",
+    "top_k": "Draw from this many tokens; 0: all.",
+    "top_p": "Draw from this share of probability.",
+    "seed": "Prompt or line i draws with seed + i, from 0.",
+    "num_beams": "Search this many answers at a time for the likeliest; 1: no beam search.",
+    "length_penalty": "Beam search: above 0 favours long answers, 0 does not look at length.",
+    "early_stopping": "Beam search ends when no better answer is likely, with the first --beams "
+    "answers, or when none could be better.",
+    "num_return_sequences": "Answers to each prompt, drawn or of a beam search.",
+    "repetition_penalty": "Above 1, what the prompt or the answer has already is less likely.",
+    "no_repeat_ngram_size": "So many tokens in succession stand nowhere twice; 0: they may.",
+    "bad_words_ids": "Words that are not written, as tokens.",
+    "suppress_tokens": "A token that is not written. Repeat it.",
+    "begin_suppress_tokens": "A token that no answer begins with.",
+    "forced_eos_token_id": "The token that ends an answer of the full length.",
+    "stop_strings": "A text that ends an answer. Repeat it.",
+    "logprobs": "With --json: log-probabilities, of this many likely tokens too.",
+}
+"""What commands say of each option."""

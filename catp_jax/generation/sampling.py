@@ -12,73 +12,83 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from catp_jax.generation.decoding import Stop
-from catp_jax.struct import pytree, static
+from catp_jax.generation.decoding import Chosen, Stop, Written, with_logprobs
+from catp_jax.generation.rules import Rules
+from catp_jax.struct import pytree, replace, static
 
 
 @pytree
-class Written:
+class Drawing:
     """Answers in the making: `number` tokens of each are there, `is_open` where none is the end."""
 
     number: Int[Array, ""]
-    tokens: Int[Array, "r new"]
+    written: Written
     is_open: Bool[Array, " r"]
+    is_sound: Bool[Array, " r"]
 
 
 @pytree
 class Sampling:
     """How to choose. Each answer has a seed of its own, so its tokens don't depend on its
-    neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play. No answer ends before it has
-    `min_new_tokens`, the end token apart. A prompt gets `rows` answers.
+    neighbours. `top_k` 0 and `top_p` 1 leave all tokens in play. A prompt gets `rows` answers.
+
+    Log-probabilities, of the `logprobs` likeliest tokens too, are those that a token is drawn with:
+    after rules, temperature, top-k and top-p, as in transformers' `scores`.
     """
 
     rows: int = static(default=1)
     is_greedy: bool = static()
     is_filtered: bool = static()
+    logprobs: int | None = static(default=None)
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     seeds: UInt32[Array, " r"]
-    min_new_tokens: Int[Array, ""]
+    rules: Rules
 
-    def start(self, batch: int, stop: Stop) -> Written:
+    def start(self, batch: int, stop: Stop) -> Drawing:
         """No token yet."""
         answers = batch * self.rows
-        return Written(
+        return Drawing(
             number=jnp.asarray(0, jnp.int32),
-            tokens=jnp.full((answers, stop.max_new_tokens), stop.pad, jnp.int32),
+            written=Written.start((answers,), stop, self.logprobs),
             is_open=jnp.ones(answers, bool),
+            is_sound=jnp.ones(answers, bool),
         )
 
     def advance(
-        self, logits: Float[Array, "r vocab"], state: Written, stop: Stop
-    ) -> tuple[Int[Array, " r"], None, Written]:
+        self, logits: Float[Array, "r vocab"], state: Drawing, stop: Stop
+    ) -> tuple[Int[Array, " r"], None, Drawing]:
         """One token more for each answer, padding for one that has ended."""
-        token = self.pick(logits, state.number, stop.ends)
-        token = jnp.where(state.is_open, token, stop.pad)
-        tokens = jax.lax.dynamic_update_slice_in_dim(
-            state.tokens, token[:, None], state.number, axis=1
+        allowed = self.rules(logits, state.written.tokens, state.number, stop)
+        is_left = (allowed > -jnp.inf).any(axis=-1)
+        sound = (jnp.isfinite(logits).all(axis=-1) & is_left) | ~state.is_open
+        chosen = self.choose(allowed, state.number)
+        chosen = replace(chosen, tokens=jnp.where(state.is_open, chosen.tokens, stop.pad))
+        written = state.written.extended(chosen, state.number, stop)
+        state = Drawing(
+            number=state.number + 1,
+            written=replace(
+                written, lengths=jnp.where(state.is_open, written.lengths, state.written.lengths)
+            ),
+            is_open=state.is_open & sound & ~written.has_ended(chosen, stop),
+            is_sound=state.is_sound & sound,
         )
-        is_open = state.is_open & ~stop.is_end(token)
-        return token, None, Written(number=state.number + 1, tokens=tokens, is_open=is_open)
+        return chosen.tokens, None, state
 
-    def answers(self, state: Written) -> Int[Array, "r new"]:
+    def answers(self, state: Drawing) -> Written:
         """All of them."""
-        return state.tokens
+        return state.written
 
-    def pick(
-        self, logits: Float[Array, "r vocab"], step: Int[Array, ""], ends: Int[Array, " e"]
-    ) -> Int[Array, " r"]:
-        """One token for each row; `step` numbers the new tokens of a generation, from 0."""
-        is_end = jnp.zeros(logits.shape[-1], bool).at[ends].set(True)
-        logits = jnp.where((is_end & (step < self.min_new_tokens))[None], -jnp.inf, logits)
-        if self.is_greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def choose(self, logits: Float[Array, "r vocab"], step: Int[Array, ""]) -> Chosen:
+        """A token for each row; `step` numbers the new tokens of a generation, from 0."""
         logits = logits.astype(jnp.float32)
+        if self.is_greedy:
+            return self._noted(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits)
         logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(self.seeds)
         if not self.is_filtered:
-            return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+            return self._noted(jax.vmap(jax.random.categorical)(keys, logits), logits)
         order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
         ordered = jnp.take_along_axis(logits, order, axis=-1)
 
@@ -88,8 +98,17 @@ class Sampling:
         shares = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares
         ordered = jnp.where((before >= self.top_p) & (place > 0), -jnp.inf, ordered)
-        chosen = jax.vmap(jax.random.categorical)(keys, ordered)
-        return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+        places = self._noted(jax.vmap(jax.random.categorical)(keys, ordered), ordered)
+
+        def token(place: Array) -> Array:
+            return jnp.take_along_axis(order, place.reshape(len(order), -1), axis=-1)
+
+        top = None if places.top_tokens is None else token(places.top_tokens)
+        return replace(places, tokens=token(places.tokens)[:, 0], top_tokens=top)
+
+    def _noted(self, tokens: Int[Array, " r"], logits: Float[Array, "r vocab"]) -> Chosen:
+        scores = logits if self.logprobs is None else jax.nn.log_softmax(logits, axis=-1)
+        return with_logprobs(tokens.astype(jnp.int32), scores, self.logprobs)
 
 
 def sampling(
@@ -99,8 +118,9 @@ def sampling(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | Sequence[int] | np.ndarray = 0,
-    min_new_tokens: int = 0,
+    rules: Rules | None = None,
     answers: int = 1,
+    logprobs: int | None = None,
 ) -> Sampling:
     """Sampling for a batch, with so many `answers` to each prompt; temperature 0 is greedy.
 
@@ -114,8 +134,6 @@ def sampling(
         raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
-    if min_new_tokens < 0:
-        raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
     if answers < 1:
         raise ValueError(f"a prompt gets at least 1 answer, got {answers}")
     if answers > 1 and temperature == 0:
@@ -137,5 +155,6 @@ def sampling(
         top_k=jnp.asarray(min(int(top_k), 2**31 - 1), jnp.int32),
         top_p=jnp.asarray(top_p, jnp.float32),
         seeds=jnp.asarray(np.asarray(seeds, np.uint32)),
-        min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
+        rules=rules or Rules.of(),
+        logprobs=logprobs,
     )

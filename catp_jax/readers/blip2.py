@@ -34,6 +34,7 @@ from catp_jax.readers.reading import (
     check_processor,
     check_tokens,
     load_processor,
+    prompts_of,
     remember,
     stretched,
 )
@@ -78,6 +79,14 @@ class QueryingReader:
     def visual_tokens(self, question: Question[np.ndarray]) -> int:
         """How many visual tokens a question has, before any pruning."""
         return self.config.num_query_tokens
+
+    def before_answers(self, packed: Packed[Any]) -> list[list[int]]:
+        """The placeholders and tokens of each prompt; with T5 the start token alone."""
+        text, mark = self.config.text, self.config.image_token_index
+        if isinstance(text, T5Config):
+            return [[text.decoder_start_token_id] for _ in packed.available]
+        marks = [] if mark is None else [mark] * self.config.num_query_tokens
+        return [[*marks, *tokens] for tokens in prompts_of(packed)]
 
     def locate(self, packed: Packed[Any], row: int, numbers: np.ndarray) -> KeptQueries:
         """The queries `numbers` come from no one place; see `attention_map`."""

@@ -25,6 +25,7 @@ from catp_jax.readers.reading import (
     check_processor,
     check_tokens,
     load_processor,
+    prompts_of,
     remember,
     stretched,
 )
@@ -92,6 +93,10 @@ class MllamaReader:
         tokens = [question.tokens for question in questions]
         images = [question.images for question in questions]
         return pack(tokens, images, self.config, self.mask_mode, shares)
+
+    def before_answers(self, packed: MllamaPacked) -> list[list[int]]:
+        """The tokens of each prompt, image marks among them."""
+        return prompts_of(packed)
 
     def locate(self, packed: MllamaPacked, row: int, numbers: np.ndarray) -> KeptTokens:
         """Where the visual tokens `numbers` of a prompt come from."""

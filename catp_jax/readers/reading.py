@@ -10,6 +10,7 @@ import numpy as np
 
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import Packed
+from catp_jax.sharding.place import fetch
 
 Prompt = str | Sequence[dict[str, Any]]
 """Plain text, or chat messages for the checkpoint's own chat template."""
@@ -75,6 +76,12 @@ class Reader(Protocol):
         """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         ...
 
+    def before_answers(self, packed: Any) -> list[list[int]]:
+        """The tokens in front of each answer, as transformers' `generate` has them: a prompt's with
+        its image placeholders, for an encoder-decoder what its decoder begins with.
+        """
+        ...
+
     def locate(self, packed: Any, row: int, numbers: np.ndarray) -> Kept:
         """Where the visual tokens `numbers` of a prompt come from."""
         ...
@@ -97,6 +104,12 @@ def remember(done: Done, source: ImageLike, process: Callable[[ImageLike], Any])
         # the source is kept: once it is gone, another object may get its id
         done[key] = (source, process(source))
     return done[key][1]
+
+
+def prompts_of(packed: Packed[Any]) -> list[list[int]]:
+    """The tokens of each prompt, without padding."""
+    tokens, valid = fetch((packed.inputs.tokens, packed.inputs.token_valid))
+    return [row[own].tolist() for row, own in zip(tokens, valid, strict=True)]
 
 
 def stretched(image: np.ndarray) -> np.ndarray:

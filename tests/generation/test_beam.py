@@ -18,6 +18,7 @@ import torch
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
 from catp_jax.generation.decoding import Stop
+from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import sampling
 from tests.generation.second_order import HfSecondOrder, ours, table
 
@@ -59,9 +60,11 @@ def search(
     ends: tuple[int, ...] = ENDS,
     prompts: np.ndarray = PROMPTS,
     new: int = NEW,
+    min_new_tokens: int = 0,
     **options: Any,
 ) -> programs.Generated:
     """Our answers."""
+    options["rules"] = Rules.of(min_new_tokens=min_new_tokens)
     return programs.generate(
         ours(logits),
         (),
@@ -161,7 +164,7 @@ def test_one_beam_is_greedy(early: str, minimum: int):
             ours(logits),
             (),
             jnp.asarray(PROMPTS, jnp.int32),
-            sampling(len(PROMPTS), min_new_tokens=minimum),
+            sampling(len(PROMPTS), rules=Rules.of(min_new_tokens=minimum)),
             Stop(
                 ends=jnp.asarray(ENDS, jnp.int32),
                 pad=jnp.asarray(PAD, jnp.int32),
@@ -271,7 +274,6 @@ def test_logits_are_those_of_the_first_new_token():
     [
         ({"num_beams": 0}, "num_beams is at least 1, got 0"),
         ({"num_beams": -2}, "num_beams"),
-        ({"num_beams": 2, "min_new_tokens": -1}, "min_new_tokens is at least 0, got -1"),
         ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty"),
         ({"num_beams": 2, "length_penalty": math.inf}, "length_penalty"),
         ({"num_beams": 2, "length_penalty": -101.0}, "length_penalty"),

@@ -15,6 +15,7 @@ import torch
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
 from catp_jax.generation.decoding import Stop
+from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import sampling
 from catp_jax.struct import replace
 from tests.parity import tiny as mllama
@@ -78,6 +79,12 @@ def ours(name: str, ends: tuple[int, ...], how: Any, inputs: Any = None) -> prog
     )
 
 
+def how(num_beams: int, early: Any, penalty: float, minimum: int) -> Any:
+    """Our search."""
+    rules = Rules.of(min_new_tokens=minimum)
+    return beams(num_beams, early_stopping=early, length_penalty=penalty, rules=rules)
+
+
 @functools.cache
 def frequent(name: str) -> list[tuple[int, int]]:
     """Pairs of tokens that occur early in some answers, so that they make good end tokens."""
@@ -94,7 +101,7 @@ def test_answers_are_transformers(name: str, num_beams: int, early: str):
     for ends, penalty, minimum in zip(pairs, (2.0, -1.0, 1.0, 0.0), (0, 1, 3, 0), strict=True):
         options = {"length_penalty": penalty, "min_new_tokens": minimum}
         expected = theirs(name, ends, num_beams=num_beams, early_stopping=EARLY[early], **options)
-        out = ours(name, ends, beams(num_beams, early_stopping=early, **options))
+        out = ours(name, ends, how(num_beams, early, penalty, minimum))
         np.testing.assert_array_equal(out.tokens, expected)
         lengths += out.lengths.tolist()
     assert min(lengths) < NEW / 2  # ends do occur, and not everywhere
@@ -110,7 +117,7 @@ def test_greedy_tokens_are_transformers(name: str, minimum: int):
             model,
             (),
             inputs,
-            sampling(inputs.tokens.shape[0], min_new_tokens=minimum),
+            sampling(inputs.tokens.shape[0], rules=Rules.of(min_new_tokens=minimum)),
             Stop(
                 ends=jnp.asarray(ends, jnp.int32),
                 pad=jnp.asarray(PAD, jnp.int32),

@@ -169,9 +169,9 @@ def test_single_steps_are_the_loop_one_token_at_a_time():
     rows = [[1, 2, END], [3, 8, 4], [END, 5, 6], [9, 9, 9]]
     model, how, stop = scripted(rows), sampling(3), stopped(6)
     carry = programs.begin(programs.prefill(model, (), None, new_slots=6), how, stop)
-    seen = [carry.state.tokens[:, 0]]
+    seen = [carry.state.written.tokens[:, 0]]
     while carry.state.is_open.any():
         carry = programs.advance(model, (), carry, how, stop)
         seen.append(carry.last)
     np.testing.assert_array_equal(jnp.stack(seen, axis=1), run(rows, 6).tokens[:, : len(seen)])
-    np.testing.assert_array_equal(how.answers(carry.state), run(rows, 6).tokens)
+    np.testing.assert_array_equal(how.answers(carry.state).tokens, run(rows, 6).tokens)

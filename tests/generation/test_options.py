@@ -45,8 +45,8 @@ def test_beams_and_samples_have_rows_of_their_own():
         ({"temperature": -1.0}, "temperature is 0"),
         ({"top_k": -1}, "top_k is a number of tokens"),
         ({"num_beams": 2, "top_p": 0.5}, "beam search draws nothing"),
-        ({"length_penalty": 0.5}, "want num_beams of 2 or more"),
-        ({"early_stopping": "first"}, "want num_beams of 2 or more"),
+        ({"length_penalty": 0.5}, "require num_beams of 2 or more"),
+        ({"early_stopping": "first"}, "require num_beams of 2 or more"),
     ],
 )
 def test_options_that_cannot_be_are_refused_as_they_are_made(given: dict, says: str):

@@ -13,8 +13,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from catp_jax.generation.sampling import Sampling, sampling
 
 DRAWS = 4000
-NONE = jnp.zeros(0, jnp.int32)  # no end token
-pick = jax.jit(lambda choice, logits, step: choice.pick(logits, step, NONE))
+pick = jax.jit(lambda choice, logits, step: choice.choose(logits, step).tokens)
 unchecked = inspect.unwrap(sampling)  # as a user calls it, without our checks of types
 
 
@@ -119,7 +118,7 @@ def test_bfloat16_logits_are_sampled_in_float32():
 
 
 def test_other_numbers_reuse_the_program():
-    fresh = jax.jit(lambda choice, logits, step: choice.pick(logits, step, NONE))
+    fresh = jax.jit(lambda choice, logits, step: choice.choose(logits, step).tokens)
     logits = jnp.zeros((3, 10))
     for temperature, top_k, top_p, seed in [(0.5, 0, 0.9, 0), (2.0, 7, 0.1, 9), (1.0, 3, 1.0, 4)]:
         choice = sampling(3, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -131,7 +130,7 @@ def test_other_numbers_reuse_the_program():
 
 def test_without_top_k_and_top_p_nothing_is_sorted():
     logits, step = jnp.zeros((3, 10)), jnp.asarray(0, jnp.int32)
-    program = jax.jit(lambda choice: choice.pick(logits, step, NONE))
+    program = jax.jit(lambda choice: choice.choose(logits, step).tokens)
     assert "sort" not in program.lower(sampling(3, temperature=0.5)).as_text()
     assert "sort" in program.lower(sampling(3, temperature=0.5, top_k=4)).as_text()
 

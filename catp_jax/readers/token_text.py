@@ -1,0 +1,63 @@
+"""What each token writes, in bytes, read off a tokenizer's vocabulary."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from catp_jax.generation.stop_strings import machine
+
+
+@lru_cache(maxsize=8)
+def stop_machine(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
+    """What finds `strings` in the tokens of a model that has so many, see `stop_strings`."""
+    return machine(strings, token_bytes(tokenizer, size))
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
+    """What tokens 0 to `size` write, special ones their names, unknown ones nothing.
+
+    Byte-level vocabularies spell each byte as a character, the others a space as "▁" and bytes that
+    are no character of theirs as <0xNN>.
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    kinds = set() if decoder is None else set(_kinds(json.loads(decoder.__getstate__())))
+    is_byte_level = "ByteLevel" in kinds
+    added = tokenizer.get_added_vocab()
+    found = [b""] * size
+    for token, number in tokenizer.get_vocab().items():
+        if number >= size:
+            continue
+        if token in added:
+            found[number] = token.encode()
+        elif is_byte_level and all(letter in BYTES for letter in token):
+            found[number] = bytes(BYTES[letter] for letter in token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            found[number] = bytes([int(token[3:5], 16)])
+        else:
+            found[number] = token.replace("▁", " ").encode()
+    return found
+
+
+def _kinds(decoder: Any) -> list[str]:
+    """The types of a decoder and of those that it is made of."""
+    if not isinstance(decoder, dict):
+        return []
+    return [
+        decoder["type"],
+        *(kind for part in decoder.get("decoders", []) for kind in _kinds(part)),
+    ]
+
+
+def _spelled_bytes() -> dict[str, int]:
+    """The characters by which byte-level vocabularies spell bytes: printable ones are themselves,
+    the others follow each other from 256.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    spelled = {chr(byte): byte for byte in printable}
+    return spelled | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _spelled_bytes()
