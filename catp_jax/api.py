@@ -56,13 +56,13 @@ PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 
 class Unsound(ValueError):
-    """Logits that no token can be chosen from, at the prompts `numbers`."""
+    """Logits that no token can be chosen from, at the prompts `numbers`; of one alone, if none."""
 
-    def __init__(self, numbers: list[int]):
+    def __init__(self, numbers: Sequence[int] = ()):
         self.numbers = numbers
-        which = ", ".join(map(str, numbers))
+        which = f"prompt {', '.join(map(str, numbers))}: " if numbers else ""
         super().__init__(
-            f"prompt {which}: the model's logits are not finite, or every token is forbidden; look "
+            f"{which}the model's logits are not finite, or every token is forbidden; look "
             "at the weights with `catp-jax doctor`, try dtype='float32' if they are float16, or "
             "allow more tokens"
         )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax.api import Answers, Model
+from catp_jax.api import Answers, Model, Unsound
 from catp_jax.generation.options import Options
 from catp_jax.lines import JsonLines, Row
 from catp_jax.pruning.named import limits, named
@@ -156,7 +156,7 @@ def answer(
     """
     options = options or Options()
     methods = named(prune, keep)
-    under_way: Iterator[Answer] = iter(())
+    under_way: Iterator[Answer | Problem] = iter(())
     for start in range(0, len(requests), batch_size):
         chunk, images = requests[start : start + batch_size], {}
         usable: list[tuple[Request, Question[Any]]] = []
@@ -192,7 +192,7 @@ def _begin(
     prune: Any,
     keep: Any,
     options: Options,
-) -> Iterator[Answer]:
+) -> Iterator[Answer | Problem]:
     """Sets the device to work on a batch; the answers come from what is returned."""
     if not usable:
         return iter(())
@@ -206,8 +206,17 @@ def _begin(
         **{**dataclasses.asdict(options), "seed": seeds},
     )
 
-    def answers() -> Iterator[Answer]:
-        found = fetch()
+    def answers() -> Iterator[Answer | Problem]:
+        try:
+            found = fetch()
+        except Unsound as error:
+            bad = [usable[number][0] for number in error.numbers if number < len(usable)]
+            if any(request.line is None for request in bad):
+                raise
+            yield from (Problem(request.line, str(Unsound())) for request in bad)
+            rest = [pair for pair in usable if pair[0] not in bad]
+            yield from _begin(model, rest, batch_size, prune, keep, options)
+            return
         for index, (request, _) in enumerate(usable):
             yield Answer(request, found, index)
 

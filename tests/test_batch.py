@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from catp_jax.batch import Request, read_requests
+from catp_jax.api import Unsound, load
+from catp_jax.batch import Problem, Request, answer, read_requests
 from tests.command import catp_jax
 
 ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
@@ -164,6 +165,31 @@ def test_a_file_that_another_process_writes_is_refused_before_a_model_is_loaded(
         )
     assert done.returncode == 1
     assert "another process is writing" in done.stderr
+
+
+def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeypatch):
+    model = load(ASSETS / "mini-blip2-opt")
+    asked = [Request(ASK, (CIRCLE,), number, line) for number, line in enumerate((4, 6, 8))]
+    begun = model.begin
+    batches = []
+
+    def begin(self, packed, **options):
+        """As if the second prompt of the first batch made no numbers."""
+        batches.append(options["seed"])
+        return fails if len(batches) == 1 else begun(packed, **options)
+
+    def fails():
+        raise Unsound([1])
+
+    monkeypatch.setattr(type(model), "begin", begin)
+    found = [*answer(model, asked, batch_size=3)]
+    problem, *answered = found
+    assert isinstance(problem, Problem)
+    assert problem.line == 6
+    assert "not finite" in problem.said
+    assert "prompt 1" not in problem.said
+    assert [(one.request.line, one.text) for one in answered] == [(4, "blue"), (8, "blue")]
+    assert batches == [[0, 1, 2], [0, 2, 0]]
 
 
 def test_out_is_for_a_file_of_requests():
