@@ -323,11 +323,11 @@ class Model:
         if methods and pruners:
             raise ValueError("give pruners, or methods by name (prune and keep), not both")
         if methods:
-            return pruners_of(methods, packed.available, packed.slots, self.sites)
-        pruners, room = settle(pruners, self.sites), packed.most
-        for pruner in sorted(pruners, key=turn):
-            if pruner.keep is not None and room:
-                room = budget.count(pruner.keep, room)
+            slots = packed.slots
+            return pruners_of(methods, packed.available, slots, self.sites, packed.most)
+        pruners = settle(pruners, self.sites)
+        keeps = [pruner.keep for pruner in sorted(pruners, key=turn)]
+        budget.check([keep for keep in keeps if keep is not None], packed.most)
         return pruners
 
     def _check_length(self, longest: int, new: int) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 from catp_jax.api import Answers, Model, Unsound
 from catp_jax.generation.options import Options
 from catp_jax.lines import JsonLines, Row
-from catp_jax.pruning.named import limits, named
 from catp_jax.readers.reading import Prompt, Question
 from catp_jax.sharding.distributed import agreed, is_first
 
@@ -155,7 +154,6 @@ def answer(
     Raises ValueError for a request that cannot be used and has no line to tell it by.
     """
     options = options or Options()
-    methods = named(prune, keep)
     under_way: Iterator[Answer | Problem] = iter(())
     for start in range(0, len(requests), batch_size):
         chunk, images = requests[start : start + batch_size], {}
@@ -166,7 +164,6 @@ def answer(
                 question = model.read(
                     request.images, prompt, max_new_tokens=options.max_new_tokens, done=images
                 )
-                limits(methods, model.visual_tokens(question))
                 usable.append((request, question))
             except Exception as error:  # whatever it is, the others get their answers
                 if request.line is None:

@@ -108,7 +108,8 @@ def plan(
         devices_of(gpu)  # says so if there is no compiler
 
     def pruner(visual: int, sites: Any) -> Any:
-        return make(prune or methods_for(sites)[0], budget.parse(keep or "").count(visual), sites)
+        budget.check([keep or ""], visual)
+        return make(prune or methods_for(sites)[0], budget.count(keep or "", visual), sites)
 
     def tell(batch: int, total: int) -> None:
         print(f"a batch of {batch}: {total / 1e9:.3g} GB a device", file=sys.stderr, flush=True)

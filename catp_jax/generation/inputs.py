@@ -24,13 +24,14 @@ class Packed(Generic[Arrays]):
     """`inputs` for the model, and what the host knows of them.
 
     `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `slots` is the
-    room that each prompt gets for them, and `most` the largest budget that makes sense.
+    room that each prompt gets for them, and `most` what a prompt of this model may have (None: any
+    number).
     `longest` is the longest prompt, in tokens of the language model.
     """
 
     inputs: Arrays
     available: tuple[int, ...]
-    most: int
+    most: int | None
     slots: int
     longest: int
 

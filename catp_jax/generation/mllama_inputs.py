@@ -114,7 +114,7 @@ def pack(
         ),
         tiles=tiles,
         available=tuple(sum(image.num_tiles for image in own) * per_tile for own in images),
-        most=richest * most_tiles * per_tile,
+        most=None,
         slots=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
         longest=max(len(tokens) for tokens in prompts),
     )

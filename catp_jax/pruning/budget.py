@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 WANTED = "keep takes a count of at least 1 or a percentage such as 50%"
 
@@ -15,19 +16,13 @@ class Budget:
     percent: float | None
 
     def count(self, available: int) -> int:
-        """The number of entries to keep of `available` ones; a percentage is rounded up.
-
-        Raises ValueError if there are fewer.
+        """The number of entries to keep of `available` ones: a count, as far as there are as many,
+        or a percentage, rounded up.
         """
         if self.number is None:
             rounded = math.ceil(available * (self.percent or 0) / 100 - 1e-9)
             return max(rounded, min(available, 1))
-        if self.number > available:
-            raise ValueError(
-                f"keep is {self.number}, but there are only {available} visual tokens; "
-                f"give 1 to {available}, or a percentage"
-            )
-        return self.number
+        return min(self.number, available)
 
 
 def parse(keep: int | str) -> Budget:
@@ -49,6 +44,24 @@ def parse(keep: int | str) -> Budget:
 def count(keep: int | str, available: int) -> int:
     """The number of entries that `keep` stands for, of `available` ones."""
     return parse(keep).count(available)
+
+
+def check(keeps: Sequence[int | str], most: int | None) -> None:
+    """Raises ValueError for a count that no prompt can fill, of methods that follow each other.
+
+    `most` is what a prompt may have (None: any number); a prompt that has fewer keeps what it has.
+    """
+    for keep in keeps:
+        budget = parse(keep)
+        if most is None:
+            most = budget.number
+            continue
+        if budget.number is not None and budget.number > most:
+            raise ValueError(
+                f"keep is {budget.number}, but there are only {most} visual tokens; "
+                f"give 1 to {most}, or a percentage"
+            )
+        most = budget.count(most)
 
 
 def capacities(available: int, steps: int = 8) -> tuple[int, ...]:

@@ -44,33 +44,30 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
 
 
 def limits(methods: Named, available: int) -> list[int]:
-    """How many of its visual tokens a prompt keeps, by each method in turn.
-
-    Raises ValueError if it has some, and fewer than a count asks for.
-    """
+    """How many of its visual tokens a prompt keeps, by each method in turn."""
     found = []
     for _, keep in methods:
-        if available and keep != AUTO:
+        if keep != AUTO:
             available = budget.count(keep, available)
         found.append(available)
     return found
 
 
 def pruners(
-    methods: Named, available: Sequence[int], slots: int, sites: frozenset[Site]
+    methods: Named,
+    available: Sequence[int],
+    slots: int,
+    sites: frozenset[Site],
+    most: int | None = None,
 ) -> tuple[Any, ...]:
     """One pruner a method, for prompts with so many visual tokens each, of `slots` at most.
 
-    Shapes depend on `slots` alone; a percentage leaves each prompt its own share of its tokens.
-    Raises ValueError if a prompt has fewer than a count asks for, with its number if others don't.
+    Shapes depend on `slots` alone; a percentage leaves each prompt its own share of its tokens, a
+    count what it has, if that is less. Raises ValueError for a count that no prompt can fill, which
+    may have `most`.
     """
-    own = []
-    for number, count in enumerate(available):
-        try:
-            own.append(limits(methods, count))
-        except ValueError as error:
-            where = f"prompt {number}: " if len({*available}) > 1 else ""
-            raise ValueError(f"{where}{error}") from None
+    budget.check([keep for _, keep in methods if keep != AUTO], most)
+    own = [limits(methods, count) for count in available]
     made = []
     for number, (spec, keep) in enumerate(methods):
         if slots and keep == AUTO:

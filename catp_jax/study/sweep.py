@@ -43,9 +43,10 @@ FORMAT = 1  # of the journal's rows
 class Answerer(Protocol):
     """What a study needs of a loaded model (`catp_jax.api`).
 
-    `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs` and `available`, the
-    visual tokens of each prompt; `generate_packed` gives `text`, `logits` of the first new token,
-    and `kept`, None or one entry a prompt, whose `number` counts visual tokens before pruning.
+    `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
+    tokens of each prompt, and `most`, what a prompt of the model may have. `generate_packed` gives
+    `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose `number`
+    counts visual tokens before pruning.
     `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
     it a prompt's kept tokens look, [rows, columns] in 0 … 1.
     """
@@ -385,7 +386,7 @@ class _Sweep:
             return ()
         methods, most = ((setting.method, setting.keep or ""),), max(packed.available)
         try:
-            made = named.pruners(methods, packed.available, most, self.model.sites)
+            made = named.pruners(methods, packed.available, most, self.model.sites, packed.most)
         except ValueError as error:
             raise ValueError(f"{setting.method}: {error}") from None
         if not made:  # no prompt has an image

@@ -60,9 +60,22 @@ def test_what_is_no_budget_is_refused_with_what_is(keep):
 
 
 @pytest.mark.parametrize("keep", [261, "261", 10**9])
-def test_more_than_there_is_is_refused_with_the_number_there_is(keep):
-    with pytest.raises(ValueError, match="there are only 260 visual tokens; give 1 to 260"):
-        budget.count(keep, 260)
+def test_more_than_there_is_keeps_what_there_is(keep):
+    assert budget.count(keep, 260) == 260
+
+
+@pytest.mark.parametrize("keeps", [[261], ["261"], ["100%", 10**9], ["50%", 131], [8, "9"]])
+def test_more_than_any_prompt_can_have_is_refused_with_what_that_is(keeps):
+    most = {8: 8, "50%": 130}.get(keeps[0], 260)
+    with pytest.raises(ValueError, match=f"only {most} visual tokens; give 1 to {most}"):
+        budget.check(keeps, 260)
+
+
+def test_where_a_prompt_may_have_any_number_only_a_budget_before_is_a_bound():
+    budget.check([10**9, "50%", 5 * 10**8], None)
+    budget.check(["50%", 10**9], None)
+    with pytest.raises(ValueError, match="only 64 visual tokens"):
+        budget.check(["50%", 64, 65], None)
 
 
 @pytest.mark.parametrize("available", [1, 5, 8, 80, 6404])

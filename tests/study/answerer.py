@@ -110,7 +110,10 @@ class Tiny:
         ]
         available = (TOKENS,) * len(prompts)
         return SimpleNamespace(
-            prompts=list(prompts), available=available, inputs=jnp.asarray(np.stack(tokens))
+            prompts=list(prompts),
+            available=available,
+            most=TOKENS,
+            inputs=jnp.asarray(np.stack(tokens)),
         )
 
     def generate_packed(
