@@ -437,6 +437,7 @@ def load(
     vision_mode: VisionMode | None = None,
     mask_mode: MaskMode | None = None,
     ignore_config: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
     by `catp-jax convert`.
@@ -447,14 +448,20 @@ def load(
     they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the
     decoder gets (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and
     what text does that sees no image ("meta", see `cross_decoder.MaskMode`). config.json is read as
-    if it had not the keys `ignore_config` ("text_config.x" for one of a part).
+    if it had not the keys `ignore_config` ("text_config.x" for one of a part). A LoRA
+    adapter, beside the weights or in the folder `adapter`, is merged into them.
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     find_devices()
     network, _ = convert.load(
-        folder, dtype, None if mesh is None else partial(_spread, mesh), weights, ignore_config
+        folder,
+        dtype,
+        None if mesh is None else partial(_spread, mesh),
+        weights,
+        ignore_config,
+        adapter,
     )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode

@@ -35,6 +35,11 @@ Dtype = Annotated[
 ]
 
 
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Merge the LoRA adapter in this folder; one beside the weights always is."),
+]
+
 METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random"
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
 
@@ -159,6 +164,7 @@ def generate(
     ] = None,
     mesh: cli_cluster.MeshOption = None,
     ignore_config: cli_cluster.IgnoreConfig = None,
+    adapter: Adapter = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
@@ -247,6 +253,7 @@ def generate(
         vision_mode=vision_mode,
         mask_mode=mask_mode,
         ignore_config=ignore_config or (),
+        adapter=adapter,
     )
     answers = batches.answer(
         loaded,
@@ -283,12 +290,13 @@ def convert(
         bool, typer.Option("--verify", help="Read all back from the disk and compare checksums.")
     ] = False,
     ignore_config: cli_cluster.IgnoreConfig = None,
+    adapter: Adapter = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
     from convert.__main__ import run
 
     with cli_study.interruptible():
-        run(source, out, to_hf, dtype, verify, ignore_config or ())
+        run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)
 
 
 app.command()(cli_cluster.plan)

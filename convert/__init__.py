@@ -12,6 +12,7 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from catp_jax.models.narrow import Weights, check
+from convert.adapter import alone
 from convert.converted import MANIFEST, load_converted, read_config, to_hf, to_orbax
 from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
@@ -44,13 +45,15 @@ def load(
     place: Place | None = None,
     weights: Weights | None = None,
     ignore_config: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
     `dtype` changes the weights' number type; `place` gives the abstract model's leaves the
     shardings they are read onto; `weights` has the language model's layers narrowed to 8 bits, see
-    `catp_jax.models.narrow`. Keys of config.json in `ignore_config` are read as if they were not
-    there. Raises ValueError if the folder is neither or is damaged.
+    `catp_jax.models.narrow`. A LoRA adapter, beside the weights or in the folder `adapter`, is
+    merged into them, see `convert.adapter`. Keys of config.json in `ignore_config` are read as if
+    they were not there. Raises ValueError if the folder is neither or is damaged.
     """
     check(weights)
     folder = Path(folder)
@@ -62,12 +65,18 @@ def load(
         )
     refuse_unfinished(folder)
     if (folder / MANIFEST).exists():
+        if adapter is not None:
+            raise ValueError(
+                f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
+                "load the Hugging Face folder with it"
+            )
         model = load_converted(folder, dtype, place, weights, ignore_config)
     elif (folder / "config.json").exists():
-        model, _ = load_hf(folder, dtype, place=place, weights=weights, ignore_config=ignore_config)
+        model, _ = load_hf(folder, dtype, None, place, weights, ignore_config, adapter)
     else:
         raise ValueError(
-            f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "
+            alone(folder)
+            or f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "
             f"{MANIFEST} (a converted one)"
         )
     return model, model.config

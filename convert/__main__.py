@@ -34,12 +34,13 @@ def run(
     dtype: str | None = None,
     verify: bool = False,
     ignore_config: Sequence[str] = (),
+    adapter: Path | None = None,
 ) -> Report:
     """Converts a folder and prints what became of every tensor. Raises ValueError."""
-    if to_hf and (dtype is not None or verify or ignore_config):
+    if to_hf and (dtype is not None or verify or ignore_config or adapter):
         raise ValueError(
-            "--dtype, --verify and --ignore-config go with the way there; --to-hf writes what is "
-            "stored, and checks it"
+            "--dtype, --verify, --ignore-config and --adapter go with the way there; --to-hf "
+            "writes what is stored, and checks it"
         )
     console = Console(stderr=True)
     for left in remove_leftovers(out):
@@ -56,7 +57,7 @@ def run(
         if to_hf:
             report = back_to_hf(source, out, progress)
         else:
-            report = to_orbax(source, out, dtype, progress, verify, ignore_config)
+            report = to_orbax(source, out, dtype, progress, verify, ignore_config, adapter)
     console = Console()
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
@@ -93,10 +94,13 @@ def convert(
         list[str] | None,
         typer.Option(help="read config.json as if it had not this key; repeat it for several"),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="merge the LoRA adapter in this folder into the weights")
+    ] = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
     try:
-        run(source, out, to_hf, dtype, verify, ignore_config or ())
+        run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         sys.exit(1)

@@ -11,7 +11,7 @@ from flax import nnx
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2_config import read, with_own_head, write
-from convert.family import Family, Layout
+from convert.family import HUB, Family, Layout
 from convert.rules import THREE, THREE_BIASES, TRANSPOSE, Ignore, Rule, Twin, patches
 
 SHARED = [
@@ -242,7 +242,6 @@ HINTS = {
     ),
 }
 
-HUB = Layout("hub", ())
 ORIGINAL = (
     *("visual_encoder.", "Qformer.", "opt_model.", "t5_model.", "llm_model.", "ln_vision."),
 )

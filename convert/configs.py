@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from catp_jax.models.layers import ACTIVATIONS
 from catp_jax.terminal import one_line
 from convert import strict_json
+from convert.adapter import alone
 from convert.shards import UNQUANTISED
 
 Config = TypeVar("Config")
@@ -71,7 +72,10 @@ def read_json(folder: Path) -> dict[str, Any]:
     """A folder's config.json as it stands. Raises ValueError if there is none or it is no JSON."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; a Hugging Face model folder is wanted")
+        told = (
+            alone(folder) or f"{folder} has no config.json; a Hugging Face model folder is wanted"
+        )
+        raise ValueError(told)
     return strict_json.read(path)
 
 

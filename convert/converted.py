@@ -152,9 +152,11 @@ def to_orbax(
     progress: Progress | None = None,
     verify: bool = False,
     ignore_config: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> Report:
     """Converts a Hugging Face folder into the new folder `out`; weights as `dtype` (None: as is).
 
+    A LoRA adapter, beside the weights or in the folder `adapter`, is merged, see `convert.adapter`.
     Keys of config.json in `ignore_config` are read as if they were not there, by whoever loads what
     comes out, too.
 
@@ -167,7 +169,7 @@ def to_orbax(
     check_new(Path(out))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
-    source = open_source(Path(hf_folder), ignore_config)
+    source = open_source(Path(hf_folder), ignore_config, adapter)
     matching = source.matching
     dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
     weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
@@ -233,7 +235,12 @@ def _manifest(
             )
             for shard in source.shards
         },
-        dtypes={name: source.tensors[name].dtype.name for name in sorted(matched)},
+        dtypes={
+            tensor.name: tensor.dtype.name
+            for shard in source.shards
+            for tensor in shard.tensors
+            if tensor.name in matched
+        },
         ignored=tuple(matching.ignored),
         checksums={name: checksums[name] for name in sorted(checksums)},
         config=config,

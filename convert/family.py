@@ -44,6 +44,10 @@ class Layout:
         return name
 
 
+HUB = Layout("hub", ())
+"""The names as they are on the hub, in which the tables of all families are written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type`. Tensors are named here as on the hub.

@@ -158,7 +158,9 @@ def copy_side_files(source: Path, out: Path, besides: tuple[str, ...] = ()) -> l
             (out / path.name).mkdir()
             copied += [f"{path.name}/{name}" for name in copy_side_files(path, out / path.name)]
             continue
-        is_side = path.is_file() and path.suffix not in WEIGHTS and path.name not in besides
+        is_side = path.is_file() and path.suffix not in WEIGHTS
+        if path.name in besides or path.name == "adapter_config.json":  # merged by now
+            continue
         if is_side and not path.name.startswith("."):
             shutil.copyfile(path, out / path.name)
             copied.append(path.name)

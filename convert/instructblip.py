@@ -7,8 +7,8 @@ from functools import partial
 
 from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from convert import blip2
-from convert.blip2 import HEAD, HUB, TWINS
-from convert.family import Family
+from convert.blip2 import HEAD, TWINS
+from convert.family import HUB, Family
 from convert.instructblip_config import read, write
 from convert.rules import TRANSPOSE, Ignore, Rule
 

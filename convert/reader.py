@@ -20,9 +20,10 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint
 from catp_jax.models.narrow import SCALE, Weights, is_narrowed, narrow, with_scales
+from convert.adapter import find_adapter
 from convert.configs import note, read_json
 from convert.families import Config, Model, family_of, read_config
-from convert.family import Family, bare_names
+from convert.family import HUB, Family, Layout, bare_names
 from convert.folders import refuse_unfinished
 from convert.report import Report, make_report
 from convert.rules import Match, Matching, listed
@@ -74,10 +75,12 @@ def load_hf(
     place: Place | None = None,
     weights: Weights | None = None,
     ignore_config: Sequence[str] = (),
+    adapter: str | Path | None = None,
 ) -> tuple[Model, Report]:
     """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them; if
     it has several types, that of config.json, as in transformers).
 
+    A LoRA adapter beside the weights, or in the folder `adapter`, is merged, see `convert.adapter`.
     Keys of config.json in `ignore_config` are read as if they were not there. Parts that compute in
     float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`. `place` chooses shardings;
     each process then reads the bytes of its own shards. `weights` narrows kernels one by one as
@@ -85,7 +88,7 @@ def load_hf(
     ValueError if config.json or the weights are damaged, unsupported or do not fit together.
     """
     wanted = parse_dtype(dtype)
-    source = open_source(Path(folder), ignore_config)
+    source = open_source(Path(folder), ignore_config, adapter)
     family = family_of(source.config)
     wanted = wanted or source.dtype
     dtypes = {
@@ -125,13 +128,16 @@ def narrowed(name: str, array: jax.Array, weights: Weights | None) -> dict[str, 
     return {name: kernel, f"{name.removesuffix('kernel')}{SCALE}": scale}
 
 
-def open_source(folder: Path, ignore_config: Sequence[str] = ()) -> Source:
+def open_source(
+    folder: Path, ignore_config: Sequence[str] = (), adapter: str | Path | None = None
+) -> Source:
     """Checks a Hugging Face folder without reading its weights. Raises ValueError.
 
     But for those that may be another's twin: these are compared, as far as they are equal.
     """
     refuse_unfinished(folder)
     config = read_config(folder, ignore_config)
+    addition = find_adapter(folder, None if adapter is None else Path(adapter))
     shards = find_shards(folder)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -146,11 +152,33 @@ def open_source(folder: Path, ignore_config: Sequence[str] = ()) -> Source:
     )
     _refuse_other_types(folder, [tensors[one.source] for one in matching.matches])
     _refuse_other_values(folder, tensors, matching)
+    if addition is not None:
+        tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
     found = {one.target: tensors[one.source] for one in matching.matches}
     dtype = one_dtype(
         folder, family, {name: (one.dtype, one.nbytes) for name, one in found.items()}
     )
     return Source(folder, config, model, shards, tensors, layout.name, matching, dtype)
+
+
+def _finder(
+    family: Family, config: Config, layout: Layout, tensors: Mapping[str, Tensor], parameters: Any
+) -> Callable[[str], str]:
+    """Finds a checkpoint's tensor by its name in an adapter, which may be of another layout."""
+    hub = {layout.to_hub(bare): name for bare, name in bare_names(tensors).items()}
+    shared = {*family.relatives(family.head), family.head} if family.head else set()
+    placed = family.places(shared, parameters, config, HUB)
+
+    def find(name: str) -> str:
+        names = [one.to_hub(name) for one in family.layouts.values()]
+        targets = [one.target for one in placed.values()]
+        if any(one in placed and targets.count(placed[one].target) > 1 for one in names):
+            raise ValueError(f"{name} is one with another tensor, which would stay as it is")
+        if not (own := [hub[one] for one in names if one in hub]):
+            raise ValueError(f"there is no {name}")
+        return own[0]
+
+    return find
 
 
 def one_dtype(
@@ -249,7 +277,7 @@ def by_position(source: Source) -> list[Pair]:
     """The matches in the order of their bytes on disk."""
     matches = {match.source: match for match in source.matching.matches}
     return [
-        (matches[tensor.name], tensor)
+        (matches[tensor.name], source.tensors[tensor.name])  # which an adapter may have changed
         for shard in source.shards
         for tensor in shard.tensors
         if tensor.name in matches

@@ -80,7 +80,7 @@ def make_report(
             Row(
                 source=match.source,
                 target=match.target,
-                change=match.transform.name,
+                change=", ".join(filter(None, (match.transform.name, tensor.origin))),
                 file=tensor.file.name,
                 shape=tensor.shape,
                 dtype=tensor.dtype.name,

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -77,6 +77,9 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+
+    origin: ClassVar[str] = ""
+    """Where its values come from, if not from the checkpoint alone."""
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from convert.converted import (
     config_digest,
     different,
 )
-from convert.reader import by_position, file_bytes, open_source
+from convert.reader import Pair, by_position, file_bytes, open_source
 from convert.rules import listed
 from convert.streams import ahead, parts
 
@@ -33,9 +33,13 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
         return
     source = open_source(folder, ignore_config)
     pairs = [[pair] for pair in by_position(source)]
+
+    def is_finite_pair(pair: Pair) -> bool:
+        return is_finite(pair[1].read(lambda mapped: mapped, pair[1].dtype))
+
     endless = [
         pair[0].source
-        for found in ahead(pairs, lambda pair: is_finite(pair[1].map()), file_bytes)
+        for found in ahead(pairs, is_finite_pair, file_bytes)
         for pair, good in found
         if not good
     ]

@@ -36,7 +36,7 @@ def test_verified_run_says_what_it_removed(tmp_path: Path):
     assert not left.exists()
     back = run(tmp_path / "out", tmp_path / "again", "--to-hf", "--verify")
     assert back.returncode == 1
-    assert "error: --dtype, --verify and --ignore-config go with the way there" in back.stderr
+    assert "error: --dtype, --verify, --ignore-config and --adapter go with" in back.stderr
 
 
 def test_bad_input_is_one_message(tmp_path: Path):
