@@ -7,7 +7,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import convert
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.blip2_inputs import stack_images
-from catp_jax.generation.decoding import Written
+from catp_jax.generation.decoding import Decoding, Stop, Written
 from catp_jax.generation.images import ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
 from catp_jax.generation.options import Options
@@ -37,6 +37,7 @@ from catp_jax.pruning import budget
 from catp_jax.pruning.named import Named, named
 from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
+from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import (
     Done,
@@ -47,7 +48,7 @@ from catp_jax.readers.reading import (
     remember,
     special_tokens,
 )
-from catp_jax.readers.token_text import stop_machine
+from catp_jax.readers.token_text import pieces, stop_machine
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
@@ -97,12 +98,19 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checkpoint with its processor, ready to answer."""
+    """A checkpoint with its processor, ready to answer.
+
+    `defaults` are the options that count where a call gives none, from the folder's
+    generation_config.json; `note` says in a line what was found there, see
+    `readers.generation_config`.
+    """
 
     network: Frozen | place.Sharded
     reader: Reader
     end_tokens: tuple[int, ...]
     pad_token: int
+    defaults: Options = dataclasses.field(default_factory=Options)
+    note: str = ""
 
     def __repr__(self) -> str:
         return f"Model({self.network.summary})"
@@ -219,7 +227,7 @@ class Model:
 
         Methods apply in order: `pruners`, or by name, as the command takes them: `prune="fastv",
         keep="50%"`. The options are the fields of `generation.options.Options`. See `prepare` for
-        images and prompts.
+        images and prompts. What is not given is as `defaults` have it.
 
         Raises ValueError for input that cannot be used, with the reason.
         """
@@ -250,25 +258,89 @@ class Model:
         """`generate_packed`, while which the caller may do something else: it sets the device to
         work, and what it returns waits for the answers.
         """
-        chosen = Options(**options)
-        pruners = self._pruners(packed, tuple(pruners), named(prune, keep))
+        chosen = self._options(options)
+        asked = self._asked(packed, pruners, named(prune, keep), chosen)
+        pruners, decoding, stop = asked
+        if any(pruner.keep is None for pruner in pruners):
+            out = programs.go_on(self.network, *self._looked(pruners, packed), decoding, stop)
+        else:
+            out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
+        return lambda: self._answers(place.fetch(out), packed)
+
+    def stream(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompt: Prompt,
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The answer to one prompt, in pieces as its tokens come: put together they are what
+        `generate` answers.
+
+        A piece is text that no later token changes, so it may wait for the rest of a character, or
+        for what follows a space. Arguments are those of `generate` for one prompt.
+
+        Raises ValueError at once for input that cannot be used, and for several answers at a time.
+        """
+        chosen = self._options(options)
+        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
+            raise ValueError(
+                "a stream has one answer, drawn or greedy: leave out num_beams and "
+                "num_return_sequences"
+            )
+        if chosen.logprobs is not None:
+            raise ValueError("a stream is text alone; for logprobs use generate")
+        packed = self.prepare([images], [prompt])
+        asked = self._asked(packed, pruners, named(prune, keep), chosen)
+        return pieces(self.reader.tokenizer, self._tokens(packed, *asked))
+
+    def _tokens(
+        self, packed: Packed[Any], pruners: Pruners, decoding: Decoding, stop: Stop
+    ) -> Iterator[int]:
+        """The tokens of the first prompt's answer, one at a time."""
+        new = stop.max_new_tokens
+        if any(pruner.keep is None for pruner in pruners):
+            looked = self._looked(pruners, packed)
+            start = programs.prefill_at(self.network, *looked, new_slots=new)
+        else:
+            start = programs.prefill(self.network, pruners, packed.inputs, new_slots=new)
+        carry = programs.first(start, decoding, stop)
+        del start  # its cache, or there would be two
+        for number in range(1, new + 1):
+            state = carry.state
+            token, is_open, sound = place.fetch((carry.last[0], state.is_open[0], state.is_sound))
+            self._check_sound(sound, 1)
+            yield int(token)
+            if number == new or not is_open:
+                return
+            carry = programs.following(self.network, pruners, carry, decoding, stop)
+
+    def _asked(
+        self, packed: Packed[Any], pruners: Sequence[Any], methods: Named, chosen: Options
+    ) -> tuple[Pruners, Decoding, Stop]:
+        """What programs are called with besides the model and its inputs, where the model is."""
+        pruners = self._pruners(packed, tuple(pruners), methods)
         self._check_length(packed.longest, chosen.max_new_tokens)
-        chosen.check_vocabulary(self.config.text.vocab_size)
         before = self.reader.before_answers(packed) if chosen.reads_prompts else None
         decoding = chosen.decoding(len(packed.available), before)
         size, strings = self.config.text.vocab_size, chosen.strings
         machine = stop_machine(self.reader.tokenizer, size, strings) if strings else None
         stop = chosen.stop(self.end_tokens, self.pad_token, machine)
         if isinstance(self.network, place.Sharded):
-            pruners, decoding, stop = place.everywhere((pruners, decoding, stop), self.network.mesh)
-        if any(pruner.keep is None for pruner in pruners):
-            front, found, selection = programs.look(self.network, pruners, packed.inputs)
-            if found is not None:
-                found, selection = programs.cut(found, selection, self._capacity(found))
-            out = programs.go_on(self.network, pruners, front, found, selection, decoding, stop)
-        else:
-            out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
-        return lambda: self._answers(place.fetch(out), packed)
+            return place.everywhere((pruners, decoding, stop), self.network.mesh)
+        return pruners, decoding, stop
+
+    def _looked(self, pruners: Pruners, packed: Packed[Any]) -> tuple[Pruners, Any, Any, Any]:
+        """The prefill's first part, where a method finds its own number: what it asks for, in a
+        capacity that holds it.
+        """
+        front, found, selection = programs.look(self.network, pruners, packed.inputs)
+        if found is not None:
+            found, selection = programs.cut(found, selection, self._capacity(found))
+        return pruners, front, found, selection
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
@@ -312,6 +384,19 @@ class Model:
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),
         )
+
+    def _options(self, given: dict[str, Any]) -> Options:
+        """Checked, with bad words as tokens."""
+        chosen = self.defaults.over(**given)
+        spelled = [spelling for word in chosen.bad_words for spelling in (word, f" {word}")]
+        words = [self.reader.tokenizer(text, add_special_tokens=False) for text in spelled]
+        chosen = dataclasses.replace(
+            chosen,
+            bad_words=(),
+            bad_words_ids=[*chosen.bad_words_ids, *(word["input_ids"] for word in words)],
+        )
+        chosen.check_vocabulary(self.config.text.vocab_size)
+        return chosen
 
     @staticmethod
     def _check_sound(is_sound: np.ndarray, each: int) -> None:
@@ -438,6 +523,7 @@ def load(
     mask_mode: MaskMode | None = None,
     ignore_config: Sequence[str] = (),
     adapter: str | Path | None = None,
+    generation_config: bool = True,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
     by `catp-jax convert`.
@@ -448,13 +534,15 @@ def load(
     they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the
     decoder gets (as its config.json says, "meta" where that says nothing; see `tiled_vit`), and
     what text does that sees no image ("meta", see `cross_decoder.MaskMode`). config.json is read as
-    if it had not the keys `ignore_config` ("text_config.x" for one of a part). A LoRA
-    adapter, beside the weights or in the folder `adapter`, is merged into them.
+    if it had not the keys `ignore_config` ("text_config.x" for one of a part). A LoRA adapter,
+    beside the weights or in the folder `adapter`, is merged into them. Without `generation_config`
+    the folder's file of that name sets no defaults.
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = Path(folder)
     find_devices()
+    defaults, note = generation_defaults(folder) if generation_config else (Options(), "")
     network, _ = convert.load(
         folder,
         dtype,
@@ -483,6 +571,8 @@ def load(
         reader=reader,
         end_tokens=ends,
         pad_token=ends[0] if pad is None else pad,
+        defaults=defaults,
+        note=note,
     )
 
 

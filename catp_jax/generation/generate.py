@@ -3,6 +3,7 @@
     generate   = prefill + decode in one program; nothing returns to the host in between
     prefill    → logits of the next token, a cache, what was kept       for streaming and serving
     step       token + cache → logits + cache; the old cache's memory is reused (donated)
+    first, following   the loop one token at a time, for streaming
     look, go_on   prefill cut in two where the model is first pruned: `look` scores, the host reads
                how many tokens were asked for, `go_on` runs at the capacity chosen
 
@@ -192,6 +193,13 @@ def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int
     return prefill_with(model, pruners, inputs, new_slots)
 
 
+first = jax.jit(begin)
+"""The first token of each row, as a program of its own."""
+
+following = partial(jax.jit, donate_argnames=("carry",))(advance)
+"""One token more. `carry` is consumed: use the returned one."""
+
+
 @partial(jax.jit, donate_argnames=("cache",))
 def step(
     model: Prefillable,
@@ -234,6 +242,21 @@ def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selectio
         return jax.tree.map(lambda array: array[:, :capacity], some)
 
     return first(keep), replace(selection, kept=first(selection.kept))
+
+
+@partial(jax.jit, static_argnames=("new_slots",))
+def prefill_at(
+    model: Prefillable,
+    pruners: Pruners,
+    front: Any,
+    keep: Keep | None,
+    selection: Selection,
+    *,
+    new_slots: int,
+) -> Prefilled:
+    """What `prefill` does after `look`."""
+    select = Selector(pruners, model.sites, selection, keep)
+    return _prefilled(model, front, select, new_slots)
 
 
 @jax.jit

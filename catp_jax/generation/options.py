@@ -27,9 +27,10 @@ class Options:
     `early_stopping` are for that alone. Each prompt gets `num_return_sequences` answers, which
     share its cache; a beam search gives its best ones, the best one first.
 
-    What may be written is said as in transformers, see `rules.Rules`. An answer also ends with one
-    of `stop_strings`, which stays in it. `logprobs` asks for the log-probability of each token, and
-    of so many of the likeliest ones.
+    What may be written is said as in transformers, see `rules.Rules`; `bad_words` are texts, of
+    which neither the spelling after a space nor the one within a word is written. An answer also
+    ends with one of `stop_strings`, which stays in it. `logprobs` asks for the log-probability of
+    each token, and of so many of the likeliest ones.
 
     Raises ValueError for a number out of range and for options that exclude each other.
     """
@@ -46,6 +47,7 @@ class Options:
     num_return_sequences: int = 1
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    bad_words: Sequence[str] = ()
     bad_words_ids: Sequence[Sequence[int]] = ()
     suppress_tokens: Sequence[int] = ()
     begin_suppress_tokens: Sequence[int] = ()
@@ -84,6 +86,36 @@ class Options:
             raise ValueError("length_penalty and early_stopping require num_beams of 2 or more")
         if not all(isinstance(text, str) and text for text in self.strings):
             raise ValueError(f"stop_strings are texts, and none is empty; got {self.stop_strings}")
+        if isinstance(self.bad_words, str) or not all(
+            isinstance(word, str) and word.strip() for word in self.bad_words
+        ):
+            raise ValueError(f"bad_words is a list of words, got {self.bad_words!r}")
+
+    def over(self, **given: Any) -> "Options":
+        """These options as defaults for those that are given. Defaults that do not go with what is
+        given are left out.
+        """
+        plain = Options()
+        own = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+
+        def number(name: str, otherwise: float) -> Any:
+            value = given.get(name, otherwise)
+            return value if isinstance(value, numbers.Real) else otherwise
+
+        is_greedy = number("temperature", 1) == 0
+        if number("num_beams", 1) > 1 or is_greedy:
+            unfit = ["temperature", "top_k", "top_p"]
+        elif number("temperature", 0) > 0 or number("top_k", 0) > 0 or number("top_p", 1) < 1:
+            unfit = ["num_beams", "length_penalty", "early_stopping"]
+        else:
+            unfit = []
+        if number("num_beams", 2) == 1:
+            unfit += ["length_penalty", "early_stopping"]
+        rest = {name: value for name, value in own.items() if name not in unfit}
+        if "min_new_tokens" in rest:
+            most = number("max_new_tokens", self.max_new_tokens)
+            rest["min_new_tokens"] = min(rest["min_new_tokens"], most)
+        return Options(**{**rest, **given})
 
     @property
     def strings(self) -> tuple[str, ...]:
@@ -185,6 +217,7 @@ HELP = {
     "num_return_sequences": "Answers to each prompt, drawn or of a beam search.",
     "repetition_penalty": "Above 1, what the prompt or the answer has already is less likely.",
     "no_repeat_ngram_size": "So many tokens in succession stand nowhere twice; 0: they may.",
+    "bad_words": "A word that is not written. Repeat it.",
     "bad_words_ids": "Words that are not written, as tokens.",
     "suppress_tokens": "A token that is not written. Repeat it.",
     "begin_suppress_tokens": "A token that no answer begins with.",

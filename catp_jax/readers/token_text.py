@@ -1,6 +1,7 @@
-"""What each token writes, in bytes, read off a tokenizer's vocabulary."""
+"""From tokens to text: what each token writes, in bytes, and text in pieces as tokens come."""
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,33 @@ from catp_jax.generation.stop_strings import machine
 def stop_machine(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
     """What finds `strings` in the tokens of a model that has so many, see `stop_strings`."""
     return machine(strings, token_bytes(tokenizer, size))
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of all tokens, stripped and without special ones, in pieces as tokens come."""
+    written: list[int] = []
+    text = shown = ""
+    for token in tokens:
+        written.append(token)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        settled = _settled(text.lstrip(), tokenizer)
+        if len(settled) > len(shown):
+            yield settled[len(shown) :]
+            shown = settled
+    if len(text.strip()) > len(shown):
+        yield text.strip()[len(shown) :]
+
+
+def _settled(text: str, tokenizer: Any) -> str:
+    """What no later token changes: not the beginning of a character, which is shown as U+FFFD,
+    nor space in the end, which is stripped if nothing follows.
+    """
+    text = text.rstrip("\ufffd")
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        # takes the space out of " .", " n't" and the like
+        space = text.find(" ", max(len(text) - 4, 0))
+        text = text if space < 0 else text[:space]
+    return text.rstrip()
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
