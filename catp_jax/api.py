@@ -6,8 +6,9 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 
 import dataclasses
 import hashlib
+import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.blip2_inputs import stack_images
 from catp_jax.generation.decoding import Decoding, Stop, Written
-from catp_jax.generation.images import ImageLike
+from catp_jax.generation.images import Fetch, ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
 from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2
@@ -36,6 +37,7 @@ from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 from catp_jax.pruning.named import Named, named
 from catp_jax.pruning.named import pruners as pruners_of
+from catp_jax.readers import hub
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
 from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
@@ -45,6 +47,8 @@ from catp_jax.readers.reading import (
     Prompt,
     Question,
     Reader,
+    arrange,
+    fetch_images,
     remember,
     special_tokens,
 )
@@ -53,6 +57,8 @@ from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
 
+# one prompt or one image, where a list of them is wanted
+NO_LIST = str | bytes | bytearray | Path | Mapping | np.ndarray | Image.Image | io.IOBase
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
 
 
@@ -111,6 +117,7 @@ class Model:
     pad_token: int
     defaults: Options = dataclasses.field(default_factory=Options)
     note: str = ""
+    fetch: Fetch | None = None
 
     def __repr__(self) -> str:
         return f"Model({self.network.summary})"
@@ -153,19 +160,21 @@ class Model:
 
     def prepare(
         self,
-        images: Sequence[ImageLike | Sequence[ImageLike] | None],
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
         prompts: Sequence[Prompt],
     ) -> Packed[Any]:
         """Reads images and prompts into arrays for `generate_packed`.
 
-        `images[b]` is the image of `prompts[b]`, a list of several, or None.
+        `images[b]` is the image of `prompts[b]`, a list of several, or None; None in place of all
+        leaves them to the chats that hold their own, see `readers.chat`.
 
         Raises ValueError for an image that cannot be read or a prompt that doesn't fit its images.
         """
-        if isinstance(prompts, str) or isinstance(images, str | Path | np.ndarray | Image.Image):
+        if isinstance(prompts, NO_LIST) or isinstance(images, NO_LIST):
             raise ValueError("images and prompts are lists, with one entry for each question")
         if not prompts:
             raise ValueError("at least one prompt is wanted")
+        images = [None] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise ValueError(
                 f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
@@ -194,7 +203,9 @@ class Model:
         `done` remembers images by path or identity: one that comes again is processed and encoded
         once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
         """
-        question = self.reader.read(_as_list(images), prompt, {} if done is None else done)
+        done = {} if done is None else done
+        own, prompt = arrange(_as_list(images), prompt, done, self.fetch)
+        question = self.reader.read(own, prompt, done)
         self._check_length(self.reader.length(question), max_new_tokens)
         return question
 
@@ -215,7 +226,7 @@ class Model:
 
     def generate(
         self,
-        images: Sequence[ImageLike | Sequence[ImageLike] | None],
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
         prompts: Sequence[Prompt],
         pruners: Sequence[Any] = (),
         *,
@@ -430,6 +441,7 @@ class Matcher:
 
     network: Frozen
     reader: RetrievalReader
+    fetch: Fetch | None = None
 
     def __repr__(self) -> str:
         return f"Matcher({self.network.summary})"
@@ -441,32 +453,40 @@ class Matcher:
         return np.asarray(_itc(self.network, pixels, tokens, valid), np.float32)[index]
 
     def itm(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
-        """The probability [pairs] that an image and its own text fit each other: for ranking."""
-        if len(images) != len(texts):
-            raise ValueError(
-                f"one text per image is wanted, got {len(texts)} texts for {len(images)} images"
-            )
+        """The probability [pairs] that an image and its own text fit each other: for ranking.
+
+        One image goes with all texts, and one text with all images.
+        """
         pixels, index = self._images(images)
         tokens, valid = self._texts(texts)
+        if len(images) != len(texts) and 1 not in (len(images), len(texts)):
+            raise ValueError(
+                f"one text per image is wanted, or one of either, got {len(texts)} texts for "
+                f"{len(images)} images"
+            )
+        pairs = max(len(images), len(texts))
+        index = np.broadcast_to(index, pairs)
+        tokens, valid = (np.broadcast_to(a, (pairs, *a.shape[1:])) for a in (tokens, valid))
         image = _image_tokens(self.network, pixels)
         scores = []
-        for start in range(0, len(texts), PAIRS_AT_ONCE):
+        for start in range(0, pairs, PAIRS_AT_ONCE):
             # the last pairs are filled up, so that all are scored in one shape
-            some = np.arange(start, start + min(PAIRS_AT_ONCE, round_up(len(texts), IMAGE_COUNTS)))
-            some = np.minimum(some, len(texts) - 1)
+            some = np.arange(start, start + min(PAIRS_AT_ONCE, round_up(pairs, IMAGE_COUNTS)))
+            some = np.minimum(some, pairs - 1)
             logits = _match(self.network, image[index[some]], tokens[some], valid[some])
             fits = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1]
-            scores.append(np.asarray(fits)[: len(texts) - start])
+            scores.append(np.asarray(fits)[: pairs - start])
         return np.concatenate(scores)
 
     def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
-        if not images:
-            raise ValueError("at least one image is wanted")
+        if isinstance(images, NO_LIST) or not len(images):
+            raise ValueError("a list of at least one image is wanted")
         done: Done = {}
-        return stack_images([remember(done, image, self.reader.read_image) for image in images])
+        own = fetch_images(images, done, self.fetch)
+        return stack_images([remember(done, image, self.reader.read_image) for image in own])
 
     def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if not texts or isinstance(texts, str):
+        if isinstance(texts, NO_LIST) or not len(texts):
             raise ValueError("a list of at least one text is wanted")
         return pad_prompts([self.reader.read_text(text) for text in texts])
 
@@ -524,9 +544,11 @@ def load(
     ignore_config: Sequence[str] = (),
     adapter: str | Path | None = None,
     generation_config: bool = True,
+    processor: str | Path | None = None,
+    fetch: Fetch | None = None,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
-    by `catp-jax convert`.
+    by `catp-jax convert`. A name, org/name, is looked up in the local Hugging Face cache.
 
     `dtype` casts the weights ("float32", "bfloat16"); None takes them as stored. `mesh` spreads the
     model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
@@ -538,9 +560,13 @@ def load(
     beside the weights or in the folder `adapter`, is merged into them. Without `generation_config`
     the folder's file of that name sets no defaults.
 
+    `processor` is another folder or name to take tokenizer and image processor from. `fetch`
+    brings images at web addresses: it takes the address and returns bytes, or another image.
+
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
-    folder = Path(folder)
+    folder = hub.find_folder(folder)
+    own = folder if processor is None else hub.find_folder(processor)
     find_devices()
     defaults, note = generation_defaults(folder) if generation_config else (Options(), "")
     network, _ = convert.load(
@@ -553,16 +579,16 @@ def load(
     )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode
-        reader: Reader = MllamaReader.load(folder, network.config, mask_mode or "meta")
+        reader: Reader = MllamaReader.load(own, network.config, mask_mode or "meta")
     elif vision_mode or mask_mode:
         raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")
     elif isinstance(network, Blip2):
-        reader = Blip2Reader.load(folder, network.config)
+        reader = Blip2Reader.load(own, network.config)
     elif isinstance(network, InstructBlip):
-        reader = InstructBlipReader.load(folder, network.config)
+        reader = InstructBlipReader.load(own, network.config)
     else:
         raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
-    ends, pad = special_tokens(folder, reader.tokens)
+    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
     if pad is None:
         pad = reader.tokenizer.pad_token_id
     frozen = freeze(network)
@@ -573,6 +599,7 @@ def load(
         pad_token=ends[0] if pad is None else pad,
         defaults=defaults,
         note=note,
+        fetch=fetch,
     )
 
 
@@ -581,11 +608,22 @@ def _spread(mesh: MeshLike, model: Any) -> Any:
     return place.place(model, make_mesh(mesh, place.kv_heads(model)))
 
 
-def load_matcher(folder: str | Path, dtype: str | None = None) -> Matcher:
-    """Loads a folder of `Blip2ForImageTextRetrieval`. Raises ValueError if it is none."""
-    folder = Path(folder)
+def load_matcher(
+    folder: str | Path,
+    dtype: str | None = None,
+    *,
+    processor: str | Path | None = None,
+    fetch: Fetch | None = None,
+) -> Matcher:
+    """Loads a folder of `Blip2ForImageTextRetrieval`, as `load` does.
+
+    Raises ValueError if it is none.
+    """
+    folder = hub.find_folder(folder)
+    own = folder if processor is None else hub.find_folder(processor)
     find_devices()
     network, _ = convert.load(folder, dtype)
     if not isinstance(network, Blip2Retrieval):
         raise ValueError(f"{folder} generates text; load it with load")
-    return Matcher(network=freeze(network), reader=RetrievalReader.load(folder, network.config))
+    reader = RetrievalReader.load(own, network.config)
+    return Matcher(network=freeze(network), reader=reader, fetch=fetch)

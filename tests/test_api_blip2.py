@@ -3,6 +3,7 @@
 What is asked is mostly the same, so that tests share programs.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -115,7 +116,21 @@ def test_an_image_of_several_prompts_is_encoded_once(model):
     assert packed.inputs.image_index.tolist() == [0] * 4
 
 
-def test_an_empty_prompt_asks_for_a_caption(model):
+def test_an_empty_prompt_asks_for_a_caption_as_in_transformers(folder, model):
+    hf = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    processor = Blip2Processor.from_pretrained(folder)
+    inputs = processor(images=Image.open(CIRCLE).convert("RGB"), text="", return_tensors="pt")
+    some = inputs["input_ids"].shape[1]
+    expected = []
+    for length in (some, 32):  # also where a tokenizer adds nothing, so that the queries are alone
+        for name in ("input_ids", "attention_mask"):
+            inputs[name] = inputs[name][:, :length]
+        out = hf.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
+        expected.append(out[1:] if folder.name == "mini-blip2-t5" else out[length:])
+    caption = model.read(CIRCLE, "")
+    alone = dataclasses.replace(caption, tokens=[])
+    ours = model.generate_packed(model.pack([caption, alone]), max_new_tokens=NEW)
+    assert ours.tokens == expected
     assert len(model.generate([CIRCLE], [""], [L2Norm(keep=8)], **BEAMS).text) == 1
 
 

@@ -50,7 +50,8 @@ ROOMS = {
 GUESTS = {
     "torch": set(),
     "transformers": {
-        "catp_jax.readers.reading",
+        "catp_jax.readers.processor",
+        "catp_jax.readers.render",
         "catp_jax.readers.mllama",
         "convert.configs",
         "catp_jax.training.tokenizer",

@@ -1,5 +1,6 @@
 """Image-text matching from a folder, up to transformers: `load_matcher` and `catp-jax match`."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -111,10 +112,36 @@ def test_the_command_prints_every_image_with_every_text(folder, pictures, expect
     np.testing.assert_allclose([row["itm"] for row in rows], expected[1].ravel(), atol=1e-5)
 
 
+def test_one_image_goes_with_all_texts_and_one_text_with_all_images(folder, pictures, expected):
+    png = io.BytesIO()
+    pictures[1].save(png, "png")
+    matcher = catp_jax.load_matcher(folder, fetch=lambda address: png.getvalue())
+    scores = matcher.itm(["https://example.org/a.png"], TEXTS)
+    np.testing.assert_allclose(scores, expected[1][1], atol=1e-5)
+    np.testing.assert_allclose(matcher.itm(pictures, TEXTS[2:]), expected[1][:, 2], atol=1e-5)
+    many = matcher.itm(pictures[:1], TEXTS * 12)  # 36 pairs, in two calls
+    np.testing.assert_allclose(many, np.tile(expected[1][0], 12), atol=1e-5)
+
+
+def test_a_matcher_without_its_tokenizer_is_refused(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer is missing \(tokenizer.json"):
+        catp_jax.load_matcher(other)
+    matcher = catp_jax.load_matcher(other, processor=folder)
+    assert len(matcher.itc([np.zeros((4, 4), np.uint8)], TEXTS)[0]) == 3
+
+
 def test_bad_input_is_refused(folder, pictures, tmp_path):
     matcher = catp_jax.load_matcher(folder)
-    with pytest.raises(ValueError, match="one text per image is wanted, got 1 texts for 2"):
-        matcher.itm(pictures, TEXTS[:1])
+    with pytest.raises(ValueError, match=r"one text per image is wanted.* got 3 texts for 2"):
+        matcher.itm(pictures, TEXTS)
+    with pytest.raises(ValueError, match="a list of at least one image"):
+        matcher.itm(pictures[0], TEXTS)
+    with pytest.raises(ValueError, match="a text is empty"):
+        matcher.itc(pictures, ["  "])
+    with pytest.raises(ValueError, match="lone surrogate"):
+        matcher.itc(pictures, ["a \ud800"])
     with pytest.raises(ValueError, match="a list of at least one text"):
         matcher.itc(pictures, "a red circle")
     with pytest.raises(ValueError, match="at least one image"):
@@ -125,6 +152,8 @@ def test_bad_input_is_refused(folder, pictures, tmp_path):
     small = replace(config, qformer=replace(config.qformer, vocab_size=8))
     with pytest.raises(ValueError, match=r"token 10 of the prompt, .* embeddings for 8"):
         replace(matcher.reader, config=small).read_text("two")
+    with pytest.raises(ValueError, match="is a web address"):
+        matcher.itc(["https://example.org/a.png"], TEXTS)
     with pytest.raises(ValueError, match="load_matcher"):
         catp_jax.load(folder)
     with pytest.raises(ValueError, match="generates text; load it with load"):

@@ -31,11 +31,8 @@ def pack(
     """Arrays for the model; `images[b]` [3, height, width] belongs to `prompts[b]`.
 
     An array that stands with several prompts is encoded once; `shares` say into how many parts the
-    images will be split. Raises ValueError for an empty prompt.
+    images will be split. A prompt may be empty: the queries are answered alone.
     """
-    for number, tokens in enumerate(prompts):
-        if not tokens:
-            raise ValueError(f"prompt {number} is empty")
     text, valid = pad_prompts(prompts)
     pixels, index = stack_images(images, shares)
     queries = config.num_query_tokens

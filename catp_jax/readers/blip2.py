@@ -24,16 +24,15 @@ from catp_jax.models.opt import OptConfig
 from catp_jax.models.querying import QueryingConfig, QueryingInputs
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
-from catp_jax.models.vit import VitConfig
 from catp_jax.pruning.scores import attention
+from catp_jax.readers.chat import check_text
+from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
     Done,
     Kept,
     Prompt,
     Question,
-    check_processor,
     check_tokens,
-    load_processor,
     prompts_of,
     remember,
     stretched,
@@ -51,6 +50,7 @@ class QueryingReader:
     processor: Any
 
     name: ClassVar[str] = "BLIP-2"
+    has_generation_config: ClassVar[bool] = False  # its language model generates by itself
 
     @property
     def tokenizer(self) -> Any:
@@ -174,15 +174,7 @@ class InstructBlipReader(QueryingReader):
         """Raises ValueError if the folder's processor makes other images or queries than the model
         takes, or has no tokenizer for the Q-Former.
         """
-        processor = load_checked(folder, config)
-        has_folder = (
-            folder / "qformer_tokenizer"
-        ).is_dir()  # else transformers takes the other one
-        if not has_folder or getattr(processor, "qformer_tokenizer", None) is None:
-            raise ValueError(
-                f"{folder}: the processor has no tokenizer for the Q-Former; an "
-                "InstructBlipProcessor is wanted, with its qformer_tokenizer folder"
-            )
+        processor = load_checked(folder, config, ("tokenizer", "qformer_tokenizer"))
         return (InstructBlipT5Reader if isinstance(config.text, T5Config) else InstructBlipReader)(
             config, processor
         )
@@ -228,9 +220,7 @@ class RetrievalReader:
     @classmethod
     def load(cls, folder: Path, config: RetrievalConfig) -> "RetrievalReader":
         """Raises ValueError if the folder's processor makes other images than the model takes."""
-        processor = load_processor(folder)
-        check_processor(folder, image_pairs(processor, config.vision))
-        return cls(config, processor)
+        return cls(config, load_checked(folder, config))
 
     def read_image(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [3, height, width]."""
@@ -238,7 +228,9 @@ class RetrievalReader:
 
     def read_text(self, text: str) -> list[int]:
         """The text's tokens. Raises ValueError if the model has no positions for so many."""
-        tokens = tokenize(self.processor, text)
+        tokens = tokenize(self.processor, check_text(text, "a text"))
+        if not tokens:
+            raise ValueError("a text is empty; give at least one word")
         places = self.config.qformer.max_position_embeddings
         if len(tokens) > places:
             raise ValueError(f"a text of {len(tokens)} tokens; the model takes {places} at most")
@@ -246,25 +238,25 @@ class RetrievalReader:
         return tokens
 
 
-def load_checked(folder: Path, config: QueryingConfig) -> Any:
+def load_checked(
+    folder: Path,
+    config: QueryingConfig | RetrievalConfig,
+    tokenizers: tuple[str, ...] = ("tokenizer",),
+) -> Any:
     """A folder's processor. Raises ValueError unless it makes the images and queries that the model
     takes.
     """
-    processor = load_processor(folder)
-    pairs = image_pairs(processor, config.vision)
-    if (queries := getattr(processor, "num_query_tokens", None)) is not None:
-        pairs["num_query_tokens"] = (queries, config.num_query_tokens)
-    check_processor(folder, pairs)
+    processor = load_processor(folder, tokenizers)
+    with usable(folder):
+        size, wanted = processor.image_processor.size, config.vision.image_size
+        pairs = {"image height": (size["height"], wanted), "image width": (size["width"], wanted)}
+        queries = getattr(processor, "num_query_tokens", None)
+        if queries is not None and isinstance(config, QueryingConfig):
+            pairs["num_query_tokens"] = (queries, config.num_query_tokens)
+        for name in tokenizers:
+            getattr(processor, name)("a")
+    check_processor(folder, pairs, partial(process_image, processor), (3, wanted, wanted))
     return processor
-
-
-def image_pairs(processor: Any, vision: VitConfig) -> dict[str, tuple[Any, Any]]:
-    """What image size the processor makes, and what the model wants."""
-    size = processor.image_processor.size
-    return {
-        "image height": (size["height"], vision.image_size),
-        "image width": (size["width"], vision.image_size),
-    }
 
 
 def process_image(processor: Any, source: ImageLike) -> np.ndarray:
@@ -274,7 +266,10 @@ def process_image(processor: Any, source: ImageLike) -> np.ndarray:
 
 
 def tokenize(processor: Any, prompt: Prompt) -> list[int]:
-    """A prompt's tokens, those that the tokenizer adds included."""
+    """A prompt's tokens, those that the tokenizer adds included.
+
+    Raises ValueError for a prompt that is no text.
+    """
     if not isinstance(prompt, str):
         raise ValueError("this model has no chat template; give the prompt as plain text")
     if PLACEHOLDER in prompt:

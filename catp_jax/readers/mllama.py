@@ -18,17 +18,18 @@ from catp_jax.generation.mllama_inputs import (
 )
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.readers.chat import check_text
+from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
     Done,
     Prompt,
     Question,
-    check_processor,
     check_tokens,
-    load_processor,
     prompts_of,
     remember,
     stretched,
 )
+from catp_jax.readers.templates import render
 
 IMAGE_MARK = "<|image|>"
 
@@ -42,22 +43,28 @@ class MllamaReader:
     mask_mode: MaskMode
 
     tokens: ClassVar[dict[str, int]] = {}
+    has_generation_config: ClassVar[bool] = True
 
     @classmethod
     def load(cls, folder: Path, config: MllamaConfig, mask_mode: MaskMode) -> "MllamaReader":
         """Raises ValueError if the folder's processor makes other tiles or tokens than the model
         takes.
         """
-        processor = load_processor(folder)
-        images, vision = processor.image_processor, config.vision
-        pairs = {
-            "tile height": (images.size["height"], vision.image_size),
-            "tile width": (images.size["width"], vision.image_size),
-            "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
-            "image token": (processor.image_token_id, config.image_token_index),
-        }
-        check_processor(folder, pairs)
-        return cls(config, processor, mask_mode)
+        reader = cls(config, load_processor(folder), mask_mode)
+        vision = config.vision
+        with usable(folder):
+            images = reader.processor.image_processor
+            pairs = {
+                "tile height": (images.size["height"], vision.image_size),
+                "tile width": (images.size["width"], vision.image_size),
+                "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
+                "image token": (reader.processor.image_token_id, config.image_token_index),
+            }
+            reader._tokenize("a", 0)
+        size = vision.image_size
+        shape = (vision.max_num_tiles, vision.num_channels, size, size)
+        check_processor(folder, pairs, lambda image: reader.process_image(image).pixels, shape)
+        return reader
 
     @property
     def tokenizer(self) -> Any:
@@ -145,7 +152,11 @@ class MllamaReader:
 
             text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
             return list(self.processor.tokenizer(text)["input_ids"])
-        if not self.processor.chat_template:
+        template = self.processor.chat_template
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
+        if not template:
             raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
-        text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = render(template, prompt, self.tokenizer.special_tokens_map)
+        check_text(text, "what the chat template makes of the chat")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

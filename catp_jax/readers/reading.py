@@ -1,16 +1,17 @@
 """What a reader is, and what all readers share: special tokens, and images that are read once."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from catp_jax.generation.images import ImageLike
+from catp_jax.generation.images import Fetch, ImageLike, fetch_image, is_web_address
 from catp_jax.generation.inputs import Packed
-from catp_jax.sharding.place import fetch
+from catp_jax.readers.chat import check_text, take_images
+from catp_jax.readers.processor import read_json
+from catp_jax.sharding import place
 
 Prompt = str | Sequence[dict[str, Any]]
 """Plain text, or chat messages for the checkpoint's own chat template."""
@@ -46,6 +47,8 @@ class Reader(Protocol):
 
     tokens: ClassVar[dict[str, int]]
     """Special tokens of checkpoints that name none."""
+    has_generation_config: ClassVar[bool]
+    """Whether transformers reads generation_config.json for this model."""
 
     @property
     def config(self) -> Any: ...
@@ -108,35 +111,38 @@ def remember(done: Done, source: ImageLike, process: Callable[[ImageLike], Any])
 
 def prompts_of(packed: Packed[Any]) -> list[list[int]]:
     """The tokens of each prompt, without padding."""
-    tokens, valid = fetch((packed.inputs.tokens, packed.inputs.token_valid))
+    tokens, valid = place.fetch((packed.inputs.tokens, packed.inputs.token_valid))
     return [row[own].tolist() for row, own in zip(tokens, valid, strict=True)]
+
+
+def arrange(
+    images: list[ImageLike], prompt: Prompt, done: Done, fetch: Fetch | None
+) -> tuple[list[ImageLike], Prompt]:
+    """A prompt and its images as readers take them: those of chat messages in their order, those at
+    web addresses fetched, each once.
+
+    Raises ValueError for a prompt that is none, and for an image that is missing.
+    """
+    if isinstance(prompt, list | tuple):
+        prompt, images = take_images(prompt, images)
+    else:
+        check_text(prompt, "a prompt")
+    return fetch_images(images, done, fetch), prompt
+
+
+def fetch_images(images: Sequence[Any], done: Done, fetch: Fetch | None) -> list[Any]:
+    """The images, with those at web addresses fetched, each once."""
+    return [
+        remember(done, image, lambda address: fetch_image(str(address), fetch))
+        if is_web_address(image)
+        else image
+        for image in images
+    ]
 
 
 def stretched(image: np.ndarray) -> np.ndarray:
     """An array of any range, stretched to 0 … 1, to be looked at."""
     return (image - image.min()) / max(float(np.ptp(image)), 1e-6)
-
-
-def load_processor(folder: Path) -> Any:
-    """A folder's processor. Raises ValueError if it cannot be read."""
-    from transformers import AutoProcessor  # here, since it imports torch where there is one
-
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} has weights but no processor that can be read (tokenizer.json, "
-            f"tokenizer_config.json, preprocessor_config.json): {error}"
-        ) from None
-
-
-def check_processor(folder: Path, pairs: dict[str, tuple[Any, Any]]) -> None:
-    """Raises ValueError unless in each pair what the processor has is what the model wants."""
-    wrong = [
-        f"{name}: {has}, not {wanted}" for name, (has, wanted) in pairs.items() if has != wanted
-    ]
-    if wrong:
-        raise ValueError(f"{folder}: the processor does not fit config.json ({'; '.join(wrong)})")
 
 
 def check_tokens(tokens: Sequence[int], embeddings: int, who: str) -> None:
@@ -150,20 +156,33 @@ def check_tokens(tokens: Sequence[int], embeddings: int, who: str) -> None:
         )
 
 
-def special_tokens(folder: Path, defaults: dict[str, int]) -> tuple[tuple[int, ...], int | None]:
-    """End and padding tokens: generation_config.json's word counts before config.json's, and that
-    before the model's own defaults.
+def special_tokens(
+    folder: Path, defaults: dict[str, int], has_generation_config: bool
+) -> tuple[tuple[int, ...], int | None]:
+    """End and padding tokens, as transformers finds them.
+
+    generation_config.json's word counts before config.json's, and that before the model's own
+    `defaults`. Without `has_generation_config` a language model generates by itself, and only its
+    `text_config` counts.
+
+    Raises ValueError for a file that cannot be read and for what is no token.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    found = [defaults, config, config.get("text_config") or {}]
+    config = read_json(folder / "config.json")
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder}: text_config must be an object, not {text!r}")
+    found = [defaults, config, text] if has_generation_config else [defaults, text]
     own = folder / "generation_config.json"
-    if own.is_file():
-        try:
-            found.append(dict(json.loads(own.read_text())))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{own} cannot be read: {error}") from None
+    if has_generation_config and own.exists():
+        found.append(read_json(own))
     settings = {key: value for part in found for key, value in part.items() if value is not None}
-    ends = settings.get("eos_token_id")
-    if ends is None:
-        raise ValueError(f"{folder} names no eos_token_id in its config or generation config")
-    return tuple(ends) if isinstance(ends, list) else (ends,), settings.get("pad_token_id")
+    named, pad = settings.get("eos_token_id"), settings.get("pad_token_id")
+    ends: list[Any] = named if isinstance(named, list) else [named]
+    if not ends or not all(type(end) is int and end >= 0 for end in ends):
+        raise ValueError(
+            f"{folder}: eos_token_id must be a token's number or a list of them, got {named!r} in "
+            "config.json or generation_config.json"
+        )
+    if pad is not None and type(pad) is not int:
+        raise ValueError(f"{folder}: pad_token_id must be a token's number, got {pad!r}")
+    return tuple(ends), pad if pad is not None and pad >= 0 else None  # Vicuna's -1 says: none

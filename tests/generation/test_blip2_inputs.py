@@ -39,10 +39,11 @@ def test_every_prompt_has_all_queries_and_the_longest_counts_them():
     assert batch.longest == QUERIES + max(len(tokens) for tokens in PROMPTS)
 
 
-@pytest.mark.parametrize(("prompts", "number"), [([[]], 0), ([[1], [2, 3], []], 2)])
-def test_an_empty_prompt_is_refused_by_its_number(prompts: list[list[int]], number: int):
-    with pytest.raises(ValueError, match=f"prompt {number} is empty"):
-        pack(prompts, [photo(0)] * len(prompts), CONFIGS["t5"])
+@pytest.mark.parametrize("prompts", [[[]], [[1], [2, 3], []]])
+def test_an_empty_prompt_is_padding_behind_the_queries(prompts: list[list[int]]):
+    batch = pack(prompts, [photo(0)] * len(prompts), CONFIGS["t5"])
+    assert batch.inputs.token_valid.sum(axis=1).tolist() == [len(tokens) for tokens in prompts]
+    assert batch.longest == QUERIES + max(len(tokens) for tokens in prompts)
 
 
 def test_kept_queries_are_rows_of_plain_numbers():

@@ -1,0 +1,38 @@
+"""Models by name: `org/name` is looked up among what Hugging Face's tools have downloaded."""
+
+import re
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model: a path, with `~`, or a name in the local Hugging Face cache.
+
+    Nothing is downloaded. Raises ValueError if there is neither, with what to do.
+    """
+    for path in (Path(model), Path(model).expanduser()):
+        if path.exists():
+            return path
+    name = str(model)
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name} is not a folder; a Hugging Face folder, one made by `catp-jax convert`, or a "
+            "downloaded model's name (org/name) is wanted"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        page = f"https://huggingface.co/{name}"
+        licence = (
+            f"; accept its licence on {page} first, then `hf auth login`"
+            if name.lower().startswith("meta-llama/")
+            else ""
+        )
+        raise ValueError(
+            f"{name} is neither a folder nor in the local Hugging Face cache; download it with "
+            f"`hf download {name}`{licence}"
+        ) from None
