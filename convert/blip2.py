@@ -265,6 +265,8 @@ def detect(names: Iterable[str], where: str, script: str = "blip_2") -> Layout:
     return HUB
 
 
+NOT_FLOAT16 = (".DenseReluDense.wo.kernel",)  # of T5, see `catp_jax.models.t5`
+
 BLIP2 = Family(
     model_type="blip-2",
     configs=(Blip2Config, RetrievalConfig),
@@ -280,4 +282,5 @@ BLIP2 = Family(
     head=HEAD,
     with_own_head=with_own_head,
     float32=("qformer.", "query_tokens"),
+    not_float16=NOT_FLOAT16,
 )

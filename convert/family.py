@@ -55,7 +55,8 @@ class Family:
     `read` and `write` go from a config.json to one of `configs` and back. `detect` tells the layout
     from the tensors' names. `head` is a tensor that may be the `twins`' twin or have values of its
     own; then `with_own_head` corrects what config.json said. Parameters whose name begins with one
-    of `float32` stay float32 when others are cast.
+    of `float32` stay float32 when others are cast, those that end with one of `not_float16` when
+    others are cast to that.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Family:
     head: str | None = None
     with_own_head: Callable[[Any], Any] = lambda config: config
     float32: tuple[str, ...] = ()
+    not_float16: tuple[str, ...] = ()
 
     def match(
         self,

@@ -7,7 +7,7 @@ from functools import partial
 
 from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from convert import blip2
-from convert.blip2 import HEAD, TWINS
+from convert.blip2 import HEAD, NOT_FLOAT16, TWINS
 from convert.family import HUB, Family
 from convert.instructblip_config import read, write
 from convert.rules import TRANSPOSE, Ignore, Rule
@@ -64,4 +64,5 @@ INSTRUCTBLIP = Family(
     head=HEAD,
     with_own_head=blip2.with_own_head,
     float32=("query_tokens",),  # as in transformers, where the Q-Former goes with the rest
+    not_float16=NOT_FLOAT16,
 )

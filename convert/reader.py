@@ -261,7 +261,10 @@ def _traced(config: Config) -> Any:
 
 def cast(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
     """`dtype`, or float32 for a parameter that is used in float32 only."""
-    return np.dtype(np.float32) if parameter.startswith(family.float32) else dtype
+    is_wide = parameter.startswith(family.float32) or (
+        dtype == np.float16 and parameter.endswith(family.not_float16)
+    )
+    return np.dtype(np.float32) if is_wide else dtype
 
 
 def with_dtypes(model: Any, dtypes: Mapping[str, np.dtype]) -> Any:

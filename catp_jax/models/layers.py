@@ -117,7 +117,7 @@ class VisionMlp(nnx.Module):
 
 
 class RmsNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, in float32; scaled in the input's dtype."""
+    """Root-mean-square norm over the last axis, in float32; scaled in the scale's dtype."""
 
     def __init__(self, features: int, epsilon: float):
         self.epsilon = epsilon
@@ -126,7 +126,7 @@ class RmsNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         wide = x.astype(jnp.float32)
         square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(square + self.epsilon)).astype(x.dtype)
+        normed = (wide * jax.lax.rsqrt(square + self.epsilon)).astype(self.scale.dtype)
         return normed * _last_axis(self.scale, x)
 
 

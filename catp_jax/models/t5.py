@@ -6,6 +6,9 @@
 No positions but a learned bias on the logits, which depends on the distance of two tokens and which
 all layers of a stack share; RMS norms; logits are not divided by √d.
 
+Its states outgrow float16. There, as in transformers, a feed-forward's last product is in float32,
+and so are the states from the first one on.
+
 Source: Raffel et al., "T5", arXiv 1910.10683; Hugging Face transformers (`models/t5`).
 """
 
@@ -121,6 +124,12 @@ def buckets(config: T5Config, is_bidirectional: bool) -> np.ndarray:
     return np.where(distance < exact, distance, np.minimum(large, number - 1)).astype(np.int32)
 
 
+def add(x: Float[Array, "b s d"], more: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    """The sum, as wide as the wider of the two."""
+    wide = max(x.dtype, more.dtype, key=lambda dtype: dtype.itemsize)
+    return x.astype(wide) + more.astype(wide)
+
+
 class T5Attention(nnx.Module):
     """Attention without scaling; the first of a stack owns the bias that all its layers add."""
 
@@ -187,7 +196,8 @@ class T5SelfAttention(nnx.Module):
         bias: Float[Array, "b h s n"],
     ) -> Float[Array, "b s d"]:
         normed = self.layer_norm(x)
-        return x + self.SelfAttention(normed, self.SelfAttention.project(normed), mask, bias)
+        projected = self.SelfAttention.project(normed)
+        return add(x, self.SelfAttention(normed, projected, mask, bias))
 
     def step(
         self, x: Float[Array, "r one d"], past: Past, bias: Float[Array, "b h slots"]
@@ -196,7 +206,7 @@ class T5SelfAttention(nnx.Module):
         normed, attention = self.layer_norm(x), self.SelfAttention
         queries, new = attention.queries(normed), attention.project(normed)
         attended, tail = past.attend(queries, new, bias, scale=1.0)
-        return x + attention.o(merge_heads(attended)), tail
+        return add(x, attention.o(merge_heads(attended))), tail
 
 
 class T5CrossAttention(nnx.Module):
@@ -209,13 +219,13 @@ class T5CrossAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s d"], encoded: KeysValues, mask: Bool[Array, "b s n"]
     ) -> Float[Array, "b s d"]:
-        return x + self.EncDecAttention(self.layer_norm(x), encoded, mask, None)
+        return add(x, self.EncDecAttention(self.layer_norm(x), encoded, mask, None))
 
     def step(self, x: Float[Array, "r one d"], encoded: PromptLayer) -> Float[Array, "r one d"]:
         """One new token a row."""
         queries = self.EncDecAttention.queries(self.layer_norm(x))
         attended = attend_blocks(queries, [encoded.read(queries)], scale=1.0)
-        return x + self.EncDecAttention.o(merge_heads(attended))
+        return add(x, self.EncDecAttention.o(merge_heads(attended)))
 
 
 class T5GatedMlp(nnx.Module):
@@ -227,7 +237,9 @@ class T5GatedMlp(nnx.Module):
         self.activation = config.dense_act_fn
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return self.wo(ACTIVATIONS[self.activation](self.wi_0(x)) * self.wi_1(x))
+        gate, up = ACTIVATIONS[self.activation](self.wi_0(x)), self.wi_1(x)
+        wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        return self.wo(gate.astype(wide) * up.astype(wide))
 
 
 class T5FeedForward(nnx.Module):
@@ -236,7 +248,7 @@ class T5FeedForward(nnx.Module):
         self.layer_norm = RmsNorm(config.d_model, config.layer_norm_epsilon)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return x + self.DenseReluDense(self.layer_norm(x))
+        return add(x, self.DenseReluDense(self.layer_norm(x)))
 
 
 class T5Block(nnx.Module):
