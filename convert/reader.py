@@ -150,11 +150,11 @@ def open_source(
     layout, matching = family.match(
         {name: tensor.shape for name, tensor in tensors.items()}, shapes, config, str(folder)
     )
-    _refuse_other_types(folder, [tensors[one.source] for one in matching.matches])
     _refuse_other_values(folder, tensors, matching)
     if addition is not None:
         tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
     found = {one.target: tensors[one.source] for one in matching.matches}
+    _refuse_other_types(folder, [*found.values()])
     dtype = one_dtype(
         folder, family, {name: (one.dtype, one.nbytes) for name, one in found.items()}
     )

@@ -212,6 +212,10 @@ DAMAGE = {
     "an embedding": (renamed("q_proj.lora_A.weight", "q_proj.lora_embedding_A"), "an embedding"),
     "a half": (lambda t: {n: x for n, x in t.items() if "lora_A" in n}, "lora_A and lora_B"),
     "another model": (renamed("language_model", "tongue_model"), "there is no model.tongue_model"),
+    "whole numbers": (
+        lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(50, 24, dtype=torch.int64)},
+        "weights of other types than",
+    ),
     "other shapes": (lambda t: {n: x[:, :-1] for n, x in t.items()}, "linear layers of rank 3"),
 }
 
