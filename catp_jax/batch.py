@@ -67,6 +67,7 @@ class Answer:
             **_asked(request),
             "text": self.text,
             "tokens": answers.tokens[index],
+            **self._logprobs(),
             "visual_tokens": answers.available[index],
             "kept": None if answers.kept is None else answers.kept[index].as_rows(),
             "reports": [
@@ -75,6 +76,19 @@ class Answer:
                 if dataclasses.is_dataclass(report)
             ],
         }
+
+    def _logprobs(self) -> Row:
+        """As they were asked for."""
+        answers, index = self.answers, self.index
+        row: Row = {}
+        if answers.logprobs is not None:
+            row["logprobs"] = answers.logprobs[index]
+        if answers.alternatives is not None:
+            row["alternatives"] = [
+                [{"token": token, "logprob": logprob} for token, logprob in place]
+                for place in answers.alternatives[index]
+            ]
+        return row
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
@@ -153,14 +167,16 @@ def answer(
 
     Raises ValueError for a request that cannot be used and has no line to tell it by.
     """
-    options = options or Options()
+    options = options or dataclasses.replace(model.defaults, num_return_sequences=1)
+    if options.num_return_sequences > 1:
+        raise ValueError("a batch has one answer to each request, leave out num_return_sequences")
     under_way: Iterator[Answer | Problem] = iter(())
     for start in range(0, len(requests), batch_size):
         chunk, images = requests[start : start + batch_size], {}
         usable: list[tuple[Request, Question[Any]]] = []
         for request in chunk:
             try:
-                prompt = _as_chat(request) if is_chat else request.prompt
+                prompt = as_chat(request) if is_chat else request.prompt
                 question = model.read(
                     request.images, prompt, max_new_tokens=options.max_new_tokens, done=images
                 )
@@ -274,7 +290,7 @@ def _asked(request: Request) -> Row:
     return {"prompt": request.prompt, "images": [str(image) for image in request.images]}
 
 
-def _as_chat(request: Request) -> Prompt:
+def as_chat(request: Request) -> Prompt:
     """The prompt as a user's message, images first."""
     if not isinstance(request.prompt, str):
         return request.prompt

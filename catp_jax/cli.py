@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from catp_jax import cli_cluster, cli_study
+from catp_jax import cli_options as words
 from catp_jax.terminal import printable, say
 
 app = typer.Typer(
@@ -83,6 +84,7 @@ def start(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: ModelFolder,
     prompt: Annotated[
         list[str] | None,
@@ -124,26 +126,28 @@ def generate(
             metavar="N|P%|auto",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
-    min_new_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
-    beams: Annotated[
-        int, typer.Option(help="Search this many answers at a time for the likeliest; 1: greedy.")
-    ] = 1,
-    length_penalty: Annotated[
-        float,
-        typer.Option(help="Beam search: above 0 favours long answers, 0 does not look at length."),
-    ] = 1.0,
+    max_new_tokens: Annotated[int | None, words.MAX_NEW_TOKENS] = None,
+    min_new_tokens: Annotated[int | None, words.MIN_NEW_TOKENS] = None,
+    beams: Annotated[int | None, words.BEAMS] = None,
+    length_penalty: Annotated[float | None, words.LENGTH_PENALTY] = None,
     early_stopping: Annotated[
-        Literal["heuristic", "first", "never"],
-        typer.Option(
-            help="Beam search ends when no better answer is likely, with the first --beams "
-            "answers, or when none could be better."
-        ),
-    ] = "heuristic",
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above, answers vary.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Prompt or line i draws with seed + i, from 0.")] = 0,
+        Literal["heuristic", "first", "never"] | None, words.EARLY_STOPPING
+    ] = None,
+    temperature: Annotated[float | None, words.TEMPERATURE] = None,
+    top_k: Annotated[int | None, words.TOP_K] = None,
+    top_p: Annotated[float | None, words.TOP_P] = None,
+    seed: Annotated[int | None, words.SEED] = None,
+    repetition_penalty: Annotated[float | None, words.REPETITION_PENALTY] = None,
+    no_repeat_ngram_size: Annotated[int | None, words.NO_REPEAT_NGRAM_SIZE] = None,
+    bad_word: Annotated[list[str] | None, words.BAD_WORD] = None,
+    suppress_token: Annotated[list[int] | None, words.SUPPRESS_TOKEN] = None,
+    begin_suppress_token: Annotated[list[int] | None, words.BEGIN_SUPPRESS_TOKEN] = None,
+    stop: Annotated[list[str] | None, words.STOP] = None,
+    logprobs: Annotated[int | None, words.LOGPROBS] = None,
+    generation_config: Annotated[bool, words.GENERATION_CONFIG] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show the answer to one prompt as it comes.")
+    ] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the checkpoint's chat template.")
     ] = False,
@@ -169,7 +173,14 @@ def generate(
         bool, typer.Option("--json", help="One JSON object per prompt, with what was kept.")
     ] = False,
 ) -> None:
-    """Answer questions about images."""
+    """Answer questions about images.
+
+    Options that are not given are the checkpoint's own, else greedy, with 32 new tokens at most.
+    """
+    if logprobs is not None and not (json_output or out):
+        raise typer.BadParameter("--logprobs want --json, or --out")
+    if stream and (batch or json_output or len(prompt or []) != 1):
+        raise typer.BadParameter("--stream is for one --prompt, without --json")
     if len(prune or []) != len(keep or []):
         raise typer.BadParameter(
             f"each --prune wants its --keep: got {len(prune or [])} methods and "
@@ -190,6 +201,7 @@ def generate(
     from catp_jax import batch as batches
     from catp_jax.generation.options import Options
     from catp_jax.pruning.named import named
+    from catp_jax.readers.generation_config import generation_defaults
     from catp_jax.sharding.distributed import gathered
     from catp_jax.sharding.mesh import find_devices, parse_mesh
 
@@ -206,27 +218,8 @@ def generate(
         problems += others
     parse_mesh({} if mesh is None else mesh)
     find_devices()
-    if beams > 1 and (temperature > 0 or top_k > 0 or top_p < 1):
-        raise typer.BadParameter(
-            "beam search draws nothing: give --beams, or --temperature, --top-k, --top-p"
-        )
-    if beams == 1 and (length_penalty != 1 or early_stopping != "heuristic"):
-        raise typer.BadParameter("--length-penalty and --early-stopping want --beams of 2 or more")
-    if min_new_tokens > max_new_tokens:
-        raise typer.BadParameter(
-            f"--min-new-tokens {min_new_tokens} is more than --max-new-tokens {max_new_tokens}"
-        )
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        num_beams=beams,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
-    )
+    defaults = generation_defaults(model)[0] if generation_config else Options()
+    options = defaults.over(**words.given(context.params), num_return_sequences=1)
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
@@ -254,7 +247,18 @@ def generate(
         mask_mode=mask_mode,
         ignore_config=ignore_config or (),
         adapter=adapter,
+        generation_config=generation_config,
     )
+    if loaded.note:
+        say(loaded.note)
+    if stream:
+        own, text = requests[0], (batches.as_chat(requests[0]) if chat else requests[0].prompt)
+        for piece in loaded.stream(
+            own.images, text, prune=prune, keep=keep, **dataclasses.asdict(options)
+        ):
+            print(printable(piece), end="", flush=True)
+        print()
+        return
     answers = batches.answer(
         loaded,
         requests,

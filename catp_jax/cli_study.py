@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from catp_jax import cli_options as words
 from catp_jax.terminal import say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
@@ -101,18 +102,12 @@ def run(
     ] = None,
     seed: Seed = 42,
     batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 10,
-    beams: Annotated[int, typer.Option(help="Beam search with so many; 1 is greedy.")] = 1,
-    length_penalty: Annotated[
-        float, typer.Option(help="Beam search: above 0 favours long answers.")
-    ] = 1.0,
-    min_new_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
+    max_new_tokens: Annotated[int, words.MAX_NEW_TOKENS] = 10,
+    beams: Annotated[int, words.BEAMS] = 1,
+    length_penalty: Annotated[float, words.LENGTH_PENALTY] = 1.0,
+    min_new_tokens: Annotated[int, words.MIN_NEW_TOKENS] = 0,
     early_stopping: Annotated[
-        Literal["heuristic", "first", "never"],
-        typer.Option(
-            help="Beam search ends a question: by a guess of whether it can get better, with the "
-            "first BEAMS answers, or once it cannot."
-        ),
+        Literal["heuristic", "first", "never"], words.EARLY_STOPPING
     ] = "heuristic",
     dtype: Annotated[
         str | None,
@@ -133,9 +128,10 @@ def run(
 
     budgets = _budgets(keep)
     specs = _methods(methods)
-    _check_numbers(batch_size, max_new_tokens, beams, min_new_tokens, seed)
+    _check_numbers(batch_size, seed)
     find_devices()
     Options(
+        max_new_tokens=max_new_tokens,
         num_beams=beams,
         length_penalty=length_penalty,
         min_new_tokens=min_new_tokens,
@@ -175,11 +171,14 @@ def run(
 
     from catp_jax import api
     from catp_jax.pruning import make, methods_for
+    from catp_jax.readers.generation_config import sets_defaults
     from catp_jax.study.results import Setting
 
     journal.claim()  # now, and not once a model is loaded
     try:
-        loaded = api.load(model, dtype, mesh=mesh)
+        if sets_defaults(model):
+            say("a study asks by its own options: generation_config.json is left aside")
+        loaded = api.load(model, dtype, mesh=mesh, generation_config=False)
         specs = specs or methods_for(loaded.sites)
         for spec in specs:
             make(spec, 1, loaded.sites)
@@ -326,23 +325,10 @@ def _budgets(text: str) -> list[int | str]:
     return list(dict.fromkeys(found))
 
 
-def _check_numbers(
-    batch_size: int, max_new_tokens: int, beams: int, min_new_tokens: int, seed: int
-) -> None:
+def _check_numbers(batch_size: int, seed: int) -> None:
     """Raises BadParameter for a number out of range."""
-    least = {
-        "--batch-size": (batch_size, 1),
-        "--max-new-tokens": (max_new_tokens, 1),
-        "--beams": (beams, 1),
-        "--min-new-tokens": (min_new_tokens, 0),
-        "--seed": (seed, 0),
-    }
-    for option, (value, bound) in least.items():
+    for option, value, bound in (("--batch-size", batch_size, 1), ("--seed", seed, 0)):
         if value < bound:
             raise typer.BadParameter(f"{option} is at least {bound}, got {value}")
     if seed >= SEEDS:
         raise typer.BadParameter(f"--seed is below {SEEDS}, got {seed}")
-    if min_new_tokens > max_new_tokens:
-        raise typer.BadParameter(
-            f"--min-new-tokens ({min_new_tokens}) is above --max-new-tokens ({max_new_tokens})"
-        )

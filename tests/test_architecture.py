@@ -18,6 +18,7 @@ BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"
 BELOW_API = BELOW_GENERATION | {
     *("generation", "readers", "study", "training", "convert", "terminal"),
 }
+CLI = {"cli_cluster", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
     "lines": set(),
@@ -39,9 +40,11 @@ ROOMS = {
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},
-    "cli_study": BELOW_GENERATION | {"terminal", "generation", "study", "api"},
+    "cli_options": BELOW_GENERATION | {"generation"},
+    "cli_study": BELOW_GENERATION
+    | {"terminal", "cli_options", "generation", "readers", "study", "api"},
     "cli_cluster": BELOW_GENERATION | {"targets", "plan", "doctor", "terminal"},
-    "cli": BELOW_API | {"api", "batch", "demo", "cli_cluster", "cli_study", "catp_jax"},
+    "cli": BELOW_API | {"api", "batch", "demo", "catp_jax"} | CLI,
     "catp_jax": BELOW_API | {"api"},
     "__main__": {"cli"},
 }

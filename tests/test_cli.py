@@ -1,5 +1,6 @@
 """The command line as a user meets it: good input and bad."""
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from catp_jax import cli, cli_cluster
+from catp_jax import cli, cli_cluster, cli_options
+from catp_jax.generation.options import Options
 from catp_jax.pruning import METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
 from catp_jax.targets import GPUS
@@ -152,12 +154,63 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--temperature", "-1"], ["temperature"]),
         (["--top-p", "0"], ["top_p"]),
         (["--dtype", "int7"], ["int7"]),
+        (["--beams", "2", "--temperature", "1"], ["num_beams or a temperature"]),
+        (["--length-penalty", "0"], ["require num_beams of 2 or more"]),
+        (["--min-new-tokens", "9", "--max-new-tokens", "8"], ["at most max_new_tokens (8), got 9"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty is above 0"]),
+        (["--suppress-token", "9999"], ["suppress_tokens has token 9999"]),
+        (["--stop", ""], ["stop_strings"]),
+        (["--logprobs", "2"], ["--logprobs", "--json"]),
+        (["--stream", "--json"], ["--stream is for one --prompt"]),
+        (["--stream", "--beams", "2"], ["a stream has one answer"]),
         (["--chat"], ["no chat template"]),
         (["--image", "nowhere.png"], ["nowhere.png", "is not a file"]),
     ],
 )
 def test_bad_words_are_refused(words, said):
     refused(catp_jax("generate", MINI, "--image", CIRCLE, *ASK, *words), *said)
+
+
+def test_an_answer_as_it_comes_is_the_answer():
+    words = ["generate", MINI, "--image", CIRCLE, *ASK, "--min-new-tokens", 5]
+    words += ["--repetition-penalty", 1.2, "--bad-word", "red", "--stop", "nowhere"]
+    whole, streamed = catp_jax(*words), catp_jax(*words, "--stream")
+    assert whole.returncode == streamed.returncode == 0, streamed.stderr
+    assert streamed.stdout == whole.stdout
+
+
+def test_log_probabilities_are_in_json_where_they_are_asked_for():
+    words = ["generate", MINI, "--image", CIRCLE, *ASK, "--json"]
+    row = json.loads(catp_jax(*words, "--logprobs", 2).stdout)
+    assert len(row["logprobs"]) == len(row["alternatives"]) == len(row["tokens"])
+    for token, own, likely in zip(row["tokens"], row["logprobs"], row["alternatives"], strict=True):
+        assert likely[0] == {"token": token, "logprob": own}
+        assert own <= 0
+    assert "alternatives" not in json.loads(catp_jax(*words).stdout)
+
+
+def test_a_checkpoints_own_options_are_told_and_can_be_left_aside(tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(MINI, folder)
+    path = folder / "generation_config.json"
+    (blue,) = json.loads(catp_jax("generate", MINI, "--image", CIRCLE, *ASK, "--json").stdout)[
+        "tokens"
+    ][:1]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"suppress_tokens": [blue]}))
+    words = ["generate", folder, "--image", CIRCLE, *ASK]
+    own, plain = catp_jax(*words), catp_jax(*words, "--no-generation-config")
+    assert "blue" not in own.stdout
+    assert own.stderr == f"catp-jax: defaults from {path}: suppress_tokens=[{blue}]\n"
+    assert (plain.stdout, plain.stderr) == ("blue\n", "")
+    other = catp_jax(*words, "--suppress-token", 0)
+    assert other.stdout == "blue\n"
+
+
+def test_every_option_of_a_generation_can_be_given():
+    left = {"num_return_sequences", "bad_words_ids", "forced_eos_token_id"}
+    names = {field.name for field in dataclasses.fields(Options)} - left
+    known = inspect.signature(cli.generate).parameters
+    assert {cli_options.NAMES.get(name, name) for name in names} <= {*known}
 
 
 def test_chat_puts_the_prompt_through_the_checkpoints_template(tmp_path):

@@ -25,7 +25,7 @@ class Loaded(Exception):
 def tiny(monkeypatch, tmp_path):
     """A folder that loads as the small model; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Tiny())
+    monkeypatch.setattr(api, "load", lambda *_, **__: Tiny())
     (tmp_path / "model").mkdir()
     return tmp_path
 
@@ -34,7 +34,7 @@ def tiny(monkeypatch, tmp_path):
 def no_model(monkeypatch, tiny):
     """Loading a model is the end of the test."""
 
-    def load(folder, dtype, mesh=None):
+    def load(folder, dtype, mesh=None, generation_config=True):
         raise Loaded
 
     monkeypatch.setattr(api, "load", load)
@@ -146,11 +146,11 @@ def test_an_interrupted_study_says_that_it_can_go_on(tiny, monkeypatch):
 
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
     words += ["--methods", "l2", "--keep", "2", "--batch-size", "2"]
-    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Impatient())
+    monkeypatch.setattr(api, "load", lambda *_, **__: Impatient())
     done = study(*words)
     assert done.exit_code != 0
     assert "x.jsonl holds what was answered; the same command goes on" in done.output
-    monkeypatch.setattr(api, "load", lambda folder, dtype, mesh=None: Tiny())
+    monkeypatch.setattr(api, "load", lambda *_, **__: Tiny())
     assert study(*words).exit_code == 0
 
 
@@ -190,9 +190,9 @@ def test_the_model_is_loaded_once_all_else_is_right(no_model):
         (["--prompt", "What is it?"], ["a prompt wants {question}"]),
         (["--limit", "0"], ["at least 1 question"]),
         (["--batch-size", "0"], ["--batch-size is at least 1"]),
-        (["--beams", "0"], ["--beams is at least 1"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens is at least 1"]),
-        (["--min-new-tokens", "11"], ["--min-new-tokens (11) is above --max-new-tokens (10)"]),
+        (["--beams", "0"], ["num_beams is at least 1"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens is at least 1"]),
+        (["--min-new-tokens", "11"], ["min_new_tokens is at most max_new_tokens (10), got 11"]),
         (["--seed", "-1"], ["--seed is at least 0"]),
         (["--seed", str(2**31 - 1)], ["--seed is below"]),
         (["--length-penalty", "nan"], ["length_penalty lies between -100 and 100"]),

@@ -201,28 +201,3 @@ class Options:
             pad=jnp.asarray(pad, jnp.int32),
             strings=None if strings is None else jnp.asarray(strings),
         )
-
-
-HELP = {
-    "max_new_tokens": "Longest answer, in tokens.",
-    "min_new_tokens": "Shortest answer, in tokens.",
-    "temperature": "0 is greedy; above, answers vary.",
-    "top_k": "Draw from this many tokens; 0: all.",
-    "top_p": "Draw from this share of probability.",
-    "seed": "Prompt or line i draws with seed + i, from 0.",
-    "num_beams": "Search this many answers at a time for the likeliest; 1: no beam search.",
-    "length_penalty": "Beam search: above 0 favours long answers, 0 does not look at length.",
-    "early_stopping": "Beam search ends when no better answer is likely, with the first --beams "
-    "answers, or when none could be better.",
-    "num_return_sequences": "Answers to each prompt, drawn or of a beam search.",
-    "repetition_penalty": "Above 1, what the prompt or the answer has already is less likely.",
-    "no_repeat_ngram_size": "So many tokens in succession stand nowhere twice; 0: they may.",
-    "bad_words": "A word that is not written. Repeat it.",
-    "bad_words_ids": "Words that are not written, as tokens.",
-    "suppress_tokens": "A token that is not written. Repeat it.",
-    "begin_suppress_tokens": "A token that no answer begins with.",
-    "forced_eos_token_id": "The token that ends an answer of the full length.",
-    "stop_strings": "A text that ends an answer. Repeat it.",
-    "logprobs": "With --json: log-probabilities, of this many likely tokens too.",
-}
-"""What commands say of each option."""

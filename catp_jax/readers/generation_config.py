@@ -91,6 +91,14 @@ def generation_defaults(folder: Path) -> tuple[Options, str]:
     return found, f"defaults from {path}: {said}{greedy}"
 
 
+def sets_defaults(folder: Path) -> bool:
+    """Whether the file asks for anything."""
+    try:
+        return bool(generation_defaults(folder)[1])
+    except ValueError:
+        return True
+
+
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """What of the file is among our options, without what changes nothing."""
     plain = Options()

@@ -16,7 +16,7 @@ from transformers import (
 
 import catp_jax
 from catp_jax.generation.options import Options
-from catp_jax.readers.generation_config import generation_defaults
+from catp_jax.readers.generation_config import generation_defaults, sets_defaults
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, PROMPT = ASSETS / "blue-circle.png", "what color is the shape?"
@@ -131,6 +131,12 @@ def test_what_changes_nothing_passes(tmp_path: Path, given: Any):
 def test_what_makes_no_sense_is_refused(tmp_path: Path, given: Any, says: str):
     with pytest.raises(ValueError, match=says):
         generation_defaults(folder(tmp_path, given))
+
+
+def test_a_study_notices_a_file_that_it_leaves_aside(tmp_path: Path):
+    assert not sets_defaults(folder(tmp_path, {"do_sample": False}))
+    assert sets_defaults(folder(tmp_path, LLAMA))
+    assert sets_defaults(folder(tmp_path, {"penalty_alpha": 0.6}))
 
 
 def test_without_a_file_there_is_nothing_to_say(tmp_path: Path):
