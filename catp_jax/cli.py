@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -28,7 +29,15 @@ app = typer.Typer(
 )
 
 ModelFolder = Annotated[
-    Path, typer.Argument(help="A Hugging Face folder, or one made by `catp-jax convert`.")
+    Path,
+    typer.Argument(
+        help="A Hugging Face folder, one made by `catp-jax convert`, or the name of a model that "
+        "Hugging Face's tools have downloaded (org/name)."
+    ),
+]
+ProcessorFolder = Annotated[
+    Path | None,
+    typer.Option(help="Take tokenizer and image processor from elsewhere.", metavar="DIR|NAME"),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE")
@@ -42,6 +51,12 @@ Adapter = Annotated[
 
 METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random"
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"catp-jax {version('catp-jax')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -66,6 +81,10 @@ def start(
     heartbeat: Annotated[
         int, typer.Option(help="Seconds after which a silent process counts as dead.")
     ] = 100,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
 ) -> None:
     told = (coordinator, num_processes, process_id)
     if distributed or any(word is not None for word in told):
@@ -158,6 +177,7 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in Meta's code, or in transformers (hf)."),
     ] = None,
     dtype: Dtype = None,
+    processor: ProcessorFolder = None,
     weights: Annotated[
         Literal["int8", "float8"] | None,
         typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
@@ -253,7 +273,11 @@ def generate(
         vision_mode=vision_mode,
         mask_mode=mask_mode,
         ignore_config=ignore_config or (),
+<<<<<<< HEAD
         adapter=adapter,
+=======
+        processor=processor,
+>>>>>>> f40d1aa (feat(api): models by name from the local cache, --processor, --version; batch lines whose chats hold images)
     )
     answers = batches.answer(
         loaded,
@@ -309,6 +333,7 @@ def match(
     image: Annotated[list[Path], typer.Option(help="An image; repeat it for several.")],
     text: Annotated[list[str], typer.Option(help="A text; repeat it for several.")],
     dtype: Dtype = None,
+    processor: ProcessorFolder = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per image and text.")
     ] = False,
@@ -322,7 +347,7 @@ def match(
     pictures = [read_image(path) for path in image]
     from catp_jax import api
 
-    matcher = api.load_matcher(model, dtype)
+    matcher = api.load_matcher(model, dtype, processor=processor)
     itc = matcher.itc(pictures, text)
     pairs = [(i, t) for i in range(len(image)) for t in range(len(text))]
     itm = matcher.itm([pictures[i] for i, _ in pairs], [text[t] for _, t in pairs])
