@@ -1,7 +1,8 @@
 """Requests by the file: answered a batch at a time, and one that cannot be used costs no other.
 
     {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     images: also one, or none
-    {"messages": [{"role": "user", "content": "what is this?"}]}        for the chat template
+    {"messages": [{"role": "user", "content": "what is this?"}]}        for the chat template; its
+                                                    parts may hold images, see `readers.chat`
 
 Images are read while the device answers the batch before. What is answered goes to a file that
 resumes (`lines`), or wherever the caller puts it.
@@ -10,14 +11,15 @@ resumes (`lines`), or wherever the caller puts it.
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from catp_jax.api import Answers, Model, Unsound
+from catp_jax.generation.images import within
 from catp_jax.generation.options import Options
 from catp_jax.lines import JsonLines, Row
+from catp_jax.readers.chat import take_images
 from catp_jax.readers.reading import Prompt, Question
 from catp_jax.sharding.distributed import agreed, is_first
 
@@ -131,7 +133,7 @@ def _request(line: bytes, number: int, folder: Path) -> Request:
         raise ValueError(f"either a prompt or messages are wanted; {SHAPE}")
     if "image" in row and "images" in row:
         raise ValueError("image and images are the same; give one of them")
-    prompt = row.get("prompt", row.get("messages"))
+    prompt: Any = row.get("prompt", row.get("messages"))
     if not isinstance(prompt, str if "prompt" in row else list):
         raise ValueError(f"a prompt is a text, and messages are a list; {SHAPE}")
     images = row.get("images", row.get("image"))
@@ -141,13 +143,10 @@ def _request(line: bytes, number: int, folder: Path) -> Request:
     key = row.get("id")
     if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
         raise ValueError(f"an id is a text or a whole number, got {key!r}")
-    own = tuple(_image(image, folder) for image in images)
-    return Request(prompt, own, number - 1, number, key)
-
-
-def _image(name: str, folder: Path) -> str | Path:
-    """A path from the file's folder; what is no path (`data:`, `file://`) as it is."""
-    return name if re.match(r"[a-z]+:", name) else folder / Path(name).expanduser()
+    images = [within(image, folder) for image in images]
+    if isinstance(prompt, list):
+        prompt, images = take_images(prompt, images, folder)
+    return Request(prompt, tuple(images), number - 1, number, key)
 
 
 def answer(

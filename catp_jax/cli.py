@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -29,7 +30,15 @@ app = typer.Typer(
 )
 
 ModelFolder = Annotated[
-    Path, typer.Argument(help="A Hugging Face folder, or one made by `catp-jax convert`.")
+    Path,
+    typer.Argument(
+        help="A Hugging Face folder, one made by `catp-jax convert`, or the name of a model that "
+        "Hugging Face's tools have downloaded (org/name)."
+    ),
+]
+ProcessorFolder = Annotated[
+    Path | None,
+    typer.Option(help="Take tokenizer and image processor from elsewhere.", metavar="DIR|NAME"),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE")
@@ -43,6 +52,12 @@ Adapter = Annotated[
 
 METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random"
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"catp-jax {version('catp-jax')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -67,6 +82,10 @@ def start(
     heartbeat: Annotated[
         int, typer.Option(help="Seconds after which a silent process counts as dead.")
     ] = 100,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
 ) -> None:
     told = (coordinator, num_processes, process_id)
     if distributed or any(word is not None for word in told):
@@ -162,6 +181,7 @@ def generate(
         typer.Option(help="Llama Vision: tower states as in Meta's code, or in transformers (hf)."),
     ] = None,
     dtype: Dtype = None,
+    processor: ProcessorFolder = None,
     weights: Annotated[
         Literal["int8", "float8"] | None,
         typer.Option(help="Narrow the language model's layers to 8 bits as they load."),
@@ -198,6 +218,9 @@ def generate(
 
     for path in image or []:
         read_image(path)  # before a model is loaded, which may take minutes
+    from catp_jax.readers.hub import find_folder
+
+    folder = find_folder(model)
     from catp_jax import batch as batches
     from catp_jax.generation.options import Options
     from catp_jax.pruning.named import named
@@ -218,7 +241,7 @@ def generate(
         problems += others
     parse_mesh({} if mesh is None else mesh)
     find_devices()
-    defaults = generation_defaults(model)[0] if generation_config else Options()
+    defaults = generation_defaults(folder)[0] if generation_config else Options()
     options = defaults.over(**words.given(context.params), num_return_sequences=1)
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
@@ -226,8 +249,9 @@ def generate(
     if file:
         file.begin(
             {
-                "model": model.resolve().name,
-                "load": (dtype, weights, mask_mode, vision_mode),
+                "model": folder.resolve().name,
+                "load": (dtype, weights, mask_mode, vision_mode, ignore_config),
+                "folders": [str(one and one.resolve()) for one in (adapter, processor)],
                 "prune": methods,
                 "chat": chat,
                 **dataclasses.asdict(options),
@@ -239,7 +263,7 @@ def generate(
     from catp_jax import api
 
     loaded = api.load(
-        model,
+        folder,
         dtype,
         mesh=mesh,
         weights=weights,
@@ -248,6 +272,7 @@ def generate(
         ignore_config=ignore_config or (),
         adapter=adapter,
         generation_config=generation_config,
+        processor=processor,
     )
     if loaded.note:
         say(loaded.note)
@@ -313,6 +338,7 @@ def match(
     image: Annotated[list[Path], typer.Option(help="An image; repeat it for several.")],
     text: Annotated[list[str], typer.Option(help="A text; repeat it for several.")],
     dtype: Dtype = None,
+    processor: ProcessorFolder = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON object per image and text.")
     ] = False,
@@ -326,7 +352,7 @@ def match(
     pictures = [read_image(path) for path in image]
     from catp_jax import api
 
-    matcher = api.load_matcher(model, dtype)
+    matcher = api.load_matcher(model, dtype, processor=processor)
     itc = matcher.itc(pictures, text)
     pairs = [(i, t) for i in range(len(image)) for t in range(len(text))]
     itm = matcher.itm([pictures[i] for i, _ in pairs], [text[t] for _, t in pairs])

@@ -39,6 +39,19 @@ def generate(requests: Path, *words: object):
         ({"prompt": "a", "image": "data:image/png;x"}, Request("a", ("data:image/png;x",))),
         ({"prompt": "a", "image": "file:///c.png"}, Request("a", ("file:///c.png",))),
         ({"messages": MESSAGES, "id": 7}, Request(MESSAGES, key=7)),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}]}]},
+            Request([{"role": "user", "content": [{"type": "image"}]}], ("here/b.png",)),
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}],
+                "images": ["b.png", "data:,c"],
+            },
+            Request(
+                [{"role": "user", "content": [{"type": "image"}] * 2}], ("here/b.png", "data:,c")
+            ),
+        ),
         (b'\xef\xbb\xbf{"prompt": "\xc3\xa9"}\r', Request("é")),
     ],
 )
@@ -72,6 +85,9 @@ def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
         ({"prompt": 3}, "a prompt is a text"),
         ({"prompt": None}, "a prompt is a text"),
         ({"messages": "hello"}, "messages are a list"),
+        ({"messages": []}, "a chat must be a list of at least one message"),
+        ({"messages": [{"role": "user"}]}, "the content of message 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is missing"),
         ({"prompt": "a", "images": 3}, "a list of paths"),
         ({"prompt": "a", "images": [None]}, "a list of paths"),
         ({"prompt": "a", "id": True}, "an id is"),

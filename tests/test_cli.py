@@ -234,7 +234,7 @@ def test_a_damaged_image_is_refused_by_name(tmp_path):
 
 
 def test_bad_words_and_images_are_found_before_a_model_is_loaded(tmp_path):
-    nowhere = tmp_path / "no-model"
+    nowhere = tmp_path  # no model in it
     refused(catp_jax("generate", nowhere, "--image", "gone.png", *ASK), "gone.png")
     refused(catp_jax("generate", nowhere, *ASK, "--top-p", "0"), "top_p")
     refused(catp_jax("generate", nowhere, *ASK, "--prune", "random", "--keep", "x"), "'x'")

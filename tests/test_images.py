@@ -296,9 +296,10 @@ def test_paths_may_be_addresses_of_files_records_and_at_home(tmp_path: Path, mon
 def test_paths_count_from_a_folder_and_nothing_else_does(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert within("a.png", tmp_path) == within(Path("a.png"), tmp_path) == tmp_path / "a.png"
-    assert within("/b/a.png", tmp_path) == within("file:///b/a.png", tmp_path) == Path("/b/a.png")
+    assert within("/b/a.png", tmp_path) == within(Path("/b/a.png"), tmp_path) == Path("/b/a.png")
     assert within("~/a.png", tmp_path) == Path("/home/me/a.png")
-    others = [*ENCODED.values(), "https://example.org/a.png", four_colours(), None]
+    addresses = ["https://example.org/a.png", "file:///b/a.png", "data:,"]
+    others = [*ENCODED.values(), *addresses, four_colours(), None]
     assert all(within(other, tmp_path) is other for other in others)
 
 

@@ -78,13 +78,11 @@ def fetch_image(address: str, fetch: Fetch | None) -> ImageLike:
 
 def within(source: Any, folder: Path) -> Any:
     """The image, where a relative path counts from `folder`."""
-    if not isinstance(source, str | Path) or is_web_address(source):
-        return source
     if isinstance(source, str):
-        if _encoded(source) is not None:
+        is_elsewhere = source[:8].lower().startswith(("http://", "https://", "file://", "data:"))
+        if is_elsewhere or _encoded(source) is not None:
             return source
-        source = _local(source)
-    return folder / os.path.expanduser(source)
+    return folder / os.path.expanduser(source) if isinstance(source, str | Path) else source
 
 
 def _from_record(record: Mapping[str, Any]) -> Any:
