@@ -172,7 +172,6 @@ def main() -> None:
                     conditions,
                     journal=journal,
                     name=name,
-                    is_timed=False,
                     report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
                 )
             )

@@ -224,6 +224,11 @@ class Model:
             inputs = jax.device_put(packed.inputs)  # here, and not again at every call
         return dataclasses.replace(packed, inputs=inputs)
 
+    def encode(self, packed: Packed[Any]) -> Packed[Any]:
+        """The batch with its images encoded, for whoever asks about it more than once."""
+        encoded = programs.encode(self.network, packed.inputs)
+        return dataclasses.replace(packed, encoded=encoded)
+
     def generate(
         self,
         images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
@@ -275,7 +280,7 @@ class Model:
         if any(pruner.keep is None for pruner in pruners):
             out = programs.go_on(self.network, *self._looked(pruners, packed), decoding, stop)
         else:
-            out = programs.generate(self.network, pruners, packed.inputs, decoding, stop)
+            out = programs.generate(self.network, pruners, packed.given, decoding, stop)
         return lambda: self._answers(place.fetch(out), packed)
 
     def stream(
@@ -317,7 +322,7 @@ class Model:
             looked = self._looked(pruners, packed)
             start = programs.prefill_at(self.network, *looked, new_slots=new)
         else:
-            start = programs.prefill(self.network, pruners, packed.inputs, new_slots=new)
+            start = programs.prefill(self.network, pruners, packed.given, new_slots=new)
         carry = programs.first(start, decoding, stop)
         del start  # its cache, or there would be two
         for number in range(1, new + 1):
@@ -348,7 +353,7 @@ class Model:
         """The prefill's first part, where a method finds its own number: what it asks for, in a
         capacity that holds it.
         """
-        front, found, selection = programs.look(self.network, pruners, packed.inputs)
+        front, found, selection = programs.look(self.network, pruners, packed.given)
         if found is not None:
             found, selection = programs.cut(found, selection, self._capacity(found))
         return pruners, front, found, selection

@@ -113,6 +113,9 @@ def run(
         str | None,
         typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE"),
     ] = None,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Measure times, too, which takes programs of its own.")
+    ] = False,
     mesh: Annotated[
         str | None,
         typer.Option(help="Spread the model over all devices: data=2,tensor=4.", metavar="SIZES"),
@@ -184,7 +187,7 @@ def run(
             make(spec, 1, loaded.sites)
         settings = [Setting(spec, budget) for spec in specs for budget in budgets]
         with interruptible():
-            _sweep(loaded, found, examples, settings, conditions, journal, name)
+            _sweep(loaded, found, examples, settings, conditions, journal, name, timed)
     finally:
         journal.release()
     print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
@@ -214,6 +217,7 @@ def _sweep(
     conditions: Any,
     journal: Any,
     name: str,
+    is_timed: bool,
 ) -> None:
     """Runs the sweep under a progress bar and prints its table."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -250,6 +254,7 @@ def _sweep(
                     score=task.score,
                     journal=journal,
                     name=name,
+                    is_timed=is_timed,
                     pictured=list(seen.values())[:PICTURED],
                     report=lambda doing: bar.update(line, description=doing),
                     progress=progress,

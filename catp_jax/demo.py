@@ -57,7 +57,6 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
                     examples,
                     settings_for(model),
                     name=name,
-                    is_timed=False,
                     pictured=pictured,
                     report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
                 )

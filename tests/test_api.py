@@ -71,6 +71,18 @@ def test_each_prompt_is_answered_as_if_it_were_alone(model, mixed, pruners):
             np.testing.assert_array_equal(alone.kept[0].number, together.kept[row].number)
 
 
+def test_images_that_were_encoded_before_are_answered_about_alike(model, mixed):
+    packed = model.prepare(*mixed)
+    encoded = model.encode(packed)
+    for pruner in (TrimmedLlama(keep=20), TrimmedLlama(keep=None, k_ratio=0.05)):
+        whole, halves = (
+            model.generate_packed(some, [pruner], max_new_tokens=6) for some in (packed, encoded)
+        )
+        assert halves.tokens == whole.tokens
+        for one, other in zip(halves.kept, whole.kept, strict=True):
+            np.testing.assert_array_equal(one.number, other.number)
+
+
 def test_kept_places_are_real_and_in_order(model, mixed):
     out = model.generate(*mixed, [Random(keep=40)], max_new_tokens=1)
     tiles = model.prepare(*mixed).tiles

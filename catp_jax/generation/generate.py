@@ -4,6 +4,7 @@
     prefill    → logits of the next token, a cache, what was kept       for streaming and serving
     step       token + cache → logits + cache; the old cache's memory is reused (donated)
     first, following   the loop one token at a time, for streaming
+    encode     what comes before any pruning, once; all the others take it in place of the inputs
     look, go_on   prefill cut in two where the model is first pruned: `look` scores, the host reads
                how many tokens were asked for, `go_on` runs at the capacity chosen
 
@@ -40,6 +41,13 @@ class Prefillable(Protocol):
     def front(self, inputs: Any) -> Any: ...
     def back(self, front: Any, select: Select, new_slots: int) -> Any: ...
     def step(self, tokens: Int[Array, " r"], cache: Any, select: Select) -> Any: ...
+
+
+@pytree
+class Encoded:
+    """Inputs whose images have been encoded."""
+
+    front: Any
 
 
 @pytree
@@ -82,7 +90,11 @@ class Generated:
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
     select = Selector(pruners, model.sites)
-    return _prefilled(model, model.front(inputs), select, new_slots)
+    return _prefilled(model, _front(model, inputs), select, new_slots)
+
+
+def _front(model: Prefillable, inputs: Any) -> Any:
+    return inputs.front if isinstance(inputs, Encoded) else model.front(inputs)
 
 
 def _prefilled(model: Prefillable, front: Any, select: Selector, new_slots: int) -> Prefilled:
@@ -187,6 +199,12 @@ def generate(
     return decode(model, pruners, start, decoding, stop)
 
 
+@jax.jit
+def encode(model: Prefillable, inputs: Any) -> Encoded:
+    """What all ways of pruning have in common, with what any of them may ask for."""
+    return Encoded(front=model.front(inputs))
+
+
 @partial(jax.jit, static_argnames=("new_slots",))
 def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int) -> Prefilled:
     """The prompt alone; the cache has room for `new_slots` tokens."""
@@ -230,7 +248,7 @@ def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep |
     Kept entries stand before empty ones, so the host can cut the selection (`cut`) to any capacity
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
-    front, select = model.front(inputs), Selector(pruners, model.sites)
+    front, select = _front(model, inputs), Selector(pruners, model.sites)
     keep = select(front.view)
     return replace(front, view=None), keep, select.selection
 

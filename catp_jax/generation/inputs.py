@@ -8,7 +8,7 @@ here, and none the whole.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class Packed(Generic[Arrays]):
     `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `slots` is the
     room that each prompt gets for them, and `most` what a prompt of this model may have (None: any
     number).
-    `longest` is the longest prompt, in tokens of the language model.
+    `longest` is the longest prompt, in tokens of the language model. `encoded` takes the place of
+    `inputs` where images have been encoded already.
     """
 
     inputs: Arrays
@@ -34,6 +35,12 @@ class Packed(Generic[Arrays]):
     most: int | None
     slots: int
     longest: int
+    encoded: Any = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def given(self) -> Any:
+        """What programs are given."""
+        return self.inputs if self.encoded is None else self.encoded
 
 
 def round_up(number: int, sizes: Sequence[int]) -> int:

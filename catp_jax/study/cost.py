@@ -27,27 +27,28 @@ class Cost:
     """Bytes and FLOPs of one question, times of its whole batch in ms; None: not measured."""
 
     cache_bytes: int
-    prefill_flops: float | None = None
+    prefill_flops: float
     prefill_ms: float | None = None
     prefill_spread: float | None = None
     token_ms: float | None = None
     token_spread: float | None = None
 
 
-def cache_bytes(
+def sizes(
     network: Any, pruners: Any, inputs: Any, batch: int, new_slots: int, num_beams: int = 1
-) -> int:
-    """One question's share of everything that decoding keeps, with room for `new_slots` tokens.
+) -> Cost:
+    """What follows from shapes: one question's share of everything that decoding keeps, with room
+    for `new_slots` tokens, and of the prefill.
 
     The beams of a prompt share what it left.
     """
-    program = partial(programs.prefill, new_slots=new_slots)
-    cache = jax.eval_shape(program, network, pruners, inputs).cache
+    traced = programs.prefill.trace(network, pruners, inputs, new_slots=new_slots)
+    cache = traced.out_info.cache
     if num_beams > 1:
         cache = jax.eval_shape(lambda cache: cache.spread(num_beams), cache)
     leaves = jax.tree.leaves(cache)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    return size // batch
+    return Cost(cache_bytes=size // batch, prefill_flops=matrix_flops(traced) / batch)
 
 
 def measure(
@@ -58,14 +59,12 @@ def measure(
     new_slots: int,
     num_beams: int = 1,
 ) -> list[Cost]:
-    """The costs of each tuple of pruners on the same inputs.
+    """The costs of each tuple of pruners on the same inputs, with times.
 
     Everything is compiled first; then the settings take turns, so that what else the machine does
     meets all alike.
     """
-    sizes = [
-        cache_bytes(network, pruners, inputs, batch, new_slots, num_beams) for pruners in pruned
-    ]
+    costs = [sizes(network, pruners, inputs, batch, new_slots, num_beams) for pruners in pruned]
     compiled = in_parallel(
         partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned, network
     )
@@ -82,14 +81,12 @@ def measure(
                 prefills[number].append(1000 * prefill)
                 tokens[number] += answered
     out = []
-    for number, size in enumerate(sizes):
-        traced = programs.prefill.trace(network, pruned[number], inputs, new_slots=new_slots)
+    for number, cost in enumerate(costs):
         prefill_ms, prefill_spread = median_and_spread(prefills[number])
         token_ms, token_spread = median_and_spread(tokens[number])
         out.append(
-            Cost(
-                cache_bytes=size,
-                prefill_flops=matrix_flops(traced) / batch,
+            dataclasses.replace(
+                cost,
                 prefill_ms=prefill_ms,
                 prefill_spread=prefill_spread,
                 token_ms=token_ms,

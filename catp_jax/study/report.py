@@ -32,8 +32,9 @@ NOTES = """\
   beams share what the prompt left, and each keeps its own new tokens
 - prefill FLOPs: of one question, as the compiler counts them in the compiled prefill of a batch;
   other programs count loops and kernels differently
-- times: medians ± half the interquartile range; prefill and token (a greedy step, whatever the
-  beams) of a whole batch, question with everything around it, as a share of its batch
+- times, where they were asked for: medians ± half the interquartile range; prefill and token (a
+  greedy step, whatever the beams) of a whole batch, question with its image and everything around
+  it, as a share of its batch
 """
 
 
@@ -293,14 +294,14 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
             lambda r: decimal(r.cache_bytes) if is_narrow else f"{r.cache_bytes:,}",
             None,
         ),
-        ("prefill, MFLOPs", False, lambda r: _number(r.prefill_flops, 1e-6), "prefill_flops"),
+        ("prefill, MFLOPs", False, lambda r: _millions(r.prefill_flops), "prefill_flops"),
         ("prefill, ms", False, lambda r: _time(r.prefill_ms, r.prefill_spread), "prefill_ms"),
         ("token, ms", False, lambda r: _time(r.token_ms, r.token_spread), "token_ms"),
         (
             "question, ms",
             True,
-            lambda r: f"{r.milliseconds:.4g}" if is_narrow else _time(r.milliseconds, r.spread),
-            None,
+            lambda r: _number(r.milliseconds) if is_narrow else _time(r.milliseconds, r.spread),
+            "milliseconds",
         ),
     ]
     return [
@@ -311,8 +312,12 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
     ]
 
 
-def _number(value: float | None, factor: float) -> str:
-    return "–" if value is None else f"{factor * value:,.2f}"
+def _millions(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e6:,.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _time(median: float | None, spread: float | None) -> str:

@@ -35,8 +35,8 @@ class Result:
 
     `cache_bytes` (of all beams) and `prefill_flops` are of one question, a share of its batch.
     Times are medians, their spread half the interquartile range: `milliseconds` of a question,
-    prefill and answer, as a share of its batch; `prefill_ms` and `token_ms` of a whole batch's
-    prefill and of one greedy step after it. None: not measured.
+    its image, prefill and answer, as a share of its batch; `prefill_ms` and `token_ms` of a whole
+    batch's prefill and of one greedy step after it. None: not measured.
 
     `answers` and `kept` (numbers of the visual tokens; None: everything) are one per question;
     `maps` shows where the kept tokens of some questions look, by the question's number.
@@ -57,8 +57,8 @@ class Result:
     prefill_spread: float | None
     token_ms: float | None
     token_spread: float | None
-    milliseconds: float
-    spread: float
+    milliseconds: float | None
+    spread: float | None
     seed: int
     pruner: dict[str, Any] | None
     versions: dict[str, str]

@@ -23,7 +23,7 @@ from catp_jax.contract import Site
 from catp_jax.generation.beam import EarlyStopping
 from catp_jax.pruning import named
 from catp_jax.struct import replace
-from catp_jax.study.cost import Cost, cache_bytes, in_parallel, measure
+from catp_jax.study.cost import Cost, in_parallel, measure, sizes
 from catp_jax.study.journal import Journal, Row
 from catp_jax.study.pictures import as_png
 from catp_jax.study.results import (
@@ -44,7 +44,8 @@ class Answerer(Protocol):
     """What a study needs of a loaded model (`catp_jax.api`).
 
     `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
-    tokens of each prompt, and `most`, what a prompt of the model may have. `generate_packed` gives
+    tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
+    all settings have in common. `generate_packed` gives
     `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose `number`
     counts visual tokens before pruning.
     `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
@@ -59,6 +60,7 @@ class Answerer(Protocol):
     def network(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
     def prepare(self, images: Any, prompts: Any) -> Any: ...
+    def encode(self, packed: Any) -> Any: ...
     def generate_packed(
         self,
         packed: Any,
@@ -143,7 +145,7 @@ def sweep(
     journal: Journal | None = None,
     name: str = "model",
     pictured: Sequence[int] = (),
-    is_timed: bool = True,
+    is_timed: bool = False,
     report: Callable[[str], None] = lambda doing: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Result]:
@@ -151,9 +153,9 @@ def sweep(
 
     The last batch is filled up with its own first questions, so that every batch has one shape.
     `journal` keeps every step (default: in memory); `name` is the model's in it. `pictured` are
-    numbers of examples that pictures are wanted of. Without `is_timed` FLOPs, prefill and token
-    times are left out, and their programs not compiled. `report` is told what is being done,
-    `progress` how many answers there are and will be.
+    numbers of examples that pictures are wanted of. `is_timed` asks for times, which takes a
+    prefill and a step of each setting on top. `report` is told what is being done, `progress` how
+    many answers there are and will be.
 
     Raises ValueError if a budget is larger than what there is to keep, a question cannot be asked
     (with its id and image), or the journal is of other conditions. What the first batch shows is
@@ -170,9 +172,9 @@ def sweep(
         "model": model.describe(),
         "device": jax.devices()[0].device_kind,
     }
-    run = _Sweep(model, examples, conditions, every, journal, report)
+    run = _Sweep(model, examples, conditions, every, journal, report, is_timed)
     try:
-        run.begin(header, is_timed)
+        run.begin(header)
         yield from run.results(run.answer(score, frozenset(pictured), progress))
     finally:
         journal.release()
@@ -189,36 +191,43 @@ class _Sweep:
         every: list[Setting],
         journal: Journal,
         report: Callable[[str], None],
+        is_timed: bool,
     ) -> None:
         self.model, self.examples, self.conditions = model, examples, conditions
         self.every, self.journal, self.report = every, journal, report
+        self.is_timed = is_timed
         starts = range(0, len(examples), conditions.batch)
         self.batches = [examples[start : start + conditions.batch] for start in starts]
         self.compiled: set[tuple[Setting, str]] = set()
+        self.encoded: set[str] = set()
 
-    def begin(self, header: Row, is_timed: bool) -> None:
+    def begin(self, header: Row) -> None:
         """The header, once it is known to fit, and what each setting costs on the first batch."""
         self.journal.check({key: header[key] for key in header if key != "name"})
         self.journal.claim()
-        known = [Setting(**row["setting"]) for row in self.journal.find("cost")]
+        known = [
+            Setting(**row["setting"])
+            for row in self.journal.find("cost")
+            if not self.is_timed or row["prefill_ms"] is not None
+        ]
         new = [setting for setting in self.every if setting not in known]
         self.report("reading images")
-        packed = self.prepare(0) if new else None
+        packed = self.encode(self.prepare(0))[0] if new else None
         pruned = [self.pruners(setting, packed, 0) for setting in new]
         if packed is None:
             return
         self.compile(0, packed, dict(zip(new, pruned, strict=True)))
-        sizes = {
+        shapes = {
             "inputs": packed.inputs,
             "batch": len(packed.available),
             "new_slots": self.conditions.max_new_tokens,
             "num_beams": self.conditions.num_beams,
         }
-        if is_timed:
+        if self.is_timed:
             self.report("compiling, timing")
-            costs = measure(self.model.network, pruned, **sizes)
+            costs = measure(self.model.network, pruned, **shapes)
         else:
-            costs = [Cost(cache_bytes(self.model.network, some, **sizes)) for some in pruned]
+            costs = [sizes(self.model.network, some, **shapes) for some in pruned]
         self.journal.begin(header)  # now that every setting has run once
         for setting, cost in zip(new, costs, strict=True):
             self.journal.append(
@@ -244,7 +253,7 @@ class _Sweep:
             missing = [setting for setting in self.every if (setting, number) not in rows]
             if not missing:
                 continue
-            packed = self.prepare(number)
+            packed, before = self.encode(self.prepare(number))
             asked = list(dict.fromkeys([self.every[0], *missing]))  # KL wants the unpruned logits
             pruned = {setting: self.pruners(setting, packed, number) for setting in asked}
             self.compile(number, packed, pruned)
@@ -252,9 +261,7 @@ class _Sweep:
             reference = np.empty(0)
             for setting in asked:
                 self.report(f"answering: {setting}")
-                started = time.perf_counter()
-                out = self.ask(pruned[setting], packed, number)
-                passed = 1000 * (time.perf_counter() - started) / len(packed.available)
+                out, passed = self.clocked(partial(self.ask, pruned[setting], packed, number))
                 logits = out.logits[: len(some)]
                 if setting == self.every[0]:
                     reference = logits
@@ -267,7 +274,7 @@ class _Sweep:
                         "row": "answers",
                         "setting": dataclasses.asdict(setting),
                         "batch": number,
-                        "ms": passed,
+                        "ms": (before + passed) / len(packed.available) if self.is_timed else None,
                         "ids": [example.id for example in some],
                         "text": list(out.text[: len(some)]),
                         "score": [
@@ -304,9 +311,10 @@ class _Sweep:
             ]
             if setting not in written:
                 low, high = interval(own["score"], images, seed=self.conditions.seed)
-                cost = self.journal.find("cost", setting=dataclasses.asdict(setting))[0]
+                cost = self.journal.find("cost", setting=dataclasses.asdict(setting))[-1]
                 same = [a == b for a, b in zip(own["text"], unpruned["text"], strict=True)]
-                milliseconds, spread = median_and_spread([row["ms"] for row in mine])
+                times = [row["ms"] for row in mine if row["ms"] is not None]
+                milliseconds, spread = median_and_spread(times) if times else (None, None)
                 result = Result(
                     setting=setting,
                     questions=len(self.examples),
@@ -368,6 +376,22 @@ class _Sweep:
                         f"question {example.id!r} about {str(example.image)!r}: {error}"
                     ) from None
             raise
+
+    def encode(self, packed: Any) -> tuple[Any, float]:
+        """A batch with its images encoded, and the milliseconds that it took."""
+        shapes = str(jax.tree.map(jnp.shape, packed.inputs))
+        if self.is_timed and shapes not in self.encoded:
+            jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
+            self.encoded.add(shapes)
+        return self.clocked(lambda: self.model.encode(packed))
+
+    def clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """What a call gives, and the milliseconds that it took."""
+        started = time.perf_counter()
+        out = call()
+        if self.is_timed:
+            jax.block_until_ready(getattr(out, "encoded", None))
+        return out, 1000 * (time.perf_counter() - started)
 
     def ask(self, pruners: tuple[Any, ...], packed: Any, number: int) -> Any:
         """A batch's answers. Raises ValueError, with the questions' ids, if it does not fit."""

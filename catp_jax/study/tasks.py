@@ -21,6 +21,7 @@ from PIL import Image
 
 from catp_jax.study.vqa_score import vqa_accuracy
 
+KEYS = ("image", "images", "question", "answer", "answers", "id")  # of one's own questions
 SHOWN = 5  # faults that a message spells out; the others are counted
 
 
@@ -141,6 +142,19 @@ def read_json_lines(path: Path) -> list[Example]:
     return examples
 
 
+def _with_one_image(row: dict[str, Any]) -> dict[str, Any]:
+    """A line that says `images` as one that says `image`, which a question has one of."""
+    if "images" not in row:
+        return row
+    images = row["images"]
+    if "image" in row:
+        raise ValueError("image and images are the same; give one of them")
+    if isinstance(images, list) and len(images) != 1:
+        raise ValueError(f"a question is about one image, got {len(images)}")
+    one = images[0] if isinstance(images, list) else images
+    return {**{key: row[key] for key in row if key != "images"}, "image": one}
+
+
 def _example(
     line: str, number: int, folder: Path, images: dict[Path, int], looked: dict[Path, str | None]
 ) -> Example:
@@ -150,6 +164,9 @@ def _example(
         raise ValueError(f"no JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"an object is wanted, got {type(row).__name__}")
+    if unknown := [key for key in row if key not in KEYS]:
+        raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; a line has {', '.join(KEYS)}")
+    row = _with_one_image(row)
     for key in ("image", "question"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{key!r} is a text that is not empty, got {row.get(key)!r}")
@@ -165,7 +182,7 @@ def _example(
     own = row.get("id", f"line-{number}")
     if not isinstance(own, str | int) or isinstance(own, bool):
         raise ValueError(f"'id' is a text or a whole number, got {own!r}")
-    image = folder / row["image"]
+    image = folder / Path(row["image"]).expanduser()
     if image not in looked:
         looked[image] = image_fault(image)
     if fault := looked[image]:

@@ -80,7 +80,6 @@ def test_a_study_has_the_same_answers_and_pictures():
                 settings,
                 conditions,
                 pictured=[1],
-                is_timed=False,
             )
         )
         for mesh in (None, "data=4,tensor=2")

@@ -47,7 +47,6 @@ def answer(converted: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
             Conditions(batch=3, max_new_tokens=3, num_beams=3),
             journal=Journal(journal, is_written=is_first()),
             pictured=[1],
-            is_timed=False,
         )
     )
     found["map"] = np.asarray(results[1].maps[1]).tolist()

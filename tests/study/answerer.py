@@ -93,13 +93,15 @@ class Network:
 
 
 class Tiny:
-    """The model; `batches` notes the prompts of every batch that was answered."""
+    """The model; `batches` notes the prompts of every batch that was answered, `encodings` those
+    whose images were encoded.
+    """
 
     dtype, sites = jnp.float32, frozenset({Site.ENTRY})
 
     def __init__(self, kind="tiny"):
         self.network = Network(scale=jnp.ones(()))
-        self.kind, self.batches = kind, []
+        self.kind, self.batches, self.encodings = kind, [], []
 
     def describe(self):
         return {"kind": self.kind, "visual_tokens": TOKENS}
@@ -116,6 +118,11 @@ class Tiny:
             inputs=jnp.asarray(np.stack(tokens)),
         )
 
+    def encode(self, packed):
+        self.encodings.append(packed.prompts)
+        encoded = programs.encode(self.network, packed.inputs)
+        return SimpleNamespace(**{**vars(packed), "encoded": encoded})
+
     def generate_packed(
         self,
         packed,
@@ -131,7 +138,7 @@ class Tiny:
             raise ValueError(f"{max_new_tokens} new tokens do not fit")
         self.batches.append((packed.prompts, tuple(pruners)))
         out = programs.prefill(
-            self.network, tuple(pruners), packed.inputs, new_slots=max_new_tokens
+            self.network, tuple(pruners), packed.encoded, new_slots=max_new_tokens
         )
         kept = None
         if pruners:

@@ -103,12 +103,14 @@ def test_figures_are_those_of_the_questions_asked():
 
 
 def test_costs_are_of_one_question():
-    whole, first, longest, _ = run()
+    whole, first, longest, _ = run(is_timed=True)
     # four numbers of four bytes a slot, two slots for new tokens, and a count
     assert [r.cache_bytes for r in (whole, first, longest)] == [
         4 * 4 * (kept + 2) + 4 for kept in (8, 4, 2)
     ]
-    assert all(r.prefill_flops > 0 and r.prefill_ms > 0 and r.token_ms > 0 for r in (whole, first))
+    for result in (whole, first):
+        assert result.prefill_flops > 0
+        assert min(result.prefill_ms, result.token_ms, result.milliseconds) > 0
     assert first.pruner == {"class": "Position", "site": "ENTRY", "keep": 4}
     assert whole.pruner is None
     assert {"jax", "python", "catp-jax"} <= set(first.versions)
@@ -116,8 +118,7 @@ def test_costs_are_of_one_question():
 
 def test_beams_share_the_cache_of_their_prompt():
     one, many = (
-        run(is_timed=False, settings=[], conditions=dataclasses.replace(CONDITIONS, num_beams=n))
-        for n in (1, 5)
+        run(settings=[], conditions=dataclasses.replace(CONDITIONS, num_beams=n)) for n in (1, 5)
     )
     assert many[0].cache_bytes == one[0].cache_bytes + 4 * 4  # a count of its own for each beam
 
@@ -140,11 +141,28 @@ def test_a_question_that_cannot_be_used_is_named_with_its_image():
         run(model=Picky())
 
 
-def test_without_timing_only_the_bytes_are_counted():
-    whole, *_ = run(is_timed=False)
+def test_nothing_is_timed_unless_it_is_asked_for():
+    whole, *_ = run()
     assert whole.cache_bytes == 4 * 4 * 10 + 4
-    assert (whole.prefill_flops, whole.prefill_ms, whole.token_ms) == (None, None, None)
-    assert whole.milliseconds > 0
+    assert whole.prefill_flops > 0
+    assert (whole.prefill_ms, whole.token_ms, whole.milliseconds) == (None, None, None)
+
+
+def test_times_can_be_asked_for_later(tmp_path):
+    run(tmp_path / "x.jsonl", settings=SETTINGS[:1])
+    later = run(tmp_path / "x.jsonl", settings=SETTINGS[:2], is_timed=True)
+    assert all(result.token_ms > 0 for result in later[2:])
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    costs = [row["prefill_ms"] is not None for row in rows if row["row"] == "cost"]
+    assert costs == [False, False, True, True, True]
+
+
+def test_images_are_encoded_once_a_batch_whatever_the_settings():
+    model = Tiny()
+    run(model=model, settings=SETTINGS)
+    first, *rest = model.encodings  # the first batch once more, to see that all settings run
+    assert rest[0] == first
+    assert len(rest) == len({tuple(prompts) for prompts in rest}) == 3
 
 
 def test_every_batch_has_one_shape_and_a_lone_one_keeps_its_own():

@@ -131,6 +131,13 @@ def written(folder, *lines):
     return path
 
 
+@pytest.mark.parametrize("images", [["a.png"], "a.png"])
+def test_images_may_be_said_as_in_a_batch_of_requests(folder, images):
+    line = {"images": images, "question": "what?", "answer": "cat"}
+    (example,) = read_json_lines(written(folder, line))
+    assert example.image == folder / "a.png"
+
+
 def test_questions_are_read_from_json_lines(folder):
     path = written(
         folder,
@@ -168,6 +175,12 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
         ({"image": "a.png", "question": "what?", "answers": []}, "answers are texts"),
         ({**GOOD, "id": 1.5}, "'id' is a text or a whole number"),
         ({**GOOD, "image": "c.png"}, "c.png' is not a file"),
+        ({**GOOD, "Question": "who?"}, "unknown: 'Question'"),
+        ({**GOOD, "choices": [], "x": 1}, "unknown: 'choices', 'x'"),
+        ({**GOOD, "images": ["a.png"]}, "give one of them"),
+        ({"images": ["a.png", "b.png"], "question": "?", "answer": "a"}, "about one image, got 2"),
+        ({"images": [], "question": "?", "answer": "a"}, "about one image, got 0"),
+        ({"images": [3], "question": "?", "answer": "a"}, "'image' is a text"),
         ({**GOOD, "image": "broken.png"}, "broken.png' cannot be read"),
         ({**GOOD, "image": "half.jpg"}, "half.jpg' cannot be read"),
     ],
