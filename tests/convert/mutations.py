@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    print(dict(run(asked.number, asked.seed)))
+    print(json.dumps(run(asked.number, asked.seed)))
 
 
 if __name__ == "__main__":
