@@ -10,7 +10,6 @@ when it is whole: Orbax writes beside it and renames.
 
 import contextlib
 import dataclasses
-import gc
 import glob
 import logging
 import os
@@ -19,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -316,30 +315,37 @@ def _quiet() -> Iterator[None]:
     """Keeps from the user what Orbax says besides raising an error.
 
     It logs the error's traceback, too. And it gives up at the first array that fails: others still
-    end, and complain to an event loop that is closed by then, or that nobody heard them.
+    end, and complain to an event loop that is closed by then, or that nobody heard them. Since
+    nobody can wait for those, they are not listened to from then on.
     """
     logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [log.level for log in logs]
-
-    def pass_on(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            hook(event)
-
     for log in logs:
         log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = pass_on
+    if not isinstance(hook, _Deaf):
+        sys.unraisablehook = _Deaf(hook)
     try:
         yield
     except BaseException:
-        # those that end later than that are not listened to either
         logging.getLogger("asyncio").addFilter(_is_heard)
-        time.sleep(0.1)  # for the others to end
-        gc.collect()
         raise
-    finally:
+    else:
         sys.unraisablehook = hook
+    finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Deaf:
+    """Passes on to another hook what is not about an array that nobody waits for any more."""
+
+    hook: Callable[[Any], Any]
+
+    def __call__(self, event: Any) -> None:
+        said = str(event.exc_value)
+        if said != "Event loop is closed" and "error while reading array index" not in said:
+            self.hook(event)
 
 
 def _is_heard(record: logging.LogRecord) -> bool:

@@ -9,6 +9,7 @@ Source: LoRA: Low-Rank Adaptation of Large Language Models, 2106.09685; the file
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,12 +138,12 @@ def find_adapter(folder: Path, adapter: Path | None) -> Adapter | None:
 
     Raises ValueError if there are two, or if it is damaged or of a kind that is not merged.
     """
-    beside = (folder / CONFIG).exists()
+    beside = any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS))
     if adapter is None:
         return read_adapter(folder) if beside else None
     if beside:
         raise ValueError(
-            f"{folder} has an adapter of its own ({CONFIG}) besides {adapter}; move one away"
+            f"{folder} has an adapter of its own ({WEIGHTS}) besides {adapter}; move one away"
         )
     return read_adapter(adapter)
 
@@ -150,7 +151,8 @@ def find_adapter(folder: Path, adapter: Path | None) -> Adapter | None:
 def read_adapter(folder: Path) -> Adapter:
     """An adapter, checked by itself. Raises ValueError."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no adapter: it has no {CONFIG}")
+        also = f", though it has {WEIGHTS}" if os.path.lexists(folder / WEIGHTS) else ""
+        raise ValueError(f"{folder} is no adapter: it has no {CONFIG}{also}")
     settings = strict_json.read(folder / CONFIG)
     if problems := _check(settings):
         raise ValueError(

@@ -229,6 +229,13 @@ def test_an_adapter_that_does_not_fit_is_said(both: Path, change, message: str):
         convert.load(both)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_half_an_adapter_is_not_passed_over(both: Path, name: str):
+    (both / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}"):
+        convert.load(both)
+
+
 def test_an_adapter_as_a_pickle_is_not_opened(both: Path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     (both / "adapter_model.safetensors").rename(both / "adapter_model.bin")
