@@ -7,11 +7,11 @@ implemented is refused by name, unless its value changes nothing. Of BLIP-2 and 
 transformers generates with the language model, which does not see the file; nor is it used here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from catp_jax.generation.options import Options
+from catp_jax.readers.processor import read_json
 
 LENGTH = 20  # transformers' own max_length, which it takes for none
 READ_BY = ("mllama",)  # kinds of models whose `generate` reads the file in transformers
@@ -55,14 +55,10 @@ def generation_defaults(folder: Path) -> tuple[Options, str]:
     Raises ValueError if the file cannot be read, or asks for something that is not implemented.
     """
     path, config = folder / "generation_config.json", folder / "config.json"
-    if not path.is_file() or not config.is_file():
+    if not path.exists() or not config.exists():
         return Options(), ""
-    try:
-        given = dict(json.loads(path.read_text()))
-        given = {key: value for key, value in given.items() if value not in (None, [], {})}
-        kind = json.loads(config.read_text()).get("model_type")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    given = {key: value for key, value in read_json(path).items() if value not in (None, [], {})}
+    kind = read_json(config).get("model_type")
     missing = _missing(given)
     if kind not in READ_BY:
         plain = {**vars(Options()), "do_sample": False}
