@@ -134,7 +134,7 @@ def written(folder, *lines):
 @pytest.mark.parametrize("images", [["a.png"], "a.png"])
 def test_images_may_be_said_as_in_a_batch_of_requests(folder, images):
     line = {"images": images, "question": "what?", "answer": "cat"}
-    (example,) = read_json_lines(written(folder, line))
+    (example,) = jsonl_task(written(folder, line)).examples
     assert example.image == folder / "a.png"
 
 
