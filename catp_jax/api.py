@@ -39,6 +39,7 @@ from catp_jax.pruning.named import Named, named
 from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers import hub
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
+from catp_jax.readers.chat import check_text
 from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import (
@@ -52,7 +53,7 @@ from catp_jax.readers.reading import (
     remember,
     special_tokens,
 )
-from catp_jax.readers.token_text import pieces, stop_machine
+from catp_jax.readers.token_text import pieces, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
@@ -162,11 +163,13 @@ class Model:
         self,
         images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
         prompts: Sequence[Prompt],
+        begun: Sequence[str] | None = None,
     ) -> Packed[Any]:
         """Reads images and prompts into arrays for `generate_packed`.
 
         `images[b]` is the image of `prompts[b]`, a list of several, or None; None in place of all
-        leaves them to the chats that hold their own, see `readers.chat`.
+        leaves them to the chats that hold their own, see `readers.chat`. `begun[b]` is what the
+        answer begins with: the model goes on from there, see `generate`.
 
         Raises ValueError for an image that cannot be read or a prompt that doesn't fit its images.
         """
@@ -180,11 +183,14 @@ class Model:
                 f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
                 f"prompts; use None for a prompt without an image"
             )
+        begun = [""] * len(prompts) if begun is None else begun
+        if isinstance(begun, NO_LIST) or len(begun) != len(prompts):
+            raise ValueError('begun is a list, with a text for each prompt; "" for none')
         done: Done = {}
         questions = []
-        for number, (own, prompt) in enumerate(zip(images, prompts, strict=True)):
+        for number, (own, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
             try:
-                questions.append(self.read(own, prompt, done=done))
+                questions.append(self.read(own, prompt, begun=text, done=done))
             except ValueError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
@@ -195,17 +201,20 @@ class Model:
         images: ImageLike | Sequence[ImageLike] | None,
         prompt: Prompt,
         *,
+        begun: str = "",
         max_new_tokens: int = 0,
         done: Done | None = None,
     ) -> Question[Any]:
-        """One prompt as tokens, and its images as the model sees them.
+        """One prompt as tokens, what is `begun` of its answer, and its images as the model sees
+        them.
 
         `done` remembers images by path or identity: one that comes again is processed and encoded
         once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
         """
         done = {} if done is None else done
         own, prompt = arrange(_as_list(images), prompt, done, self.fetch)
-        question = self.reader.read(own, prompt, done)
+        check_text(begun, "the begun answer")
+        question = self.reader.read(own, prompt, done, begun)
         self._check_length(self.reader.length(question), max_new_tokens)
         return question
 
@@ -222,7 +231,8 @@ class Model:
         else:
             packed = self.reader.pack(questions)
             inputs = jax.device_put(packed.inputs)  # here, and not again at every call
-        return dataclasses.replace(packed, inputs=inputs)
+        begun = tuple(question.begun for question in questions)
+        return dataclasses.replace(packed, inputs=inputs, begun=begun if any(begun) else ())
 
     def encode(self, packed: Packed[Any]) -> Packed[Any]:
         """The batch with its images encoded, for whoever asks about it more than once."""
@@ -237,17 +247,20 @@ class Model:
         *,
         prune: str | Sequence[str] | None = None,
         keep: int | str | Sequence[int | str] | None = None,
+        begun: Sequence[str] | None = None,
         **options: Any,
     ) -> Answers:
         """Answers each prompt about its images.
 
         Methods apply in order: `pruners`, or by name, as the command takes them: `prune="fastv",
         keep="50%"`. The options are the fields of `generation.options.Options`. See `prepare` for
-        images and prompts. What is not given is as `defaults` have it.
+        images and prompts. What is not given is as `defaults` have it. An answer that is `begun`
+        goes on from there, and `text` and `tokens` are what follows: it stands behind the prompt or
+        what the chat template puts before an answer, and with T5 the decoder begins with it.
 
         Raises ValueError for input that cannot be used, with the reason.
         """
-        packed = self.prepare(images, prompts)
+        packed = self.prepare(images, prompts, begun)
         return self.generate_packed(packed, pruners, prune=prune, keep=keep, **options)
 
     def generate_packed(
@@ -291,6 +304,7 @@ class Model:
         *,
         prune: str | Sequence[str] | None = None,
         keep: int | str | Sequence[int | str] | None = None,
+        begun: str = "",
         **options: Any,
     ) -> Iterator[str]:
         """The answer to one prompt, in pieces as its tokens come: put together they are what
@@ -309,9 +323,9 @@ class Model:
             )
         if chosen.logprobs is not None:
             raise ValueError("a stream is text alone; for logprobs use generate")
-        packed = self.prepare([images], [prompt])
+        packed = self.prepare([images], [prompt], [begun])
         asked = self._asked(packed, pruners, named(prune, keep), chosen)
-        return pieces(self.reader.tokenizer, self._tokens(packed, *asked))
+        return pieces(self.reader.tokenizer, self._tokens(packed, *asked), begun)
 
     def _tokens(
         self, packed: Packed[Any], pruners: Pruners, decoding: Decoding, stop: Stop
@@ -387,9 +401,11 @@ class Model:
                 self.reader.locate(packed, row, indices[valid])
                 for row, (indices, valid) in enumerate(rows)
             ]
-        texts = self.reader.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        each = len(tokens) // len(packed.available)
+        begun = [text for text in packed.begun for _ in range(each)]
+        texts = texts_of(self.reader.tokenizer, tokens, begun or [""] * len(tokens))
         return Answers(
-            text=[text.strip() for text in texts],
+            text=texts,
             tokens=tokens,
             logprobs=_logprobs(out.written),
             alternatives=_alternatives(out.written),

@@ -23,14 +23,14 @@ from catp_jax.readers.chat import take_images
 from catp_jax.readers.reading import Prompt, Question
 from catp_jax.sharding.distributed import agreed, is_first
 
-KEYS = ("prompt", "messages", "images", "image", "id")
+KEYS = ("prompt", "messages", "images", "image", "begun", "id")
 SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One prompt and its images; `number` is its place among all, from 0, and `line` its line in a
-    file, from 1. `key` names its answer.
+    file, from 1. `key` names its answer, which goes on from what is `begun`.
     """
 
     prompt: Prompt
@@ -38,6 +38,7 @@ class Request:
     number: int = 0
     line: int | None = None
     key: str | int | None = None
+    begun: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,13 @@ def _request(line: bytes, number: int, folder: Path) -> Request:
     key = row.get("id")
     if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
         raise ValueError(f"an id is a text or a whole number, got {key!r}")
+    begun = row.get("begun", "")
+    if not isinstance(begun, str):
+        raise ValueError(f"what is begun of an answer is a text, got {begun!r}")
     images = [within(image, folder) for image in images]
     if isinstance(prompt, list):
         prompt, images = take_images(prompt, images, folder)
-    return Request(prompt, tuple(images), number - 1, number, key)
+    return Request(prompt, tuple(images), number - 1, number, key, begun)
 
 
 def answer(
@@ -177,7 +181,11 @@ def answer(
             try:
                 prompt = as_chat(request) if is_chat else request.prompt
                 question = model.read(
-                    request.images, prompt, max_new_tokens=options.max_new_tokens, done=images
+                    request.images,
+                    prompt,
+                    begun=request.begun,
+                    max_new_tokens=options.max_new_tokens,
+                    done=images,
                 )
                 usable.append((request, question))
             except Exception as error:  # whatever it is, the others get their answers
@@ -253,7 +261,7 @@ class AnswerFile:
             row = there.get(request.line if request.key is None else request.key)
             if row is None:
                 out.append(request)
-            elif any(row[name] != value for name, value in _asked(request).items()):
+            elif any(row.get(name) != value for name, value in _asked(request).items()):
                 said = f"{self.path} has an answer to another prompt in its place"
                 problems.append(Problem(request.line, said))
         return out, problems
@@ -286,7 +294,8 @@ def _check(number: int, row: Row) -> None:
 
 def _asked(request: Request) -> Row:
     """The request itself, as JSON has it."""
-    return {"prompt": request.prompt, "images": [str(image) for image in request.images]}
+    row: Row = {"prompt": request.prompt, "images": [str(image) for image in request.images]}
+    return row | ({"begun": request.begun} if request.begun else {})
 
 
 def as_chat(request: Request) -> Prompt:

@@ -164,6 +164,9 @@ def generate(
     stop: Annotated[list[str] | None, words.STOP] = None,
     logprobs: Annotated[int | None, words.LOGPROBS] = None,
     generation_config: Annotated[bool, words.GENERATION_CONFIG] = True,
+    begun: Annotated[
+        str, typer.Option(help="What the answer begins with; the model goes on from there.")
+    ] = "",
     stream: Annotated[
         bool, typer.Option("--stream", help="Show the answer to one prompt as it comes.")
     ] = False,
@@ -206,7 +209,7 @@ def generate(
             f"each --prune wants its --keep: got {len(prune or [])} methods and "
             f"{len(keep or [])} budgets"
         )
-    if batch and (prompt or image):
+    if batch and (prompt or image or begun):
         raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
     if not (batch or prompt):
         raise typer.BadParameter("give a --prompt, or a --batch file")
@@ -233,7 +236,10 @@ def generate(
     if batch:
         requests, problems = batches.read_requests(batch)
     else:
-        requests = _requests(prompt or [], image or [])
+        requests = [
+            dataclasses.replace(request, begun=begun)
+            for request in _requests(prompt or [], image or [])
+        ]
         batch_size = len(requests)
     if out:
         file = batches.AnswerFile(out, report=say)
@@ -279,7 +285,7 @@ def generate(
     if stream:
         own, text = requests[0], (batches.as_chat(requests[0]) if chat else requests[0].prompt)
         for piece in loaded.stream(
-            own.images, text, prune=prune, keep=keep, **dataclasses.asdict(options)
+            own.images, text, prune=prune, keep=keep, begun=begun, **dataclasses.asdict(options)
         ):
             print(printable(piece), end="", flush=True)
         print()

@@ -1,5 +1,6 @@
 """Requests by the file: which lines are requests, and a file of answers that resumes."""
 
+import dataclasses
 import fcntl
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from catp_jax.api import Unsound, load
 from catp_jax.batch import Problem, Request, answer, read_requests
+from catp_jax.generation.options import Options
 from tests.command import catp_jax
 
 ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
@@ -39,6 +41,7 @@ def generate(requests: Path, *words: object):
         ({"prompt": "a", "image": "data:image/png;x"}, Request("a", ("data:image/png;x",))),
         ({"prompt": "a", "image": "file:///c.png"}, Request("a", ("file:///c.png",))),
         ({"messages": MESSAGES, "id": 7}, Request(MESSAGES, key=7)),
+        ({"prompt": "a", "begun": " It is"}, Request("a", begun=" It is")),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}]}]},
             Request([{"role": "user", "content": [{"type": "image"}]}], ("here/b.png",)),
@@ -78,6 +81,7 @@ def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
     ("row", "said"),
     [
         ({"question": "a"}, "unknown: 'question'"),
+        ({"prompt": "a", "begun": ["It is"]}, "what is begun of an answer is a text"),
         ({"prompt": "a", "img": "b.png", "imgs": []}, "unknown: 'img', 'imgs'"),
         ({"prompt": "a", "image": "b.png", "images": []}, "give one of them"),
         ({"prompt": "a", "messages": []}, "either a prompt or messages"),
@@ -212,3 +216,16 @@ def test_out_is_for_a_file_of_requests():
     done = catp_jax("generate", "no-model", "--prompt", "a", "--out", "answers.jsonl")
     assert done.returncode == 2
     assert "--batch" in done.stderr
+
+
+def test_options_of_the_checkpoint_count_and_several_answers_do_not():
+    model = load(ASSETS / "mini-blip2-opt")
+    own = dataclasses.replace(model, defaults=Options(max_new_tokens=2, num_return_sequences=1))
+    requests = [Request(ASK, (CIRCLE,)), Request(ASK, (CIRCLE,), 1, begun=" it is")]
+    found = [row.as_row() for row in answer(own, requests, batch_size=2)]
+    assert max(len(row["tokens"]) for row in found) == 2
+    assert "begun" not in found[0]
+    assert found[1]["begun"] == " it is"
+    several = Options(temperature=1.0, num_return_sequences=2)
+    with pytest.raises(ValueError, match="a batch has one answer to each request"):
+        next(answer(model, requests, options=several))

@@ -173,10 +173,11 @@ def test_bad_words_are_refused(words, said):
 
 def test_an_answer_as_it_comes_is_the_answer():
     words = ["generate", MINI, "--image", CIRCLE, *ASK, "--min-new-tokens", 5]
-    words += ["--repetition-penalty", 1.2, "--bad-word", "red", "--stop", "nowhere"]
+    words += ["--repetition-penalty", 1.2, "--bad-word", "red", "--begun", " it is"]
     whole, streamed = catp_jax(*words), catp_jax(*words, "--stream")
     assert whole.returncode == streamed.returncode == 0, streamed.stderr
-    assert streamed.stdout == whole.stdout
+    assert streamed.stdout.strip() == whole.stdout.strip()
+    assert whole.stdout != "blue\n"
 
 
 def test_log_probabilities_are_in_json_where_they_are_asked_for():

@@ -26,8 +26,9 @@ class Packed(Generic[Arrays]):
     `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `slots` is the
     room that each prompt gets for them, and `most` what a prompt of this model may have (None: any
     number).
-    `longest` is the longest prompt, in tokens of the language model. `encoded` takes the place of
-    `inputs` where images have been encoded already.
+    `longest` is the longest prompt, in tokens of the language model; `begun` is the text that each
+    answer begins with, none if there is none. `encoded` takes the place of `inputs` where images
+    have been encoded already.
     """
 
     inputs: Arrays
@@ -35,6 +36,7 @@ class Packed(Generic[Arrays]):
     most: int | None
     slots: int
     longest: int
+    begun: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     encoded: Any = dataclasses.field(default=None, kw_only=True)
 
     @property

@@ -281,6 +281,16 @@ class Tail:
             next_position=self.next_position + 1,
         )
 
+    def where(self, is_new: Bool[Array, " b"], before: "Tail") -> "Tail":
+        """After a step of one row a prompt that counts only where `is_new`: the other rows' token
+        is seen by none, and the next one takes its slot.
+        """
+        kept = {}
+        for name in ("positions", "seen", "next_slot", "next_position"):
+            new, old = getattr(self, name), getattr(before, name)
+            kept[name] = jnp.where(is_new.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        return replace(self, **kept)
+
     def spread(self, rows: int) -> "Tail":
         """So many rows a prompt where there was one, with as many tokens of room for each."""
         slots = self.seen.shape[1]

@@ -55,12 +55,14 @@ class QueryingInputs:
     """Prompts padded to one length, on either side, and the images of the batch.
 
     `image_index` says which image each prompt (`b`) has; an image of several is encoded once.
+    `begun` are the tokens that a decoder's answers begin with, -1 behind them.
     """
 
     pixels: Float[AnyArray, "i c height width"]
     image_index: Int[AnyArray, " b"]
     tokens: Int[AnyArray, "b s"]
     token_valid: Bool[AnyArray, "b s"]
+    begun: Int[AnyArray, "b begun"] | None = None
 
     def alone(self, row: int) -> Any:
         """One prompt and its image."""
@@ -76,6 +78,7 @@ class QueryingFront:
     visual: Float[Array, "b q d"]
     tokens: Int[Array, "b s"]
     token_valid: Bool[Array, "b s"]
+    begun: Int[Array, "b begun"] | None
     view: View | None
 
 
@@ -129,7 +132,10 @@ class QueryingModel(nnx.Module):
             valid=jnp.ones((batch, number), bool),
             sees=sees,
         )
-        return QueryingFront(visual=visual, tokens=tokens, token_valid=token_valid, view=view)
+        begun = None if inputs.begun is None else jnp.asarray(inputs.begun)
+        return QueryingFront(
+            visual=visual, tokens=tokens, token_valid=token_valid, begun=begun, view=view
+        )
 
     def back(
         self, front: QueryingFront, select: Select, new_slots: int
@@ -139,7 +145,10 @@ class QueryingModel(nnx.Module):
         """
         x, slots, numbers = self._sequence(front, select(front.view))
         num_visual = x.shape[1] - front.tokens.shape[1]
-        return self.language_model.prefill(x, slots, numbers, num_visual, select, new_slots)
+        begun = {} if front.begun is None else {"begun": front.begun}  # with a T5
+        return self.language_model.prefill(
+            x, slots, numbers, num_visual, select, new_slots, **begun
+        )
 
     def step(
         self, tokens: Int[Array, " b"], cache: DecoderCache | T5Cache, select: Select

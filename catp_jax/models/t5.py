@@ -15,6 +15,7 @@ Source: Raffel et al., "T5", arXiv 1910.10683; Hugging Face transformers (`model
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -320,17 +321,30 @@ class T5(nnx.Module):
         num_visual: int,
         select: Select,
         new_slots: int,
+        begun: Int[Array, "b begun"] | None = None,
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
-        """Encodes the prompt and runs the start token: logits of the first new token, and a cache
-        with room for `new_slots` tokens more. Nothing is pruned between the layers.
+        """Encodes the prompt and runs the start token, and those that an answer has `begun` with:
+        logits of the first new token, and a cache with room for `new_slots` tokens more. Nothing is
+        pruned between the layers.
         """
         encoded = self.encode(x, slots)
         made = [block.layer[1].EncDecAttention.project(encoded) for block in self.decoder.block]
         cross = Prompt.of(dict(enumerate(made)), numbers, slots.valid, num_visual)
         nowhere = jnp.zeros(x.shape[0], jnp.int32)
-        cache = T5Cache(tail=Tail.empty([cross], nowhere, new_slots + 1), cross=cross)
+        there = 0 if begun is None else begun.shape[1]
+        cache = T5Cache(tail=Tail.empty([cross], nowhere, new_slots + 1 + there), cross=cross)
         start = jnp.full((x.shape[0],), self.config.decoder_start_token_id)
-        return self.step(start, cache, select)
+        logits, cache = self.step(start, cache, select)
+        if begun is None:
+            return logits, cache
+
+        def grow(last: tuple[Array, T5Cache], tokens: Array) -> tuple[tuple[Array, T5Cache], None]:
+            (logits, cache), is_there = last, tokens >= 0
+            grown, after = self.step(jnp.where(is_there, tokens, 0), cache, select)
+            after = replace(after, tail=after.tail.where(is_there, cache.tail))
+            return (jnp.where(is_there[:, None], grown, logits), after), None
+
+        return jax.lax.scan(grow, (logits, cache), begun.T)[0]
 
     def step(
         self, tokens: Int[Array, " b"], cache: T5Cache, select: Select

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from catp_jax.generation.blip2_inputs import KeptQueries, pack, pack_instructions
 from catp_jax.generation.images import ImageLike, read_image
-from catp_jax.generation.inputs import Packed
+from catp_jax.generation.inputs import TEXT_LENGTHS, Packed, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.opt import OptConfig
@@ -38,6 +38,7 @@ from catp_jax.readers.reading import (
     stretched,
 )
 from catp_jax.sharding.place import fetch
+from catp_jax.struct import replace
 
 PLACEHOLDER = "<image>"
 
@@ -63,14 +64,21 @@ class QueryingReader:
         text = self.config.text
         return None if isinstance(text, T5Config) else text.max_position_embeddings
 
-    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[np.ndarray]:
-        """One prompt and its image. An empty prompt asks for a caption."""
+    def read(
+        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+    ) -> Question[np.ndarray]:
+        """One prompt and its image. An empty prompt asks for a caption. What is `begun` of the
+        answer follows the prompt; with T5 the decoder begins with it.
+        """
         if len(images) != 1:
             raise ValueError(f"{self.name} takes one image with each prompt, got {len(images)}")
         process = partial(process_image, self.processor)
-        tokens = tokenize(self.processor, prompt)
+        is_decoder = not isinstance(self.config.text, T5Config)
+        follows = isinstance(prompt, str) and is_decoder
+        tokens = tokenize(self.processor, f"{prompt}{begun}" if follows else prompt)
         check_tokens(tokens, self.config.text.vocab_size, "the language model")
-        return Question(tokens=tokens, images=[remember(done, images[0], process)])
+        image = remember(done, images[0], process)
+        return Question(tokens=tokens, images=[image], begun=begun)
 
     def length(self, question: Question[np.ndarray]) -> int:
         """How many tokens of the language model a question is, queries included."""
@@ -84,9 +92,28 @@ class QueryingReader:
         """The placeholders and tokens of each prompt; with T5 the start token alone."""
         text, mark = self.config.text, self.config.image_token_index
         if isinstance(text, T5Config):
-            return [[text.decoder_start_token_id] for _ in packed.available]
+            start, begun = text.decoder_start_token_id, fetch(packed.inputs.begun)
+            if begun is None:
+                return [[start] for _ in packed.available]
+            return [[start, *row[row >= 0].tolist()] for row in begun]
         marks = [] if mark is None else [mark] * self.config.num_query_tokens
         return [[*marks, *tokens] for tokens in prompts_of(packed)]
+
+    def begin_answers(self, packed: Packed[Any], questions: Sequence[Question[Any]]) -> Packed[Any]:
+        """A batch for T5, whose decoder begins with what is begun of the answers."""
+        begun = [self._begun(question.begun) for question in questions]
+        longest = max(map(len, begun))
+        if not longest:
+            return packed
+        table = np.full((len(begun), round_up(longest, (1, 2, 4, 8, *TEXT_LENGTHS))), -1, np.int32)
+        for row, tokens in enumerate(begun):
+            table[row, : len(tokens)] = tokens
+        return dataclasses.replace(packed, inputs=replace(packed.inputs, begun=table))
+
+    def _begun(self, text: str) -> list[int]:
+        tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_tokens(tokens, self.config.text.vocab_size, "the language model")
+        return tokens
 
     def locate(self, packed: Packed[Any], row: int, numbers: np.ndarray) -> KeptQueries:
         """The queries `numbers` come from no one place; see `attention_map`."""
@@ -139,6 +166,12 @@ class Blip2T5Reader(Blip2Reader):
 
     tokens: ClassVar[dict[str, int]] = {"eos_token_id": 1, "pad_token_id": 0}
 
+    def pack(
+        self, questions: Sequence[Question[np.ndarray]], shares: int = 1
+    ) -> Packed[Blip2Inputs]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
+        return self.begin_answers(super().pack(questions, shares), questions)
+
 
 @jax.jit
 def _looks(network: Any, inputs: QueryingInputs) -> Float[Array, "q n"]:
@@ -179,9 +212,11 @@ class InstructBlipReader(QueryingReader):
             config, processor
         )
 
-    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Instruction:
+    def read(
+        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+    ) -> Instruction:
         """One prompt and its image, the prompt in the tokens of both readers of it."""
-        question = super().read(images, prompt, done)
+        question = super().read(images, prompt, done, begun)
         tokens = list(self.processor.qformer_tokenizer(prompt)["input_ids"])
         qformer = self.config.qformer
         if len(tokens) > qformer.max_position_embeddings:
@@ -190,7 +225,7 @@ class InstructBlipReader(QueryingReader):
                 f"{qformer.max_position_embeddings} at most"
             )
         check_tokens(tokens, qformer.vocab_size, "the Q-Former")
-        return Instruction(question.tokens, question.images, tokens)
+        return Instruction(question.tokens, question.images, tokens, begun=begun)
 
     def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[InstructBlipInputs]:
         """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
@@ -208,6 +243,10 @@ class InstructBlipT5Reader(InstructBlipReader):
     """Reads for an InstructBLIP with T5, whose special tokens have other numbers."""
 
     tokens: ClassVar[dict[str, int]] = Blip2T5Reader.tokens
+
+    def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[InstructBlipInputs]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
+        return self.begin_answers(super().pack(questions, shares), questions)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,15 +76,19 @@ class MllamaReader:
         """Tokens that a prompt and its answer may have in all."""
         return self.config.text.max_position_embeddings
 
-    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[ProcessedImage]:
-        """One prompt and its images. A prompt without any `<|image|>` mark gets them in front."""
+    def read(
+        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+    ) -> Question[ProcessedImage]:
+        """One prompt and its images. A prompt without any `<|image|>` mark gets them in front. What
+        is `begun` of the answer follows the prompt, or what the chat template puts before one.
+        """
         processed = [remember(done, image, self.process_image) for image in images]
-        tokens = self._tokenize(prompt, len(processed))
+        tokens = self._tokenize(prompt, len(processed), begun)
         check_marks(tokens, len(processed), self.config.image_token_index)
         text = [token for token in tokens if token != self.config.image_token_index]
         rows = self.config.text.vocab_size + EXTRA_EMBEDDINGS
         check_tokens(text, rows, "the language model")
-        return Question(tokens=tokens, images=processed)
+        return Question(tokens=tokens, images=processed, begun=begun)
 
     def length(self, question: Question[ProcessedImage]) -> int:
         """How many tokens of the language model a question is; images are read from the side."""
@@ -144,13 +148,13 @@ class MllamaReader:
         out[down, tile_column * vision.grid + kept.column[own]] = 1
         return out
 
-    def _tokenize(self, prompt: Prompt, images: int) -> list[int]:
+    def _tokenize(self, prompt: Prompt, images: int, begun: str = "") -> list[int]:
         if isinstance(prompt, str):
             if IMAGE_MARK not in prompt:
                 prompt = IMAGE_MARK * images + prompt
             from transformers.models.mllama.processing_mllama import build_string_from_input
 
-            text = build_string_from_input(prompt, self.processor.bos_token, IMAGE_MARK)
+            text = build_string_from_input(prompt + begun, self.processor.bos_token, IMAGE_MARK)
             return list(self.processor.tokenizer(text)["input_ids"])
         template = self.processor.chat_template
         if isinstance(template, dict):  # several, by name
@@ -159,4 +163,4 @@ class MllamaReader:
             raise ValueError("this checkpoint has no chat template; give the prompt as plain text")
         text = render(template, prompt, self.tokenizer.special_tokens_map)
         check_text(text, "what the chat template makes of the chat")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text + begun, add_special_tokens=False)["input_ids"])

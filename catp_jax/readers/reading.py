@@ -24,10 +24,13 @@ Done = dict[str | int, tuple[ImageLike, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Question(Generic[Image]):
-    """One prompt, read: its tokens, and its images as the model sees them."""
+    """One prompt, read: its tokens, and its images as the model sees them; `begun` is the text that
+    its answer begins with.
+    """
 
     tokens: list[int]
     images: list[Image]
+    begun: str = dataclasses.field(default="", kw_only=True)
 
 
 @runtime_checkable
@@ -59,8 +62,11 @@ class Reader(Protocol):
         """Tokens that a prompt and its answer may have in all; None: any number."""
         ...
 
-    def read(self, images: list[ImageLike], prompt: Prompt, done: Done) -> Question[Any]:
-        """One prompt as tokens, and its images as the model sees them.
+    def read(
+        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+    ) -> Question[Any]:
+        """One prompt as tokens, what its answer has `begun` with, and its images as the model sees
+        them.
 
         `done` remembers images: one that comes again is processed and encoded once. Raises
         ValueError if something cannot be used.

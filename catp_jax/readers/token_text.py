@@ -1,7 +1,7 @@
 """From tokens to text: what each token writes, in bytes, and text in pieces as tokens come."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +16,45 @@ def stop_machine(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndar
     return machine(strings, token_bytes(tokenizer, size))
 
 
-def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of all tokens, stripped and without special ones, in pieces as tokens come."""
+def texts_of(tokenizer: Any, answers: Sequence[Sequence[int]], begun: Sequence[str]) -> list[str]:
+    """The texts of answers, without special tokens; stripped, but where it goes on from what was
+    `begun`, whose space it needs.
+    """
+    return [_Text(tokenizer, text)(tokens) for tokens, text in zip(answers, begun, strict=True)]
+
+
+def pieces(tokenizer: Any, tokens: Iterable[int], begun: str = "") -> Iterator[str]:
+    """What `texts_of` gives for one answer, in pieces as its tokens come."""
+    text_of = _Text(tokenizer, begun)
     written: list[int] = []
     text = shown = ""
     for token in tokens:
         written.append(token)
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        settled = _settled(text.lstrip(), tokenizer)
+        text = text_of(written)
+        settled = _settled(text, tokenizer)
         if len(settled) > len(shown):
             yield settled[len(shown) :]
             shown = settled
-    if len(text.strip()) > len(shown):
-        yield text.strip()[len(shown) :]
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+class _Text:
+    """Tokens to text, behind a text that was begun: some tokenizers write the first token of a text
+    without its space.
+    """
+
+    def __init__(self, tokenizer: Any, begun: str):
+        self.tokenizer, self.begun = tokenizer, begun
+        self.before = tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else []
+        self.skipped = len(self._decode(self.before)) if begun else 0
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        text = self._decode([*self.before, *tokens])[self.skipped :].rstrip()
+        return text if self.begun else text.lstrip()
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _settled(text: str, tokenizer: Any) -> str:
