@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 
-RUN = {"catp-jax", "python"}
+RUN = {"catp-jax", "python", "printf"}
 PASSED_OVER = {"git", "cd", "source", "."}  # getting the code and entering it
 MADE = {"build", "dist", "demo", "runs"}  # in a checkout, but in no clone
 
