@@ -26,13 +26,13 @@ from catp_jax.generation.decoding import Decoding, Stop, Written
 from catp_jax.generation.images import Fetch, ImageLike
 from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
 from catp_jax.generation.options import Options
-from catp_jax.models.blip2 import Blip2
+from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
-from catp_jax.models.instructblip import InstructBlip
-from catp_jax.models.mllama import Mllama
+from catp_jax.models.instructblip import InstructBlipConfig
+from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.narrow import Weights, narrow_type
-from catp_jax.models.retrieval import Blip2Retrieval
+from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 from catp_jax.pruning.named import Named, named
@@ -590,6 +590,12 @@ def load(
     own = folder if processor is None else hub.find_folder(processor)
     find_devices()
     defaults, note = generation_defaults(folder) if generation_config else (Options(), "")
+    # before the weights, which may take minutes
+    config = convert.load_config(folder, ignore_config)
+    if (vision_mode or mask_mode) and not isinstance(config, MllamaConfig):
+        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")
+    reader = _reader(folder, own, config, mask_mode or "meta")
+    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
     network, _ = convert.load(
         folder,
         dtype,
@@ -600,16 +606,6 @@ def load(
     )
     if isinstance(network, Mllama):
         network.vision_model.mode = vision_mode or network.config.vision.vision_mode
-        reader: Reader = MllamaReader.load(own, network.config, mask_mode or "meta")
-    elif vision_mode or mask_mode:
-        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")
-    elif isinstance(network, Blip2):
-        reader = Blip2Reader.load(own, network.config)
-    elif isinstance(network, InstructBlip):
-        reader = InstructBlipReader.load(own, network.config)
-    else:
-        raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
-    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
     if pad is None:
         pad = reader.tokenizer.pad_token_id
     frozen = freeze(network)
@@ -622,6 +618,17 @@ def load(
         note=note,
         fetch=fetch,
     )
+
+
+def _reader(folder: Path, own: Path, config: Any, mask_mode: MaskMode) -> Reader:
+    """What reads for the model in `folder`, with the processor in `own`."""
+    if isinstance(config, MllamaConfig):
+        return MllamaReader.load(own, config, mask_mode)
+    if isinstance(config, Blip2Config):
+        return Blip2Reader.load(own, config)
+    if isinstance(config, InstructBlipConfig):
+        return InstructBlipReader.load(own, config)
+    raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
 
 
 def _spread(mesh: MeshLike, model: Any) -> Any:
@@ -643,8 +650,9 @@ def load_matcher(
     folder = hub.find_folder(folder)
     own = folder if processor is None else hub.find_folder(processor)
     find_devices()
-    network, _ = convert.load(folder, dtype)
-    if not isinstance(network, Blip2Retrieval):
+    config = convert.load_config(folder)
+    if not isinstance(config, RetrievalConfig):
         raise ValueError(f"{folder} generates text; load it with load")
-    reader = RetrievalReader.load(own, network.config)
+    reader = RetrievalReader.load(own, config)
+    network, _ = convert.load(folder, dtype)
     return Matcher(network=freeze(network), reader=reader, fetch=fetch)

@@ -29,6 +29,7 @@ __all__ = [
     "config_json",
     "faults",
     "load",
+    "load_config",
     "load_converted",
     "load_hf",
     "read_config",
@@ -56,6 +57,28 @@ def load(
     they were not there. Raises ValueError if the folder is neither or is damaged.
     """
     check(weights)
+    folder = _checked(folder)
+    if (folder / MANIFEST).exists():
+        if adapter is not None:
+            raise ValueError(
+                f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
+                "load the Hugging Face folder with it"
+            )
+        model = load_converted(folder, dtype, place, weights, ignore_config)
+    else:
+        model, _ = load_hf(folder, dtype, None, place, weights, ignore_config, adapter)
+    return model, model.config
+
+
+def load_config(folder: str | Path, ignore_config: Sequence[str] = ()) -> Config:
+    """The configuration of what `load` would load, without its weights. Raises ValueError as
+    `load` does.
+    """
+    return read_config(_checked(folder), ignore_config)
+
+
+def _checked(folder: str | Path) -> Path:
+    """The folder, if it is one that holds a model."""
     folder = Path(folder)
     if not folder.is_dir():
         kinds = "; GGUF files are not read" if folder.suffix.lower() == ".gguf" else ""
@@ -64,19 +87,10 @@ def load(
             f"or a converted one ({MANIFEST}, weights/) is wanted"
         )
     refuse_unfinished(folder)
-    if (folder / MANIFEST).exists():
-        if adapter is not None:
-            raise ValueError(
-                f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
-                "load the Hugging Face folder with it"
-            )
-        model = load_converted(folder, dtype, place, weights, ignore_config)
-    elif (folder / "config.json").exists():
-        model, _ = load_hf(folder, dtype, None, place, weights, ignore_config, adapter)
-    else:
+    if not (folder / MANIFEST).exists() and not (folder / "config.json").exists():
         raise ValueError(
             alone(folder)
             or f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "
             f"{MANIFEST} (a converted one)"
         )
-    return model, model.config
+    return folder

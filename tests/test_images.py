@@ -333,6 +333,13 @@ def test_encoded_images_and_addresses_that_cannot_be_read_are_refused(source, sa
         read_image(source)
 
 
+def test_an_image_that_is_a_program_is_not_run(monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    with pytest.raises(ValueError, match="in no image format"):
+        read_image(encoded("eps"))
+
+
 def test_messages_about_long_texts_are_short():
     with pytest.raises(ValueError, match="is not a file") as error:
         read_image("x" * 10**6)

@@ -173,6 +173,8 @@ def _decode(source: str | Path | BinaryIO | Image.Image, name: str) -> Image.Ima
                 _check_size(source.width * source.height, name)
                 return ImageOps.exif_transpose(source)
             with Image.open(source) as image:
+                if image.format == "EPS":  # a program, which Pillow gives to Ghostscript to run
+                    raise UnidentifiedImageError
                 return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is in no image format that can be read") from None
@@ -212,7 +214,7 @@ def _from_array(source: Any) -> Image.Image:
         )
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("an image array of floats holds values from 0 to 1")
+            raise ValueError("an image array of floats holds values from 0 to 1; divide by 255")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ValueError(f"an image array is of uint8 or of floats from 0 to 1, got {array.dtype}")

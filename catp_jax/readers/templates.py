@@ -5,6 +5,7 @@ second; a chat then takes less than a millisecond.
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 SECONDS = 10.0  # for one chat
 
 _lock = threading.Lock()
-_running: list[subprocess.Popen[str]] = []
+_running: dict[int, subprocess.Popen[str]] = {}  # by our own process: one that forked has its own
 
 
 def render(template: str, messages: Sequence[dict[str, Any]], tokens: dict[str, Any]) -> str:
@@ -52,26 +53,26 @@ def render(template: str, messages: Sequence[dict[str, Any]], tokens: dict[str, 
 
 
 def _start() -> subprocess.Popen[str]:
-    if not _running or _running[0].poll() is not None:
+    own = _running.get(os.getpid())
+    if own is None or own.poll() is not None:
         _stop()
         program = str(Path(__file__).with_name("render.py"))
-        process = subprocess.Popen(
+        own = subprocess.Popen(
             [sys.executable, "-P", program, str(SECONDS)],  # -P: nothing of this folder is imported
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        _running.append(process)
-        if not process.stdout.readline():  # type: ignore[union-attr]
+        _running[os.getpid()] = own
+        if not own.stdout.readline():  # type: ignore[union-attr]
             _stop()
             raise ValueError("the process for chat templates did not start; is memory left?")
-    return _running[0]
+    return own
 
 
 @atexit.register
 def _stop() -> None:
-    while _running:
-        process = _running.pop()
+    if process := _running.pop(os.getpid(), None):
         process.kill()
         process.communicate()

@@ -325,6 +325,15 @@ def test_an_image_processor_that_cannot_work_is_refused_as_the_model_loads(tmp_p
         read(folder)
 
 
+def test_a_processor_that_cannot_be_used_is_told_before_the_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr("convert.load", lambda *_: pytest.fail("the weights were read"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="the tokenizer is missing"):
+        catp_jax.load(folder)
+    with pytest.raises(ValueError, match="holds no model"):
+        catp_jax.load(folder.parent)
+
+
 # --- special tokens ---------------------------------------------------------------------------
 
 
