@@ -138,8 +138,8 @@ def hardware() -> str:
     eight = next(row for row in read("plan_90b_8xh100")["rows"])
     return (
         f"In bfloat16 its weights take {gigabytes(one['weights'])} GB, and the cache of an image "
-        f"of four tiles {gigabytes(prompt)} GB: a card of 80 GB answers about {one['largest_batch']} "
-        f"prompts at a time. Of 90B, each of 8 cards holds "
+        f"of four tiles {gigabytes(prompt)} GB: a card of 80 GB answers about "
+        f"{one['largest_batch']} prompts at a time. Of 90B, each of 8 cards holds "
         f"{gigabytes(eight['weights'])} GB. `catp-jax plan` says what fits elsewhere. No GPU has "
         "run this yet: programs were compiled for one and read."
     )
