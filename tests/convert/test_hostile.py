@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import catp_jax
 import convert
 from convert import converted, reader, shards
 from convert.shards import INDEX, SINGLE
@@ -170,3 +172,36 @@ def test_too_little_memory_is_one_line(folder: Path, tmp_path: Path, monkeypatch
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "catp-jax: the host's memory is full; use a machine with more\n"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def without_processor(folder: Path) -> None:
+    for name in ("tokenizer.json", "processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+
+
+EARLY: dict[str, tuple[Callable[[Path], None], dict[str, str], str]] = {
+    "processor": (without_processor, {}, "tokenizer|processor"),
+    "vision mode": (lambda folder: None, {"vision_mode": "hf"}, "are Llama 3.2 Vision's"),
+    "kind": (
+        lambda folder: edit_config(folder, "", architectures=["Blip2ForImageTextRetrieval"]),
+        {},
+        "load_matcher|use_qformer_text_input",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(("change", "keys", "message"), EARLY.values(), ids=EARLY)
+def test_what_needs_no_weights_is_said_before_they_are_read(tmp_path, change, keys, message: str):
+    assets = Path(catp_jax.__file__).parent / "assets"
+    folder = Path(shutil.copytree(assets / "mini-blip2-opt", tmp_path / "mini"))
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        catp_jax.load(folder, **keys)
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_matcher_is_not_made_of_what_generates():
+    assets = Path(catp_jax.__file__).parent / "assets"
+    with pytest.raises(ValueError, match="generates text; load it with load"):
+        catp_jax.load_matcher(assets / "mini-blip2-opt")
