@@ -180,7 +180,7 @@ def test_a_file_that_another_process_writes_is_refused_before_a_model_is_loaded(
     with (tmp_path / "answers.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = catp_jax(
-            *("generate", "no-model", "--batch", requests),
+            *("generate", tmp_path, "--batch", requests),  # a folder, and no model
             *("--out", tmp_path / "answers.jsonl"),
         )
     assert done.returncode == 1

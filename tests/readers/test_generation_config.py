@@ -16,7 +16,9 @@ from transformers import (
 
 import catp_jax
 from catp_jax.generation.options import Options
-from catp_jax.readers.generation_config import generation_defaults, sets_defaults
+from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
+from catp_jax.readers.generation_config import READ_BY, generation_defaults, sets_defaults
+from catp_jax.readers.mllama import MllamaReader
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, PROMPT = ASSETS / "blue-circle.png", "what color is the shape?"
@@ -137,6 +139,11 @@ def test_a_study_notices_a_file_that_it_leaves_aside(tmp_path: Path):
     assert not sets_defaults(folder(tmp_path, {"do_sample": False}))
     assert sets_defaults(folder(tmp_path, LLAMA))
     assert sets_defaults(folder(tmp_path, {"penalty_alpha": 0.6}))
+
+
+def test_the_kinds_that_read_the_file_are_those_whose_end_tokens_it_names():
+    readers = {"mllama": MllamaReader, "blip-2": Blip2Reader, "instructblip": InstructBlipReader}
+    assert {kind for kind, reader in readers.items() if reader.has_generation_config} == {*READ_BY}
 
 
 def test_without_a_file_there_is_nothing_to_say(tmp_path: Path):
