@@ -315,7 +315,9 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="The folder to convert.")],
+    source: Annotated[
+        Path, typer.Argument(help="The folder to convert, or a downloaded model's name.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     to_hf: Annotated[
         bool, typer.Option("--to-hf", help="From a converted folder back to Hugging Face's form.")
@@ -328,10 +330,11 @@ def convert(
     adapter: Adapter = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report every tensor."""
+    from catp_jax.readers.hub import find_folder
     from convert.__main__ import run
 
     with cli_study.interruptible():
-        run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)
+        run(find_folder(source), out, to_hf, dtype, verify, ignore_config or (), adapter)
 
 
 app.command()(cli_cluster.plan)

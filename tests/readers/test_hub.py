@@ -31,6 +31,9 @@ def test_a_downloaded_model_is_found_by_its_name(cache: Path):
     asked = ("--image", ASSETS / "blue-circle.png", "--prompt", "what color is the shape?")
     done = command("generate", "org/mini", *asked, "--processor", ASSETS / "mini-llama-vision")
     assert (done.stdout, done.stderr, done.returncode) == ("blue\n", "", 0)
+    done = command("convert", "org/mini", cache.parent / "converted")
+    assert done.returncode == 0, done.stderr
+    assert find_folder(cache.parent / "converted")
 
 
 def test_folders_come_first_and_may_be_at_home(cache: Path, tmp_path: Path, monkeypatch):

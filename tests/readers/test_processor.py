@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import AutoProcessor, Blip2ForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    BertTokenizer,
+    Blip2ForConditionalGeneration,
+    GPT2Tokenizer,
+    InstructBlipProcessor,
+    LlamaTokenizer,
+    T5Tokenizer,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import catp_jax
 import convert
@@ -169,6 +178,30 @@ def test_a_vocabulary_wants_its_merges_and_is_then_read(t5: Path):
     (t5 / "merges.txt").rename(t5 / "gone.txt")
     with pytest.raises(ValueError, match=r"vocab\.json but no merges\.txt"):
         load_processor(t5)
+
+
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", "▁a", "a", "b", "▁ab"]
+TOKENIZERS = {  # of T5, OPT and Vicuna, which transformers builds anew from what a file holds
+    "T5Tokenizer": lambda: T5Tokenizer(vocab=[(word, -1.0) for word in WORDS]),
+    "GPT2Tokenizer": lambda: GPT2Tokenizer(
+        vocab={word: n for n, word in enumerate([*WORDS, "ab"])}, merges=[("a", "b")]
+    ),
+    "LlamaTokenizer": lambda: LlamaTokenizer(
+        vocab={word: n for n, word in enumerate(WORDS)}, merges=[("▁a", "b")]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_tokenizers_of_the_large_models_pass(tmp_path: Path, kind: str):
+    tokenizer = TOKENIZERS[kind]()
+    other = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "ab": 4})
+    images = BlipImageProcessorPil(size={"height": 4, "width": 4})
+    InstructBlipProcessor(images, tokenizer, other, num_query_tokens=4).save_pretrained(tmp_path)
+    found = load_processor(tmp_path, ("tokenizer", "qformer_tokenizer"))
+    assert type(found.tokenizer).__name__ == kind
+    assert found.tokenizer("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+    assert found.qformer_tokenizer("ab")["input_ids"] == [2, 4, 3]
 
 
 @pytest.mark.parametrize("kind", ["T5Tokenizer", "BertTokenizer", "NoSuchTokenizer"])
