@@ -60,6 +60,8 @@ class MllamaReader:
                 "max_image_tiles": (images.max_image_tiles, vision.max_num_tiles),
                 "image token": (reader.processor.image_token_id, config.image_token_index),
             }
+            if reader.processor.bos_token is None:
+                raise ValueError("the tokenizer has no bos_token; tokenizer_config.json names it")
             reader._tokenize("a", 0)
         size = vision.image_size
         shape = (vision.max_num_tiles, vision.num_channels, size, size)

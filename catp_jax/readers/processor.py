@@ -34,6 +34,7 @@ def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -
     """
     from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
 
+    _check_image_processor(folder)
     vocabularies = {}
     with tempfile.TemporaryDirectory(prefix="catp-jax-processor-") as copy:
         for name in tokenizers:
@@ -106,6 +107,17 @@ def check_processor(
     if not np.isfinite(pixels).all():
         raise ValueError(
             f"{folder}: the processor's image_mean and image_std make no finite numbers"
+        )
+
+
+def _check_image_processor(folder: Path) -> None:
+    """Raises ValueError if there is none, where transformers would make one up."""
+    whole = folder / "processor_config.json"
+    has_own = (folder / "preprocessor_config.json").exists()
+    if not has_own and not (whole.exists() and "image_processor" in read_json(whole)):
+        raise ValueError(
+            f"{folder}: the image processor is missing (preprocessor_config.json, or "
+            "processor_config.json with an image_processor); take the same checkpoint's"
         )
 
 

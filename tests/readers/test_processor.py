@@ -147,6 +147,20 @@ def test_a_missing_tokenizer_is_refused_in_every_model(folder: Path):
         read(folder)
 
 
+def test_a_missing_image_processor_or_first_token_is_refused(folder: Path):
+    if folder.name == "mini-llama-vision":
+        edit(folder / "tokenizer_config.json", bos_token=None)
+        with pytest.raises(ValueError, match="the tokenizer has no bos_token"):
+            read(folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert load_processor(folder)  # the other file has it, too
+    edit(folder / "processor_config.json", image_processor=None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{folder.name}: the image processor is missing"):
+            read(folder)
+        (folder / "processor_config.json").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
