@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.generation.decoding import Stop, Written, with_logprobs
+from catp_jax.generation.decoding import Chosen, Stop, Written, with_logprobs
 from catp_jax.generation.rules import Rules
 from catp_jax.struct import pytree, static
 
@@ -103,17 +103,19 @@ class Beams:
         batch, k, new = state.running.tokens.shape
         vocab, number = logits.shape[-1], state.number
         scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        # a NaN or an infinite logit makes all of its row NaN
+        is_finite = ~jnp.isnan(scores[:, 0]).reshape(batch, k).any(axis=1)
         scores = self.rules(scores, state.running.tokens.reshape(-1, new), number, stop)
         scores = scores.reshape(batch, k, vocab)
         sums = (scores + state.running_scores[:, :, None]).reshape(batch, k * vocab)
 
-        is_finite = jnp.isfinite(logits).all(axis=-1).reshape(batch, k).all(axis=1)
-        sound = (is_finite & (sums > -jnp.inf).any(axis=1)) | ~state.is_open
-
         candidates = max(2, 1 + stop.ends.shape[0]) * k
         sums, place = jax.lax.top_k(sums, min(candidates, k * vocab))
+        sound = (is_finite & (sums[:, 0] > -jnp.inf)) | ~state.is_open
         parents, tokens = place // vocab, (place % vocab).astype(jnp.int32)
-        chosen = with_logprobs(tokens, _take(scores, parents), self.logprobs)
+        chosen = Chosen(tokens=tokens, scores=sums)
+        if self.logprobs is not None:
+            chosen = with_logprobs(chosen, _take(scores, parents), self.logprobs)
         answers = _take(state.running, parents).extended(chosen, number, stop)
         ended = answers.has_ended(chosen, stop) | (number + 1 >= new)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.struct import pytree, static
+from catp_jax.struct import pytree, replace, static
 
 
 @pytree
@@ -35,11 +35,12 @@ class Stop:
 
 @pytree
 class Chosen:
-    """A token for each row. Where they were asked for: its log-probability, and the likeliest
-    tokens with theirs.
+    """A token for each row, and its score. Where they were asked for: its log-probability, and the
+    likeliest tokens with theirs.
     """
 
     tokens: Int[Array, "*rows"]
+    scores: Float[Array, "*rows"]
     logprobs: Float[Array, "*rows"] | None = None
     top_tokens: Int[Array, "*rows n"] | None = None
     top_logprobs: Float[Array, "*rows n"] | None = None
@@ -113,7 +114,8 @@ class Decoding(Protocol):
     def start(self, batch: int, stop: Stop) -> Any:
         """The state before the first token. Its `number` counts new tokens, `is_open` says which
         answers or prompts still go on, `is_sound` which never had logits that nothing can be chosen
-        from.
+        from: a NaN or an infinite one, or none that the rules allow. Only the chosen tokens' scores
+        are looked at, which show all of that.
         """
         ...
 
@@ -128,21 +130,15 @@ class Decoding(Protocol):
         ...
 
 
-def with_logprobs(
-    tokens: Int[Array, "*rows"], scores: Float[Array, "*rows vocab"], number: int | None
-) -> Chosen:
-    """Tokens with their entries of `scores`, log-probabilities, and the `number` highest ones; None
-    for neither.
-    """
-    if number is None:
-        return Chosen(tokens=tokens)
-    logprobs = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+def with_logprobs(chosen: Chosen, logprobs: Float[Array, "*rows vocab"], number: int) -> Chosen:
+    """Tokens with their log-probabilities, and the `number` likeliest with theirs."""
+    own = jnp.take_along_axis(logprobs, chosen.tokens[..., None], axis=-1)[..., 0]
     if not number:
-        return Chosen(tokens=tokens, logprobs=logprobs)
-    top_logprobs, top_tokens = jax.lax.top_k(scores, number)
-    return Chosen(
-        tokens=tokens,
-        logprobs=logprobs,
+        return replace(chosen, logprobs=own)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, number)
+    return replace(
+        chosen,
+        logprobs=own,
         top_tokens=top_tokens.astype(jnp.int32),
         top_logprobs=top_logprobs,
     )

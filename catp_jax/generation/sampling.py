@@ -61,9 +61,8 @@ class Sampling:
     ) -> tuple[Int[Array, " r"], None, Drawing]:
         """One token more for each answer, padding for one that has ended."""
         allowed = self.rules(logits, state.written.tokens, state.number, stop)
-        is_left = (allowed > -jnp.inf).any(axis=-1)
-        sound = (jnp.isfinite(logits).all(axis=-1) & is_left) | ~state.is_open
         chosen = self.choose(allowed, state.number)
+        sound = jnp.isfinite(chosen.scores) | ~state.is_open
         chosen = replace(chosen, tokens=jnp.where(state.is_open, chosen.tokens, stop.pad))
         written = state.written.extended(chosen, state.number, stop)
         state = Drawing(
@@ -107,8 +106,12 @@ class Sampling:
         return replace(places, tokens=token(places.tokens)[:, 0], top_tokens=top)
 
     def _noted(self, tokens: Int[Array, " r"], logits: Float[Array, "r vocab"]) -> Chosen:
-        scores = logits if self.logprobs is None else jax.nn.log_softmax(logits, axis=-1)
-        return with_logprobs(tokens.astype(jnp.int32), scores, self.logprobs)
+        tokens = tokens.astype(jnp.int32)
+        scores = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        chosen = Chosen(tokens=tokens, scores=scores)
+        if self.logprobs is None:
+            return chosen
+        return with_logprobs(chosen, jax.nn.log_softmax(logits, axis=-1), self.logprobs)
 
 
 def sampling(

@@ -128,7 +128,7 @@ def test_what_is_not_asked_for_is_not_in_the_program():
     assert "top_k" in text(logprobs=2)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 3}, {"num_beams": 3}])
 def test_rows_whose_logits_are_not_finite_are_told_and_end(bad: float, options: dict[str, Any]):
     logits = table(VOCAB, 0, (), -4.0)
