@@ -197,10 +197,16 @@ def test_lists_are_wanted(model):
         model.generate(str(CIRCLE), [COLOR])
 
 
-@pytest.mark.parametrize("keep", [0, -1, 261])
+@pytest.mark.parametrize("keep", [0, -1])
 def test_a_budget_out_of_range_is_refused(model, keep):
     with pytest.raises(ValueError, match="keep"):
         model.generate([CIRCLE], [COLOR], [KNorm(keep=keep)])
+
+
+def test_a_prompt_with_fewer_visual_tokens_than_the_budget_keeps_them_all(model):
+    for pruning in ({"pruners": [KNorm(keep=261)]}, {"prune": "k_norm", "keep": 261}):
+        out = model.generate([CIRCLE], [COLOR], max_new_tokens=3, **pruning)
+        assert out.kept[0].number.tolist() == list(range(260))
 
 
 def test_a_processor_that_does_not_fit_the_model_is_refused(tmp_path):
