@@ -129,6 +129,10 @@ def contents(path: str | Path) -> dict[str, tuple[Shape, np.dtype]]:
     path = Path(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder")
+    if odd := [one for one in path.rglob("*") if not (one.is_file() or one.is_dir())]:
+        raise ValueError(  # Orbax would wait for a pipe
+            f"{path} is not a whole checkpoint: {odd[0]} is no file that can be read"
+        )
     try:
         with _quiet(), _plain(path) as plain:
             tree: Any = ocp.metadata(str(plain)).metadata

@@ -1,5 +1,6 @@
 """catp_jax.checkpoint: what goes in comes out, onto the shape, dtype and mesh that is asked."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -155,6 +156,20 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path, make):
     make(tmp_path / "a")
     with pytest.raises(ValueError, match="not a"):
         checkpoint.restore(tmp_path / "a", {"x": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("gone")])
+def test_what_is_no_file_in_a_checkpoint_is_not_waited_for(tmp_path: Path, make):
+    path = tmp_path / "a"
+    checkpoint.save(path, {"x": np.arange(3.0)})
+    for file in [one for one in path.rglob("*") if one.is_file()]:
+        before = file.read_bytes()
+        file.unlink()
+        make(file)
+        with pytest.raises(ValueError, match=f"{file.name} is no file that can be read"):
+            checkpoint.restore(path, {"x": np.zeros(3)})
+        file.unlink()
+        file.write_bytes(before)
 
 
 def test_damaged_checkpoint_says_so(tmp_path: Path):
