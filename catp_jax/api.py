@@ -6,9 +6,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 
 import dataclasses
 import hashlib
-import io
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 import convert
+from catp_jax.answers import Answers, Unsound, alternatives_of, logprobs_of
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
-from catp_jax.generation.blip2_inputs import stack_images
-from catp_jax.generation.decoding import Decoding, Stop, Written
-from catp_jax.generation.images import Fetch, ImageLike
-from catp_jax.generation.inputs import IMAGE_COUNTS, Packed, pad_prompts, round_up
+from catp_jax.generation.decoding import Decoding, Stop
+from catp_jax.generation.images import NO_LIST, Fetch, ImageLike
+from catp_jax.generation.inputs import Packed, round_up
 from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.cross_decoder import MaskMode
@@ -32,13 +29,12 @@ from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.instructblip import InstructBlipConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.narrow import Weights, narrow_type
-from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 from catp_jax.pruning.named import Named, named
 from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers import hub
-from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader, RetrievalReader
+from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
@@ -49,58 +45,12 @@ from catp_jax.readers.reading import (
     Question,
     Reader,
     arrange,
-    fetch_images,
-    remember,
     special_tokens,
 )
 from catp_jax.readers.token_text import pieces, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
-
-# one prompt or one image, where a list of them is wanted
-NO_LIST = str | bytes | bytearray | Path | Mapping | np.ndarray | Image.Image | io.IOBase
-PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
-
-
-class Unsound(ValueError):
-    """Logits that no token can be chosen from, at the prompts `numbers`; of one alone, if none."""
-
-    def __init__(self, numbers: Sequence[int] = ()):
-        self.numbers = numbers
-        which = f"prompt {', '.join(map(str, numbers))}: " if numbers else ""
-        super().__init__(
-            f"{which}the model's logits are not finite, or every token is forbidden; look "
-            "at the weights with `catp-jax doctor`, try dtype='float32' if they are float16, or "
-            "allow more tokens"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a batch of prompts got; lists have one entry a prompt, `text` and `tokens` one an
-    answer, those of a prompt in succession.
-
-    `text` is without special tokens, `tokens` with them, the end token included. `available` counts
-    visual tokens before pruning; `kept` says which were kept (None: all), `cached` which are in the
-    cache of a layer that was pruned apart, by the layer's number. `slots` is the room that each
-    prompt's visual tokens take in the other caches.
-    `logprobs` are those of the tokens, and `alternatives` the likeliest tokens at each place with
-    theirs, the likeliest first; None unless they were asked for, see `sampling` and `beam` for what
-    they are of. `reports` has the final state of each pruner, `logits` those of the first new
-    token.
-    """
-
-    text: list[str]
-    tokens: list[list[int]]
-    logprobs: list[list[float]] | None
-    alternatives: list[list[list[tuple[int, float]]]] | None
-    available: tuple[int, ...]
-    kept: list[Kept] | None
-    cached: dict[int, Keep]
-    slots: int
-    reports: tuple[Any, ...]
-    logits: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,8 +357,8 @@ class Model:
         return Answers(
             text=texts,
             tokens=tokens,
-            logprobs=_logprobs(out.written),
-            alternatives=_alternatives(out.written),
+            logprobs=logprobs_of(out.written),
+            alternatives=alternatives_of(out.written),
             available=packed.available,
             kept=kept,
             cached=out.selection.cached,
@@ -454,98 +404,6 @@ class Model:
                 f"a prompt of {longest} tokens and {new} new ones do not fit the model's {room} "
                 f"positions; shorten either"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Matcher:
-    """An image-text matching checkpoint with its processor: which text fits which image."""
-
-    network: Frozen
-    reader: RetrievalReader
-    fetch: Fetch | None = None
-
-    def __repr__(self) -> str:
-        return f"Matcher({self.network.summary})"
-
-    def itc(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
-        """Cosines [images, texts] from -1 to 1 of all images with all texts: for search."""
-        pixels, index = self._images(images)
-        tokens, valid = self._texts(texts)
-        return np.asarray(_itc(self.network, pixels, tokens, valid), np.float32)[index]
-
-    def itm(self, images: Sequence[ImageLike], texts: Sequence[str]) -> np.ndarray:
-        """The probability [pairs] that an image and its own text fit each other: for ranking.
-
-        One image goes with all texts, and one text with all images.
-        """
-        pixels, index = self._images(images)
-        tokens, valid = self._texts(texts)
-        if len(images) != len(texts) and 1 not in (len(images), len(texts)):
-            raise ValueError(
-                f"one text per image is wanted, or one of either, got {len(texts)} texts for "
-                f"{len(images)} images"
-            )
-        pairs = max(len(images), len(texts))
-        index = np.broadcast_to(index, pairs)
-        tokens, valid = (np.broadcast_to(a, (pairs, *a.shape[1:])) for a in (tokens, valid))
-        image = _image_tokens(self.network, pixels)
-        scores = []
-        for start in range(0, pairs, PAIRS_AT_ONCE):
-            # the last pairs are filled up, so that all are scored in one shape
-            some = np.arange(start, start + min(PAIRS_AT_ONCE, round_up(pairs, IMAGE_COUNTS)))
-            some = np.minimum(some, pairs - 1)
-            logits = _match(self.network, image[index[some]], tokens[some], valid[some])
-            fits = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[:, 1]
-            scores.append(np.asarray(fits)[: pairs - start])
-        return np.concatenate(scores)
-
-    def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(images, NO_LIST) or not len(images):
-            raise ValueError("a list of at least one image is wanted")
-        done: Done = {}
-        own = fetch_images(images, done, self.fetch)
-        return stack_images([remember(done, image, self.reader.read_image) for image in own])
-
-    def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if isinstance(texts, NO_LIST) or not len(texts):
-            raise ValueError("a list of at least one text is wanted")
-        return pad_prompts([self.reader.read_text(text) for text in texts])
-
-
-@jax.jit
-def _itc(network: Frozen, pixels: Any, tokens: Any, valid: Any) -> jax.Array:
-    return network.thaw().itc(pixels, tokens, valid)
-
-
-@jax.jit
-def _image_tokens(network: Frozen, pixels: Any) -> jax.Array:
-    return network.thaw().image_tokens(pixels)
-
-
-@jax.jit
-def _match(network: Frozen, image: Any, tokens: Any, valid: Any) -> jax.Array:
-    return network.thaw().match(image, tokens, valid)
-
-
-def _logprobs(written: Written) -> list[list[float]] | None:
-    if written.logprobs is None:
-        return None
-    rows = zip(np.asarray(written.logprobs), written.lengths, strict=True)
-    return [row[:length].tolist() for row, length in rows]
-
-
-def _alternatives(written: Written) -> list[list[list[tuple[int, float]]]] | None:
-    """Of each answer, at each place; without tokens that could not be."""
-    if written.top_tokens is None:
-        return None
-    columns = (np.asarray(array).tolist() for array in (written.top_tokens, written.top_logprobs))
-    return [
-        [
-            [(token, logprob) for token, logprob in zip(*place, strict=True) if logprob > -np.inf]
-            for place in itertools.islice(zip(*answer, strict=True), int(length))
-        ]
-        for *answer, length in zip(*columns, written.lengths, strict=True)
-    ]
 
 
 def _as_list(own: Any) -> list[ImageLike]:
@@ -634,25 +492,3 @@ def _reader(folder: Path, own: Path, config: Any, mask_mode: MaskMode) -> Reader
 def _spread(mesh: MeshLike, model: Any) -> Any:
     """An abstract model on a mesh of all devices."""
     return place.place(model, make_mesh(mesh, place.kv_heads(model)))
-
-
-def load_matcher(
-    folder: str | Path,
-    dtype: str | None = None,
-    *,
-    processor: str | Path | None = None,
-    fetch: Fetch | None = None,
-) -> Matcher:
-    """Loads a folder of `Blip2ForImageTextRetrieval`, as `load` does.
-
-    Raises ValueError if it is none.
-    """
-    folder = hub.find_folder(folder)
-    own = folder if processor is None else hub.find_folder(processor)
-    find_devices()
-    config = convert.load_config(folder)
-    if not isinstance(config, RetrievalConfig):
-        raise ValueError(f"{folder} generates text; load it with load")
-    reader = RetrievalReader.load(own, config)
-    network, _ = convert.load(folder, dtype)
-    return Matcher(network=freeze(network), reader=reader, fetch=fetch)

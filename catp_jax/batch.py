@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax.api import Answers, Model, Unsound
+from catp_jax.answers import Answers, Unsound
+from catp_jax.api import Model
 from catp_jax.generation.images import within
 from catp_jax.generation.options import Options
 from catp_jax.lines import JsonLines, Row

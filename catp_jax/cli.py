@@ -359,9 +359,9 @@ def match(
     from catp_jax.generation.images import read_image
 
     pictures = [read_image(path) for path in image]
-    from catp_jax import api
+    from catp_jax import matching
 
-    matcher = api.load_matcher(model, dtype, processor=processor)
+    matcher = matching.load_matcher(model, dtype, processor=processor)
     itc = matcher.itc(pictures, text)
     pairs = [(i, t) for i in range(len(image)) for t in range(len(text))]
     itm = matcher.itm([pictures[i] for i, _ in pairs], [text[t] for _, t in pairs])

@@ -100,7 +100,8 @@ def _drop_compiled_programs() -> Iterator[None]:
 # Files go to the workers in this order, then the others by name: what takes minutes must not be
 # what one worker is left with while the other is done. The summary says when this is out of date.
 FIRST = (
-    *("sharding/test_processes", "test_readme", "sharding/test_meshes", "test_plan"),
+    *("sharding/test_processes", "test_readme", "generation/test_asked", "test_begun"),
+    *("sharding/test_meshes", "test_benchmarks", "test_stream", "test_plan"),
     *("sharding/test_load", "convert/test_blip2", "test_api", "test_api_blip2"),
     *("test_blip2_properties", "training/test_mini_llama_vision", "test_properties"),
     *("parity/test_blip2", "training/test_mini_blip2", "test_blip2_programs"),

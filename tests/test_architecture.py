@@ -35,8 +35,10 @@ ROOMS = {
     "study": BELOW_GENERATION | {"generation", "targets", "lines"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
-    "api": BELOW_API,
-    "batch": BELOW_GENERATION | {"generation", "readers", "api", "lines"},
+    "answers": BELOW_GENERATION | {"generation", "readers"},
+    "api": BELOW_API | {"answers"},
+    "matching": BELOW_API,
+    "batch": BELOW_GENERATION | {"generation", "readers", "answers", "api", "lines"},
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},
@@ -44,8 +46,8 @@ ROOMS = {
     "cli_study": BELOW_GENERATION
     | {"terminal", "cli_options", "generation", "readers", "study", "api"},
     "cli_cluster": BELOW_GENERATION | {"targets", "plan", "doctor", "terminal"},
-    "cli": BELOW_API | {"api", "batch", "demo", "catp_jax"} | CLI,
-    "catp_jax": BELOW_API | {"api"},
+    "cli": BELOW_API | {"matching", "api", "batch", "demo", "catp_jax"} | CLI,
+    "catp_jax": BELOW_API | {"answers", "api", "matching"},
     "__main__": {"cli"},
 }
 
@@ -172,7 +174,7 @@ def test_arrows_have_no_cycle():
     assert "models" not in ROOMS["pruning"]
     assert "pruning" not in ROOMS["models"]
     importers = {room for room, below in ROOMS.items() if "convert" in below}
-    assert importers == {"api", "cli", "demo", "doctor", "plan", "training", "catp_jax"}
+    assert importers == {"api", "matching", "cli", "demo", "doctor", "plan", "training", "catp_jax"}
 
 
 @pytest.mark.parametrize(

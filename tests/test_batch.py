@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from catp_jax.api import Unsound, load
+from catp_jax.answers import Unsound
+from catp_jax.api import load
 from catp_jax.batch import Problem, Request, answer, read_requests
 from catp_jax.generation.options import Options
 from tests.command import catp_jax

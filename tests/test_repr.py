@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from catp_jax import api
+import catp_jax
 from catp_jax.models.frozen import freeze
 from catp_jax.sharding import place
 
@@ -30,7 +30,7 @@ def test_a_model_on_a_mesh_names_its_axes(frozen):
     assert repr(spread) == f"Sharded({SIZE}, data=1)"
 
 
-@pytest.mark.parametrize("kind", [api.Model, api.Matcher])
+@pytest.mark.parametrize("kind", [catp_jax.Model, catp_jax.Matcher])
 def test_what_load_gives_is_one_line(kind: type, frozen):
     given = object.__new__(kind)  # without its processor, which takes a checkpoint's files
     object.__setattr__(given, "network", frozen)

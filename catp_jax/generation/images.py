@@ -16,6 +16,9 @@ ImageLike = str | Path | Image.Image | np.ndarray | bytes | bytearray | BinaryIO
 Fetch = Callable[[str], ImageLike]
 """What brings the image at a web address; nothing is downloaded unless a user gives one."""
 
+NO_LIST = str | bytes | bytearray | Path | Mapping | np.ndarray | Image.Image | io.IOBase
+"""One image or text, where a list of them is wanted."""
+
 SHORTEST = 40  # characters of base64 that may be an image; a file's name may look like it
 CHANNELS = (1, 3, 4)
 

@@ -141,7 +141,9 @@ def deep(out: Path) -> Path:
 
 
 @pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("to", [lambda out: out.parent, deep, lambda out: out], ids=str)
+@pytest.mark.parametrize(
+    "to", [lambda out: out.parent, deep, lambda out: out], ids=["there", "deep", "not"]
+)
 def test_an_output_that_cannot_be_made_is_noticed_first(
     folder: Path, tmp_path: Path, monkeypatch, to: Callable[[Path], Path]
 ):
