@@ -37,7 +37,7 @@ from catp_jax.generation import generate as programs
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import make
 from catp_jax.sharding.mesh import make_mesh
-from catp_jax.sharding.place import everywhere, kv_heads, place_inputs
+from catp_jax.sharding.place import kv_heads, place_inputs, replicate
 from tests.sharding.cases import CASES, SITES, SIZES, name_of
 from tests.sharding.models import CONFIGS, inputs, model, on_mesh
 
@@ -68,7 +68,7 @@ def run(kind: str, mesh: Any = None) -> list[Any]:
     if mesh is None:
         return jax.device_get(answer(freeze(model(kind)), every, inputs(kind), NEW))
     batch = place_inputs(inputs(kind), mesh)
-    return jax.device_get(answer(on_mesh(kind, mesh), everywhere(every, mesh), batch, NEW))
+    return jax.device_get(answer(on_mesh(kind, mesh), replicate(every, mesh), batch, NEW))
 
 
 def main() -> None:

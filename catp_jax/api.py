@@ -39,7 +39,7 @@ from catp_jax.readers.chat import check_text
 from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.reading import (
-    Done,
+    ImageCache,
     Kept,
     Prompt,
     Question,
@@ -136,11 +136,11 @@ class Model:
         begun = [""] * len(prompts) if begun is None else begun
         if isinstance(begun, NO_LIST) or len(begun) != len(prompts):
             raise ValueError('begun is a list, with a text for each prompt; "" for none')
-        done: Done = {}
+        cache: ImageCache = {}
         questions = []
         for number, (own, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
             try:
-                questions.append(self.read(own, prompt, begun=text, done=done))
+                questions.append(self.read(own, prompt, begun=text, cache=cache))
             except ValueError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
@@ -153,18 +153,18 @@ class Model:
         *,
         begun: str = "",
         max_new_tokens: int = 0,
-        done: Done | None = None,
+        cache: ImageCache | None = None,
     ) -> Question[Any]:
         """One prompt as tokens, what is `begun` of its answer, and its images as the model sees
         them.
 
-        `done` remembers images by path or identity: one that comes again is processed and encoded
+        `cache` remembers images by path or identity: one that comes again is processed and encoded
         once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
         """
-        done = {} if done is None else done
-        own, prompt = arrange(_as_list(images), prompt, done, self.fetch)
+        cache = {} if cache is None else cache
+        own, prompt = arrange(_as_list(images), prompt, cache, self.fetch)
         check_text(begun, "the begun answer")
-        question = self.reader.read(own, prompt, done, begun)
+        question = self.reader.read(own, prompt, cache, begun)
         self._check_length(self.reader.length(question), max_new_tokens)
         return question
 
@@ -241,7 +241,9 @@ class Model:
         asked = self._asked(packed, pruners, named(prune, keep), chosen)
         pruners, decoding, stop = asked
         if any(pruner.keep is None for pruner in pruners):
-            out = programs.go_on(self.network, *self._looked(pruners, packed), decoding, stop)
+            out = programs.generate_from(
+                self.network, *self._selected(pruners, packed), decoding, stop
+            )
         else:
             out = programs.generate(self.network, pruners, packed.given, decoding, stop)
         return lambda: self._answers(place.fetch(out), packed)
@@ -283,8 +285,8 @@ class Model:
         """The tokens of the first prompt's answer, one at a time."""
         new = stop.max_new_tokens
         if any(pruner.keep is None for pruner in pruners):
-            looked = self._looked(pruners, packed)
-            start = programs.prefill_at(self.network, *looked, new_slots=new)
+            selected = self._selected(pruners, packed)
+            start = programs.prefill_from(self.network, *selected, new_slots=new)
         else:
             start = programs.prefill(self.network, pruners, packed.given, new_slots=new)
         carry = programs.first(start, decoding, stop)
@@ -310,16 +312,16 @@ class Model:
         machine = stop_machine(self.reader.tokenizer, size, strings) if strings else None
         stop = chosen.stop(self.end_tokens, self.pad_token, machine)
         if isinstance(self.network, place.Sharded):
-            return place.everywhere((pruners, decoding, stop), self.network.mesh)
+            return place.replicate((pruners, decoding, stop), self.network.mesh)
         return pruners, decoding, stop
 
-    def _looked(self, pruners: Pruners, packed: Packed[Any]) -> tuple[Pruners, Any, Any, Any]:
+    def _selected(self, pruners: Pruners, packed: Packed[Any]) -> tuple[Pruners, Any, Any, Any]:
         """The prefill's first part, where a method finds its own number: what it asks for, in a
         capacity that holds it.
         """
-        front, found, selection = programs.look(self.network, pruners, packed.given)
+        front, found, selection = programs.select_tokens(self.network, pruners, packed.given)
         if found is not None:
-            found, selection = programs.cut(found, selection, self._capacity(found))
+            found, selection = programs.truncate(found, selection, self._capacity(found))
         return pruners, front, found, selection
 
     def picture(self, source: ImageLike) -> np.ndarray:

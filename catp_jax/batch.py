@@ -186,7 +186,7 @@ def answer(
                     prompt,
                     begun=request.begun,
                     max_new_tokens=options.max_new_tokens,
-                    done=images,
+                    cache=images,
                 )
                 usable.append((request, question))
             except Exception as error:  # whatever it is, the others get their answers

@@ -22,7 +22,7 @@ from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.readers import hub
 from catp_jax.readers.blip2 import RetrievalReader
-from catp_jax.readers.reading import Done, fetch_images, remember
+from catp_jax.readers.reading import ImageCache, fetch_images, remember
 from catp_jax.sharding.mesh import find_devices
 
 PAIRS_AT_ONCE = 32  # of image and text, that are matched in one call
@@ -74,9 +74,9 @@ class Matcher:
     def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(images, NO_LIST) or not len(images):
             raise ValueError("a list of at least one image is wanted")
-        done: Done = {}
-        own = fetch_images(images, done, self.fetch)
-        return stack_images([remember(done, image, self.reader.read_image) for image in own])
+        cache: ImageCache = {}
+        own = fetch_images(images, cache, self.fetch)
+        return stack_images([remember(cache, image, self.reader.read_image) for image in own])
 
     def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(texts, NO_LIST) or not len(texts):

@@ -81,7 +81,7 @@ def at_entry(
     pruners = {name: make(keep) for name, make in AT_ENTRY.items()}
     front, keeps = choose(random_blip2(kind), inputs, pruners)
     return {
-        name: programs.go_on(
+        name: programs.generate_from(
             random_blip2(kind),
             (),
             front,

@@ -145,11 +145,11 @@ class Longest(Scored):
 def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tuple[Any, ...]):
     model, batch, pruners = random_blip2("opt"), packed(), (Longest(), *after)
     whole = generate("opt", pruners, batch)
-    front, keep, selection = programs.look(model, pruners, batch.inputs)
+    front, keep, selection = programs.select_tokens(model, pruners, batch.inputs)
     wanted = int(keep.valid.sum(axis=1).max())
-    keep, selection = programs.cut(keep, selection, wanted)
+    keep, selection = programs.truncate(keep, selection, wanted)
     choice = sampling(len(batch.available))
-    out = programs.go_on(
+    out = programs.generate_from(
         model,
         pruners,
         front,
@@ -167,10 +167,10 @@ def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tupl
 
 def test_a_pruner_without_a_place_is_an_error_after_the_cut_too():
     model, batch, pruners = random_blip2("opt"), packed(), (Longest(), fastv(2, 99))
-    front, keep, selection = programs.look(model, pruners, batch.inputs)
+    front, keep, selection = programs.select_tokens(model, pruners, batch.inputs)
     choice = sampling(len(batch.available))
     with pytest.raises(ValueError, match="FastV works at layer 99"):
-        programs.go_on(
+        programs.generate_from(
             model,
             pruners,
             front,

@@ -139,15 +139,15 @@ def test_step_reuses_the_memory_of_the_cache():
 def test_look_and_go_on_is_generate_at_a_capacity_that_holds_the_union():
     model, batch = random_mllama(), packed()
     uncut = TrimmedLlama(keep=None, k_ratio=0.01)
-    front, keep, selection = programs.look(model, (uncut,), batch.inputs)
+    front, keep, selection = programs.select_tokens(model, (uncut,), batch.inputs)
     wanted = int(keep.valid.sum(axis=1).max())
     assert keep.indices.shape == (5, ROOM)
     assert wanted == int(selection.states[0].union.max())
     assert 1 < wanted < BUDGET
     assert not selection.states[0].overflow.any()
 
-    cut_keep, cut = programs.cut(keep, selection, BUDGET)
-    out = programs.go_on(
+    cut_keep, cut = programs.truncate(keep, selection, BUDGET)
+    out = programs.generate_from(
         model,
         (),
         front,
@@ -168,8 +168,8 @@ def test_a_fixed_budget_after_a_union_is_kept_in_the_cut_prefill_too():
     model, batch = random_mllama(), packed()
     pruners = (TrimmedLlama(keep=None, k_ratio=0.01), Random(keep=2))
     whole = generate(pruners, batch)
-    front, keep, selection = programs.look(model, pruners, batch.inputs)
-    out = programs.go_on(
+    front, keep, selection = programs.select_tokens(model, pruners, batch.inputs)
+    out = programs.generate_from(
         model,
         pruners,
         front,
@@ -278,19 +278,21 @@ def test_steady_state_compiles_nothing_and_a_new_budget_one_program():
 
 def test_steady_state_of_prefill_step_and_look_compiles_nothing():
     model = random_mllama()
-    _front, _keep, _selection = programs.look(
+    _front, _keep, _selection = programs.select_tokens(
         model, (TrimmedLlama(keep=None, k_ratio=0.1),), packed().inputs
     )
     start = programs.prefill(model, (KNorm(keep=BUDGET),), packed().inputs, new_slots=NEW)
     programs.step(model, (), jnp.zeros(5, jnp.int32), start.cache)
-    sizes = [f._cache_size() for f in (programs.look, programs.prefill, programs.step)]
+    sizes = [f._cache_size() for f in (programs.select_tokens, programs.prefill, programs.step)]
     for order in ([3, 1, 1, 0, 2], [1, 3, 3, 4, 4]):
         other = packed(order)
-        programs.look(model, (TrimmedLlama(keep=None, k_ratio=0.7),), other.inputs)
+        programs.select_tokens(model, (TrimmedLlama(keep=None, k_ratio=0.7),), other.inputs)
         cache = programs.prefill(model, (KNorm(keep=BUDGET),), other.inputs, new_slots=NEW).cache
         for _ in range(3):
             _, cache, _ = programs.step(model, (), jnp.ones(5, jnp.int32), cache)
-    assert sizes == [f._cache_size() for f in (programs.look, programs.prefill, programs.step)]
+    assert sizes == [
+        f._cache_size() for f in (programs.select_tokens, programs.prefill, programs.step)
+    ]
 
 
 # --- purity -----------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def all_methods(batch: MllamaPacked, pruners: dict[str, Any]) -> dict[str, progr
     """
     front, keeps = choose(random_mllama(), batch.inputs, pruners)
     return {
-        name: programs.go_on(
+        name: programs.generate_from(
             random_mllama(),
             (),
             front,

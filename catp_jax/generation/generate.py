@@ -5,8 +5,9 @@
     step       token + cache → logits + cache; the old cache's memory is reused (donated)
     first, following   the loop one token at a time, for streaming
     encode     what comes before any pruning, once; all the others take it in place of the inputs
-    look, go_on   prefill cut in two where the model is first pruned: `look` scores, the host reads
-               how many tokens were asked for, `go_on` runs at the capacity chosen
+    select_tokens, generate_from   prefill cut in two where the model is first pruned: the first
+               scores, the host reads how many tokens were asked for, the second runs at the
+               capacity chosen
 
 A `Decoding` chooses the tokens, and how many rows a prompt has; there is one loop for all.
 
@@ -147,11 +148,11 @@ def advance(
 def _of_open_prompts(carry: Carry, states: tuple[Any, ...]) -> tuple[Any, ...]:
     """States after a step; a prompt that has ended keeps its own, whatever its neighbours do."""
 
-    def go_on(after: Array, before: Array) -> Array:
+    def of_open(after: Array, before: Array) -> Array:
         is_open = carry.state.is_open.reshape(before.shape[0], -1).any(axis=1)
         return jnp.where(is_open.reshape(-1, *(1,) * (before.ndim - 1)), after, before)
 
-    return jax.tree.map(go_on, states, carry.states)
+    return jax.tree.map(of_open, states, carry.states)
 
 
 def _carry(last: Array, parents: Array | None, state: Any, cache: Any, states: Any) -> Carry:
@@ -242,10 +243,12 @@ def step(
 
 
 @jax.jit
-def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep | None, Selection]:
+def select_tokens(
+    model: Prefillable, pruners: Pruners, inputs: Any
+) -> tuple[Any, Keep | None, Selection]:
     """The prefill up to the selection, which may be as large as the axis itself.
 
-    Kept entries stand before empty ones, so the host can cut the selection (`cut`) to any capacity
+    Kept entries stand before empty ones, so the host can `truncate` the selection to any capacity
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
     front, select = _front(model, inputs), Selector(pruners, model.sites)
@@ -253,7 +256,7 @@ def look(model: Prefillable, pruners: Pruners, inputs: Any) -> tuple[Any, Keep |
     return replace(front, view=None), keep, select.selection
 
 
-def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selection]:
+def truncate(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selection]:
     """The first `capacity` entries of a selection."""
 
     def first(some: Keep | None) -> Any:
@@ -263,7 +266,7 @@ def cut(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selectio
 
 
 @partial(jax.jit, static_argnames=("new_slots",))
-def prefill_at(
+def prefill_from(
     model: Prefillable,
     pruners: Pruners,
     front: Any,
@@ -272,13 +275,13 @@ def prefill_at(
     *,
     new_slots: int,
 ) -> Prefilled:
-    """What `prefill` does after `look`."""
+    """What `prefill` does after `select_tokens`."""
     select = Selector(pruners, model.sites, selection, keep)
     return _prefilled(model, front, select, new_slots)
 
 
 @jax.jit
-def go_on(
+def generate_from(
     model: Prefillable,
     pruners: Pruners,
     front: Any,
@@ -287,7 +290,7 @@ def go_on(
     decoding: Decoding,
     stop: Stop,
 ) -> Generated:
-    """What `generate` does after `look`; pruners that work further on have their turn here."""
+    """What `generate` does after `select_tokens`; later pruners have their turn here."""
     select = Selector(pruners, model.sites, selection, keep)
     start = _prefilled(model, front, select, stop.max_new_tokens)
     return decode(model, pruners, start, decoding, stop)

@@ -28,7 +28,7 @@ from catp_jax.pruning.scores import attention
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
-    Done,
+    ImageCache,
     Kept,
     Prompt,
     Question,
@@ -65,7 +65,7 @@ class QueryingReader:
         return None if isinstance(text, T5Config) else text.max_position_embeddings
 
     def read(
-        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+        self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
     ) -> Question[np.ndarray]:
         """One prompt and its image. An empty prompt asks for a caption. What is `begun` of the
         answer follows the prompt; with T5 the decoder begins with it.
@@ -77,7 +77,7 @@ class QueryingReader:
         follows = isinstance(prompt, str) and is_decoder
         tokens = tokenize(self.processor, f"{prompt}{begun}" if follows else prompt)
         check_tokens(tokens, self.config.text.vocab_size, "the language model")
-        image = remember(done, images[0], process)
+        image = remember(cache, images[0], process)
         return Question(tokens=tokens, images=[image], begun=begun)
 
     def length(self, question: Question[np.ndarray]) -> int:
@@ -213,10 +213,10 @@ class InstructBlipReader(QueryingReader):
         )
 
     def read(
-        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+        self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
     ) -> Instruction:
         """One prompt and its image, the prompt in the tokens of both readers of it."""
-        question = super().read(images, prompt, done, begun)
+        question = super().read(images, prompt, cache, begun)
         tokens = list(self.processor.qformer_tokenizer(prompt)["input_ids"])
         qformer = self.config.qformer
         if len(tokens) > qformer.max_position_embeddings:

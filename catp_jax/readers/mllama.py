@@ -21,7 +21,7 @@ from catp_jax.models.mllama import MllamaConfig
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
-    Done,
+    ImageCache,
     Prompt,
     Question,
     check_tokens,
@@ -79,12 +79,12 @@ class MllamaReader:
         return self.config.text.max_position_embeddings
 
     def read(
-        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+        self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
     ) -> Question[ProcessedImage]:
         """One prompt and its images. A prompt without any `<|image|>` mark gets them in front. What
         is `begun` of the answer follows the prompt, or what the chat template puts before one.
         """
-        processed = [remember(done, image, self.process_image) for image in images]
+        processed = [remember(cache, image, self.process_image) for image in images]
         tokens = self._tokenize(prompt, len(processed), begun)
         check_marks(tokens, len(processed), self.config.image_token_index)
         text = [token for token in tokens if token != self.config.image_token_index]

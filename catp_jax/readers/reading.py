@@ -18,7 +18,7 @@ Prompt = str | Sequence[dict[str, Any]]
 
 Image = TypeVar("Image")
 
-Done = dict[str | int, tuple[ImageLike, Any]]
+ImageCache = dict[str | int, tuple[ImageLike, Any]]
 """Images read already, by path or identity, with their source."""
 
 
@@ -63,12 +63,12 @@ class Reader(Protocol):
         ...
 
     def read(
-        self, images: list[ImageLike], prompt: Prompt, done: Done, begun: str = ""
+        self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
     ) -> Question[Any]:
         """One prompt as tokens, what its answer has `begun` with, and its images as the model sees
         them.
 
-        `done` remembers images: one that comes again is processed and encoded once. Raises
+        `cache` remembers images: one that comes again is processed and encoded once. Raises
         ValueError if something cannot be used.
         """
         ...
@@ -106,13 +106,13 @@ class Reader(Protocol):
         ...
 
 
-def remember(done: Done, source: ImageLike, process: Callable[[ImageLike], Any]) -> Any:
-    """The processed image, from `done` if it is there."""
+def remember(cache: ImageCache, source: ImageLike, process: Callable[[ImageLike], Any]) -> Any:
+    """The processed image, from `cache` if it is there."""
     key = str(source) if isinstance(source, str | Path) else id(source)
-    if key not in done:
+    if key not in cache:
         # the source is kept: once it is gone, another object may get its id
-        done[key] = (source, process(source))
-    return done[key][1]
+        cache[key] = (source, process(source))
+    return cache[key][1]
 
 
 def prompts_of(packed: Packed[Any]) -> list[list[int]]:
@@ -122,7 +122,7 @@ def prompts_of(packed: Packed[Any]) -> list[list[int]]:
 
 
 def arrange(
-    images: list[ImageLike], prompt: Prompt, done: Done, fetch: Fetch | None
+    images: list[ImageLike], prompt: Prompt, cache: ImageCache, fetch: Fetch | None
 ) -> tuple[list[ImageLike], Prompt]:
     """A prompt and its images as readers take them: those of chat messages in their order, those at
     web addresses fetched, each once.
@@ -133,13 +133,13 @@ def arrange(
         prompt, images = take_images(prompt, images)
     else:
         check_text(prompt, "a prompt")
-    return fetch_images(images, done, fetch), prompt
+    return fetch_images(images, cache, fetch), prompt
 
 
-def fetch_images(images: Sequence[Any], done: Done, fetch: Fetch | None) -> list[Any]:
+def fetch_images(images: Sequence[Any], cache: ImageCache, fetch: Fetch | None) -> list[Any]:
     """The images, with those at web addresses fetched, each once."""
     return [
-        remember(done, image, lambda address: fetch_image(str(address), fetch))
+        remember(cache, image, lambda address: fetch_image(str(address), fetch))
         if is_web_address(image)
         else image
         for image in images

@@ -68,8 +68,8 @@ def where(axes: tuple[str, ...] | None, shape: tuple[int, ...], mesh: Mesh) -> N
         return None
 
 
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays and numbers, whole on every device."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays and numbers, replicated: whole on every device."""
     return jax.tree.map(lambda leaf: _put(leaf, whole(mesh)), tree)
 
 
@@ -80,7 +80,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def laid_out(state: Any, mesh: Mesh) -> Any:
+def constrain(state: Any, mesh: Mesh) -> Any:
     """A cache inside a program, its arrays split by the rules as far as their sizes allow."""
     leaves = []
     for leaf, axes in named_leaves(state):
@@ -130,12 +130,12 @@ class Sharded:
         """See the model's own."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             logits, cache = self.frozen.back(front, select, new_slots)
-        return logits, laid_out(cache, self.mesh)
+        return logits, constrain(cache, self.mesh)
 
     def step(self, tokens: Int[Array, " b"], cache: Any, select: Any) -> Any:
         """See the model's own."""
         logits, cache = self.frozen.step(tokens, cache, select)
-        return logits, laid_out(cache, self.mesh)
+        return logits, constrain(cache, self.mesh)
 
 
 def sharded(frozen: Any) -> Sharded:

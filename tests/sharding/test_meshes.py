@@ -15,7 +15,7 @@ from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import make
 from catp_jax.sharding.mesh import make_mesh
-from catp_jax.sharding.place import everywhere, fetch, kv_heads, place_inputs
+from catp_jax.sharding.place import fetch, kv_heads, place_inputs, replicate
 from tests.sharding.cases import CASES, SITES, SIZES, name_of
 from tests.sharding.models import CONFIGS, inputs, model, on_mesh
 
@@ -29,7 +29,7 @@ def pruners_of(kind, method):
 
 def run(network, batch, kind, method, mesh):
     """Greedy tokens, first logits and kept numbers."""
-    pruners, choice, stop = everywhere((pruners_of(kind, method), sampling(8), STOP), mesh)
+    pruners, choice, stop = replicate((pruners_of(kind, method), sampling(8), STOP), mesh)
     return fetch(programs.generate(network, pruners, batch, choice, stop))
 
 
@@ -81,7 +81,7 @@ def test_every_case_is_among_them():
 def test_beam_search_too(kind):
     def search(network, batch, mesh=None):
         rest = (beams(3), STOP)
-        how, stop = rest if mesh is None else everywhere(rest, mesh)
+        how, stop = rest if mesh is None else replicate(rest, mesh)
         return fetch(programs.generate(network, (), batch, how, stop))
 
     mesh = make_mesh("data=2,tensor=4", kv_heads(model(kind)))
