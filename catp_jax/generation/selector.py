@@ -33,8 +33,8 @@ class Selector:
     """Answers a model's views with the pruners that work there, and notes what they left.
 
     `noted` is what an earlier one, with the same pruners, left. `chosen` is the answer to the first
-    view if there is one already (`select_tokens`). In a prefill the states of pruners at READ start,
-    and a step (`is_step`) goes on with them.
+    view if there is one already (`select_tokens`). In a prefill the states of pruners at READ
+    start, and a step (`is_step`) goes on with them.
     """
 
     def __init__(
