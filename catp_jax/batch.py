@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from catp_jax import strict_json
 from catp_jax.answers import Answers, Unsound
 from catp_jax.api import Model
 from catp_jax.generation.images import within
 from catp_jax.generation.options import Options
+from catp_jax.generation.sampling import check_seeds
 from catp_jax.lines import JsonLines, Row
 from catp_jax.readers.chat import take_images
 from catp_jax.readers.reading import Prompt, Question
@@ -122,13 +124,10 @@ def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
 def _request(line: bytes, number: int, folder: Path) -> Request:
     """A line's request. Raises ValueError if it is none."""
     try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"not JSON; {SHAPE}: {line.decode()[:80]}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object; {SHAPE}: {line.decode()[:80]}")
+        row = strict_json.parse(line)
+    except ValueError as error:
+        shown = line[:80].decode(errors="replace")
+        raise ValueError(f"{error}; {SHAPE}: {shown}") from None
     if unknown := [key for key in row if key not in KEYS]:
         raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; {SHAPE}")
     if ("prompt" in row) == ("messages" in row):
@@ -174,6 +173,13 @@ def answer(
     options = options or dataclasses.replace(model.defaults, num_return_sequences=1)
     if options.num_return_sequences > 1:
         raise ValueError("a batch has one answer to each request, leave out num_return_sequences")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, got {batch_size}")
+    if not isinstance(options.seed, int):
+        raise ValueError(
+            f"seed is one number, to which each request adds its own; got {options.seed!r}"
+        )
+    check_seeds([options.seed + max((request.number for request in requests), default=0)])
     under_way: Iterator[Answer | Problem] = iter(())
     for start in range(0, len(requests), batch_size):
         chunk, images = requests[start : start + batch_size], {}
@@ -235,7 +241,8 @@ def _begin(
             if any(request.line is None for request in bad):
                 raise
             yield from (Problem(request.line, str(Unsound())) for request in bad)
-            rest = [pair for pair in usable if pair[0] not in bad]
+            numbers = {request.number for request in bad}
+            rest = [pair for pair in usable if pair[0].number not in numbers]
             yield from _begin(model, rest, batch_size, prune, keep, options)
             return
         for index, (request, _) in enumerate(usable):
@@ -256,10 +263,10 @@ class AnswerFile:
 
     def missing(self, requests: Sequence[Request]) -> tuple[list[Request], list[Problem]]:
         """The requests that have no answer yet, and those whose answer is another's."""
-        there = {row.get("id", row["line"]): row for row in self.lines.rows}
+        there = {_place(row.get("id"), row["line"]): row for row in self.lines.rows}
         out, problems = [], []
         for request in requests:
-            row = there.get(request.line if request.key is None else request.key)
+            row = there.get(_place(request.key, request.line))
             if row is None:
                 out.append(request)
             elif any(row.get(name) != value for name, value in _asked(request).items()):
@@ -283,9 +290,23 @@ class AnswerFile:
             self.lines.claim()
 
     def add(self, answer: Answer) -> None:
-        """Writes an answer at once."""
+        """Writes an answer at once. Raises ValueError for one to a request that has no line."""
+        if answer.request.line is None:
+            raise ValueError("a file of answers is for requests with a line; give each its own")
         if is_first():
             self.lines.append({**answer.as_row(), "settings": self.settings})
+
+
+def fingerprint(folder: Path) -> list[Any]:
+    """What tells a model's folder from others without reading its weights."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    return [str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)]
+
+
+def _place(key: str | int | None, line: int | None) -> tuple[str, str | int | None]:
+    """How a request's answer is found again: an id is not a line's number."""
+    return ("line", line) if key is None else ("id", key)
 
 
 def _check(number: int, row: Row) -> None:
@@ -293,9 +314,18 @@ def _check(number: int, row: Row) -> None:
         raise ValueError(f"an answer without {', '.join(missing)}")
 
 
+def _name(image: Any) -> str:
+    """A path as it is; of anything else, whose content may be long, what kind it is."""
+    if isinstance(image, Path) or (isinstance(image, str) and len(image) < 4096):
+        return str(image)
+    digest = hashlib.sha256(image.encode() if isinstance(image, str) else repr(image).encode())
+    return f"{type(image).__name__} {digest.hexdigest()[:16]}"
+
+
 def _asked(request: Request) -> Row:
     """The request itself, as JSON has it."""
-    row: Row = {"prompt": request.prompt, "images": [str(image) for image in request.images]}
+    images = [_name(image) for image in request.images]
+    row: Row = {"prompt": request.prompt, "images": images}
     return row | ({"begun": request.begun} if request.begun else {})
 
 

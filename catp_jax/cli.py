@@ -255,9 +255,11 @@ def generate(
     if file:
         file.begin(
             {
-                "model": folder.resolve().name,
+                "model": batches.fingerprint(folder),
                 "load": (dtype, weights, mask_mode, vision_mode, ignore_config),
-                "folders": [str(one and one.resolve()) for one in (adapter, processor)],
+                "folders": [
+                    batches.fingerprint(find_folder(one)) for one in (adapter, processor) if one
+                ],
                 "prune": methods,
                 "chat": chat,
                 **dataclasses.asdict(options),

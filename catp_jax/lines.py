@@ -85,8 +85,13 @@ class JsonLines:
         """Adds a row and hands it to the system at once. Raises ValueError as `claim` does."""
         self.claim()
         line = rest = _line(row)
-        while rest and self._file is not None:
-            rest = rest[os.write(self._file, rest) :]
+        if self._file is not None:
+            try:
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+            except BaseException:  # a full disk, say: half a line would stand in the way
+                os.ftruncate(self._file, self._end)
+                raise
         self._end = self._size = self._end + len(line)
         self.rows.append(row)
 

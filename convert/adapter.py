@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import strict_json
+from catp_jax import strict_json
 from convert.rules import listed
 from convert.shards import Tensor, read_header
 
@@ -198,7 +198,7 @@ def _check(settings: dict[str, Any]) -> list[str]:
             continue
         for pattern, value in patterns.items():
             problems += _not_a_number(f"{key}.{pattern}", value)
-            if not re.fullmatch(r"\^?[\w.*\\+\-\[\]|]+\$?", pattern):
+            if not _is_pattern(pattern):
                 problems.append(f"{key} has {pattern!r}, which is no name of modules")
     modules = settings.get("modules_to_save") or []
     if not isinstance(modules, list) or not all(isinstance(one, str) for one in modules):
@@ -208,6 +208,19 @@ def _check(settings: dict[str, Any]) -> list[str]:
     if (start := settings.get("init_lora_weights")) not in KEEP_THE_BASE:
         problems.append(f"init_lora_weights is {start!r}, which changes the base's weights, too")
     return problems
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether a name of modules may be matched: a regular expression that cannot take forever."""
+    if not re.fullmatch(r"\^?[\w.*\\+\-\[\]|]{1,200}\$?", text):
+        return False
+    if len(re.findall(r"[*+]", text)) > 2:
+        return False
+    try:
+        re.compile(rf"(.*\.)?({text})$")
+    except re.error:
+        return False
+    return True
 
 
 def _not_a_number(key: str, value: Any) -> list[str]:

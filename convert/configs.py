@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from catp_jax import strict_json
 from catp_jax.models.layers import ACTIVATIONS
 from catp_jax.terminal import one_line
-from convert import strict_json
 from convert.adapter import alone
 from convert.shards import UNQUANTISED
 

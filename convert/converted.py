@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from catp_jax import checkpoint
+from catp_jax import checkpoint, strict_json
 from catp_jax.models.narrow import Weights, with_scales
-from convert import families, strict_json
+from convert import families
 from convert.families import FAMILIES, Config, Model, family_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
 from convert.names import check_weights_file

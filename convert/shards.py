@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from convert import strict_json, strided
+from catp_jax import strict_json
+from convert import strided
 from convert.names import check_weights_file
 
 DTYPES = {

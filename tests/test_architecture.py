@@ -22,6 +22,7 @@ CLI = {"cli_cluster", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
     "lines": set(),
+    "strict_json": set(),
     "terminal": set(),
     "contract": {"struct"},
     "models": BELOW_MODELS,
@@ -29,7 +30,7 @@ ROOMS = {
     "sharding": {"struct"},
     "checkpoint": {"struct", "sharding"},
     "targets": {"struct"},
-    "convert": BELOW_MODELS | {"models", "sharding", "checkpoint", "terminal"},
+    "convert": BELOW_MODELS | {"strict_json", "models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"generation"},
     "study": BELOW_GENERATION | {"generation", "targets", "lines"},
@@ -38,7 +39,10 @@ ROOMS = {
     "answers": BELOW_GENERATION | {"generation", "readers"},
     "api": BELOW_API | {"answers"},
     "matching": BELOW_API,
-    "batch": BELOW_GENERATION | {"generation", "readers", "answers", "api", "lines"},
+    "batch": BELOW_GENERATION
+    | {
+        *("generation", "readers", "answers", "api", "lines", "strict_json"),
+    },
     "demo": BELOW_API | {"api"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert"},
     "doctor": BELOW_GENERATION | {"convert", "plan"},

@@ -9,7 +9,7 @@ import pytest
 
 from catp_jax.answers import Unsound
 from catp_jax.api import load
-from catp_jax.batch import Problem, Request, answer, read_requests
+from catp_jax.batch import Answer, AnswerFile, Problem, Request, answer, read_requests
 from catp_jax.generation.options import Options
 from tests.command import catp_jax
 
@@ -97,10 +97,11 @@ def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
         ({"prompt": "a", "images": [None]}, "a list of paths"),
         ({"prompt": "a", "id": True}, "an id is"),
         ({"prompt": "a", "id": [1]}, "an id is"),
-        (b"[]", "not an object"),
-        (b"null", "not an object"),
+        (b"[]", "not a JSON object"),
+        (b"null", "not a JSON object"),
         (b'{"prompt": "a"', "not JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b'{"prompt": "a", "image": "b.png", "prompt": "c"}', "'prompt' is there twice"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
         (b'\x00\xfe{"prompt": "a"}', "not UTF-8"),
     ],
@@ -150,6 +151,48 @@ def test_a_file_of_answers_resumes_wherever_it_was_cut_off(tmp_path):
     done = generate(requests, "--out", out)
     assert (done.returncode, done.stdout) == (0, "")
     assert "has all answers already" in done.stderr
+
+
+def test_an_id_is_not_taken_for_the_number_of_a_line(tmp_path):
+    rows = [{"prompt": ASK, "image": CIRCLE, "id": 2}, {"prompt": ASK, "image": CIRCLE}]
+    requests, out = write(tmp_path / "rows.jsonl", *rows), tmp_path / "answers.jsonl"
+    generate(requests, "--out", out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[1])
+    assert generate(requests, "--out", out).returncode == 0
+    assert out.read_bytes() == lines[1] + lines[0]
+
+
+def test_answers_of_another_model_of_the_same_name_are_not_mixed(tmp_path):
+    requests = write(tmp_path / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
+    for place, name in (("x", "mini-blip2-opt"), ("y", "mini-blip2-t5")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "m").symlink_to(ASSETS / name)
+    words = ["--batch", requests, "--out", tmp_path / "answers.jsonl"]
+    assert catp_jax("generate", tmp_path / "x" / "m", *words).returncode == 0
+    done = catp_jax("generate", tmp_path / "y" / "m", *words)
+    assert done.returncode == 1
+    assert "of another model" in done.stderr
+
+
+def test_a_request_without_a_line_has_no_place_in_a_file_of_answers(tmp_path):
+    file = AnswerFile(tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match="requests with a line"):
+        file.add(Answer(Request("a"), answers=None, index=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"options": Options(seed=2**32 - 1)}, "seeds lie between"),
+        ({"options": Options(seed=[1, 2])}, "one number"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_for_some_request_is_refused_before_any_is_answered(options, said):
+    asked = [Request(ASK, (CIRCLE,), number, number + 1) for number in range(3)]
+    with pytest.raises(ValueError, match=said):
+        next(answer(load(ASSETS / "mini-blip2-opt"), asked, **options))
 
 
 def test_answers_of_other_requests_and_options_are_not_mixed(tmp_path):

@@ -52,6 +52,27 @@ def test_a_file_without_a_row_is_not_left(tmp_path):
     assert numbers(path) == [0]
 
 
+def test_half_a_row_that_a_full_disk_left_is_taken_away(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    lines = JsonLines(path, WHAT, OPENING)
+    lines.append({"n": 0})
+    write = os.write
+
+    def full(file, data):
+        monkeypatch.setattr(os, "write", refuse)
+        return write(file, data[:4])
+
+    def refuse(file, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        lines.append({"n": 1})
+    monkeypatch.setattr(os, "write", write)
+    lines.append({"n": 2})
+    assert numbers(path) == [0, 2]
+
+
 def test_a_file_that_vanished_or_shrank_is_not_filled_up(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 0}\n{"n": 1}\n')

@@ -11,8 +11,9 @@ import numpy as np
 from catp_jax.generation.beam import Beams, EarlyStopping, beams
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.generation.rules import Rules
-from catp_jax.generation.sampling import Sampling, sampling
+from catp_jax.generation.sampling import Sampling, check_seeds, sampling
 
+STOP_BYTES = 1000  # of all stop strings: each takes a row as long as the vocabulary
 WHOLE = (
     *("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences"),
     "no_repeat_ngram_size",
@@ -68,10 +69,15 @@ class Options:
             or self.logprobs < 0
         ):
             raise ValueError(f"logprobs is a number of tokens, from 0, got {self.logprobs!r}")
-        # the rest is checked as it is made
-        self.rules()
-        self._search(Rules.of())
-        self._choice(1, 0, Rules.of())
+        try:  # the rest is checked as it is made
+            self.rules()
+            self._search(Rules.of())
+            self._choice(1, 0, Rules.of())
+            seeds: Any = self.seed if isinstance(self.seed, Sequence) else [self.seed]
+            check_seeds(seeds)
+            self.strings  # noqa: B018
+        except TypeError as error:
+            raise ValueError(f"an option is of a wrong type: {error}") from None
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is at most max_new_tokens ({self.max_new_tokens}), got "
@@ -84,8 +90,13 @@ class Options:
             )
         if self.num_beams == 1 and (self.length_penalty, self.early_stopping) != (1, "heuristic"):
             raise ValueError("length_penalty and early_stopping require num_beams of 2 or more")
+        if not self.temperature and (self.top_k > 0 or self.top_p < 1):
+            raise ValueError("top_k and top_p are for drawing; give a temperature above 0")
         if not all(isinstance(text, str) and text for text in self.strings):
             raise ValueError(f"stop_strings are texts, and none is empty; got {self.stop_strings}")
+        size = sum(len(text.encode(errors="replace")) for text in self.strings)
+        if size > STOP_BYTES:
+            raise ValueError(f"stop_strings have {STOP_BYTES} bytes at most, got {size}")
         if isinstance(self.bad_words, str) or not all(
             isinstance(word, str) and word.strip() for word in self.bad_words
         ):
@@ -110,8 +121,11 @@ class Options:
         else:
             unfit = []
         if number("num_beams", 2) == 1:
-            unfit += ["length_penalty", "early_stopping"]
+            unfit += ["num_beams", "length_penalty", "early_stopping"]
         rest = {name: value for name, value in own.items() if name not in unfit}
+        left = {**rest, **given}
+        if not (left.get("temperature") or left.get("num_beams", 1) != 1):
+            rest.pop("num_return_sequences", None)  # greedy answers would be the same
         if "min_new_tokens" in rest:
             most = number("max_new_tokens", self.max_new_tokens)
             rest["min_new_tokens"] = min(rest["min_new_tokens"], most)

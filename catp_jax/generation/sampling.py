@@ -5,7 +5,8 @@ greedy, and whether tokens are left out at all (which takes a sort), is part of 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,13 @@ class Sampling:
         return with_logprobs(chosen, jax.nn.log_softmax(logits, axis=-1), self.logprobs)
 
 
+def check_seeds(seeds: Iterable[Any]) -> None:
+    """Raises ValueError for what is no seed."""
+    for seed in seeds:
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seed!r}")
+
+
 def sampling(
     batch: int,
     *,
@@ -147,8 +155,7 @@ def sampling(
     seeds = (given + np.arange(rows) if given.ndim == 0 else given).tolist()
     if len(seeds) != rows:
         raise ValueError(f"one seed per answer is wanted ({rows}), got {len(seeds)}")
-    if any(number != int(number) or not 0 <= number < 2**32 for number in seeds):
-        raise ValueError(f"seeds lie between 0 and 2**32 - 1, got {seeds}")
+    check_seeds(seeds)
     return Sampling(
         rows=answers,
         is_greedy=temperature == 0,

@@ -14,6 +14,12 @@ from typing import Any
 from catp_jax.generation.images import ImageLike, within
 
 SOURCES = ("image", "path", "url", "base64")
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
+PARTS = {
+    "text": ("type", "text"),
+    "image": ("type", *SOURCES),
+    "image_url": ("type", "image_url"),
+}
 
 
 def take_images(
@@ -58,6 +64,7 @@ def _message(
     if not isinstance(message, dict):
         raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {_short(message)}')
     check_text(message.get("role"), f"the role of {where}")
+    _check_keys(message, MESSAGE, where)
     content = message.get("content")
     if isinstance(content, list | tuple):
         parts = [_part(part, where, others, found, folder) for part in content]
@@ -71,6 +78,8 @@ def _part(
     part: Any, where: str, others: list[ImageLike], found: list[ImageLike], folder: Path | None
 ) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in PARTS:
+        _check_keys(part, PARTS[kind], f"a part of {where}")
     if kind == "text":
         return {"type": "text", "text": check_text(part.get("text"), f"a text of {where}")}
     if kind not in ("image", "image_url"):
@@ -100,6 +109,15 @@ def _place(source: Any, kind: str, folder: Path | None) -> ImageLike:
     if kind == "base64" and isinstance(source, str) and not source.startswith("data:"):
         return f"data:;base64,{source}"
     return source if folder is None else within(source, folder)
+
+
+def _check_keys(found: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises ValueError for a key that nobody would read: a picture may be in it."""
+    if unknown := [key for key in found if key not in known]:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, unknown))}, which is not read; it may have "
+            f"{', '.join(known)}"
+        )
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Models by name: `org/name` is looked up among what Hugging Face's tools have downloaded."""
 
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ def find_folder(model: str | Path) -> Path:
 
     Nothing is downloaded. Raises ValueError if there is neither, with what to do.
     """
-    for path in (Path(model), Path(model).expanduser()):
+    for path in (Path(model), Path(os.path.expanduser(model))):
         if path.exists():
             return path
     name = str(model)

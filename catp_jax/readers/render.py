@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 
 MOST = 2**32  # bytes of memory
+LONGEST = 4_000_000  # characters, more than any model reads
 
 
 def main(seconds: float) -> None:
@@ -32,6 +33,8 @@ def main(seconds: float) -> None:
                 add_generation_prompt=True,
                 **request["tokens"],
             )
+            if len(text) > LONGEST:
+                raise ValueError(f"it makes a text of {len(text)} characters")
             answer = {"text": text}
         except Exception as error:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}

@@ -13,6 +13,7 @@ Images lie relative to the file; an answer counts if it is any of the `answers`.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def _example(
     own = row.get("id", f"line-{number}")
     if not isinstance(own, str | int) or isinstance(own, bool):
         raise ValueError(f"'id' is a text or a whole number, got {own!r}")
-    image = folder / Path(row["image"]).expanduser()
+    image = folder / os.path.expanduser(row["image"])
     if image not in looked:
         looked[image] = image_fault(image)
     if fault := looked[image]:

@@ -67,3 +67,35 @@ def test_counts_may_be_numpys():
     assert limits(named("fastv", np.int64(8)), 32) == [8]
     assert limits(named(["l2", "fastv"], ["50%", 3]), 9) == [5, 3]
     assert limits(named("fastv", 8), 0) == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seed": -1}, "seeds lie between"),
+        ({"seed": "x"}, "seeds lie between"),
+        ({"seed": None}, "seeds lie between"),
+        ({"seed": [0, 2**32]}, "seeds lie between"),
+        ({"stop_strings": None}, "wrong type"),
+        ({"suppress_tokens": 5}, "wrong type"),
+        ({"bad_words_ids": [5]}, "wrong type"),
+        ({"temperature": "0.5"}, "wrong type"),
+        ({"stop_strings": "x" * 1001}, "1000 bytes at most"),
+        ({"top_k": 5}, "give a temperature"),
+        ({"top_p": 0.5}, "give a temperature"),
+    ],
+)
+def test_what_is_no_option_is_a_value_error_before_any_model_is_loaded(options, said):
+    with pytest.raises(ValueError, match=said):
+        inspect.unwrap(Options)(**options)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given"),
+    [
+        ({"temperature": 0.6, "num_return_sequences": 2}, {"temperature": 0.0}),
+        ({"num_beams": 4, "num_return_sequences": 4}, {"num_beams": 1}),
+    ],
+)
+def test_greedy_has_one_answer_whatever_the_defaults(defaults, given):
+    assert Options(**defaults).over(**given) == Options()

@@ -19,8 +19,12 @@ def parse(raw: bytes) -> dict[str, Any]:
     float64 has.
     """
     try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8; save it as UTF-8") from error
+    try:
         content = json.loads(
-            raw, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from error

@@ -1,4 +1,4 @@
-"""convert.strict_json: no key twice, no endless number; in all files that numbers come from."""
+"""catp_jax.strict_json: no key twice, no endless number; in all files that numbers come from."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert import shards, strict_json
+from catp_jax import strict_json
+from convert import shards
 from tests.convert.folders import hf_folder
 
 BAD = {
