@@ -77,3 +77,9 @@ def test_the_version_is_printed():
     done = command("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("catp-jax 0.")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "~nosuchuser", "~/gone"])
+def test_a_home_that_is_not_there_is_no_folder(name):
+    with pytest.raises(ValueError, match="is not a folder|neither a folder"):
+        find_folder(name)
