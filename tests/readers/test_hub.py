@@ -81,5 +81,5 @@ def test_the_version_is_printed():
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "~nosuchuser", "~/gone"])
 def test_a_home_that_is_not_there_is_no_folder(name):
-    with pytest.raises(ValueError, match="is not a folder|neither a folder"):
+    with pytest.raises(ValueError, match=r"is not a folder|neither a folder"):
         find_folder(name)
