@@ -26,6 +26,7 @@ from catp_jax.readers.chat import take_images
 from catp_jax.readers.reading import Prompt, Question
 from catp_jax.sharding.distributed import agreed, is_first
 
+OF_A_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja")  # files, by their endings
 KEYS = ("prompt", "messages", "images", "image", "begun", "id")
 SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
 
@@ -298,9 +299,11 @@ class AnswerFile:
 
 
 def fingerprint(folder: Path) -> list[Any]:
-    """What tells a model's folder from others without reading its weights."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    """What tells a model's folder from others without reading its weights: whatever else is put
+    into it, such as a file of answers, counts for nothing.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in OF_A_MODEL]
+    stats = [(path.name, path.stat()) for path in files if path.is_file()]
     return [str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,15 @@ def test_answers_of_another_model_of_the_same_name_are_not_mixed(tmp_path):
     done = catp_jax("generate", tmp_path / "y" / "m", *words)
     assert done.returncode == 1
     assert "of another model" in done.stderr
+
+
+def test_answers_may_lie_in_the_models_own_folder(tmp_path):
+    shutil.copytree(ASSETS / "mini-blip2-opt", tmp_path / "m")
+    requests = write(tmp_path / "m" / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
+    words = ["--batch", requests, "--out", tmp_path / "m" / "answers.jsonl"]
+    assert catp_jax("generate", tmp_path / "m", *words).returncode == 0
+    again = catp_jax("generate", tmp_path / "m", *words)
+    assert (again.returncode, "has all answers already" in again.stderr) == (0, True)
 
 
 def test_a_request_without_a_line_has_no_place_in_a_file_of_answers(tmp_path):
