@@ -45,11 +45,11 @@ from benchmarks import programs
 from benchmarks.programs import LLAMA, OPT, T5
 from benchmarks.timing import Clock, Run, measure, milliseconds
 from catp_jax.generation.generate import generate, prefill
-from catp_jax.generation.mllama_inputs import ProcessedImage, pack
 from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2Inputs
 from catp_jax.models.frozen import freeze
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.readers.mllama_packing import ProcessedImage, pack
 from catp_jax.targets.products import matrix_flops
 
 SIZES = ("toy", "base", "real")

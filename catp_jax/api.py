@@ -19,9 +19,8 @@ import convert
 from catp_jax.answers import Answers, Unsound, alternatives_of, logprobs_of
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
+from catp_jax.generation.buckets import round_up
 from catp_jax.generation.decoding import Decoding, Stop
-from catp_jax.generation.images import NO_LIST, Fetch, ImageLike
-from catp_jax.generation.inputs import Packed, round_up
 from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.cross_decoder import MaskMode
@@ -37,7 +36,9 @@ from catp_jax.readers import hub
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.generation_config import generation_defaults
+from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.mllama import MllamaReader
+from catp_jax.readers.packing import Packed
 from catp_jax.readers.reading import (
     ImageCache,
     Kept,

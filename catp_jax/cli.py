@@ -217,7 +217,7 @@ def generate(
         raise typer.BadParameter("--out is for the answers to a --batch file")
     if batch_size < 1:
         raise typer.BadParameter(f"--batch-size is at least 1, got {batch_size}")
-    from catp_jax.generation.images import read_image
+    from catp_jax.readers.images import read_image
 
     for path in image or []:
         read_image(path)  # before a model is loaded, which may take minutes
@@ -358,7 +358,7 @@ def match(
 
     ITC is a cosine, cheap, for search among many; ITM the probability that the two fit, better.
     """
-    from catp_jax.generation.images import read_image
+    from catp_jax.readers.images import read_image
 
     pictures = [read_image(path) for path in image]
     from catp_jax import matching

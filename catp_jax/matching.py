@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from catp_jax.generation.blip2_inputs import stack_images
-from catp_jax.generation.images import NO_LIST, Fetch, ImageLike
-from catp_jax.generation.inputs import IMAGE_COUNTS, pad_prompts, round_up
+from catp_jax.generation.buckets import IMAGE_COUNTS, round_up
 from catp_jax.models.frozen import Frozen, freeze
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.readers import hub
 from catp_jax.readers.blip2 import RetrievalReader
+from catp_jax.readers.blip2_packing import stack_images
+from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
+from catp_jax.readers.packing import pad_prompts
 from catp_jax.readers.reading import ImageCache, fetch_images, remember
 from catp_jax.sharding.mesh import find_devices
 

@@ -10,10 +10,10 @@ import numpy as np
 from catp_jax.contract import Keep, Site, View, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
-from catp_jax.generation.inputs import Packed
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
 from catp_jax.pruning import CATP, FastV, L2Norm, Position, Random, SelfAttention
+from catp_jax.readers.packing import Packed
 from catp_jax.struct import replace
 from tests.pruning import oracles
 from tests.random_blip2 import CROSS_LAYERS, NEVER, PAD, QUERIES, Kind, packed, random_blip2

@@ -31,9 +31,9 @@ from PIL import Image
 
 import catp_jax
 import convert
-from catp_jax.generation.images import read_image
 from catp_jax.readers.blip2 import Blip2Reader
 from catp_jax.readers.chat import take_images
+from catp_jax.readers.images import read_image
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.processor import load_processor
 from catp_jax.readers.reading import arrange, special_tokens

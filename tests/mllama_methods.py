@@ -13,11 +13,11 @@ import numpy as np
 from catp_jax.contract import Keep, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
-from catp_jax.generation.mllama_inputs import MllamaPacked, locate
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import Branches, CrossLayer
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.readers.mllama_packing import MllamaPacked, locate
 from tests.pruning import oracles
 from tests.pruning.views import shown
 from tests.random_mllama import CONFIG, NEVER, PAD, ROOM, packed, random_mllama

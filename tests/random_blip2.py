@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from catp_jax.generation.blip2_inputs import pack
-from catp_jax.generation.inputs import Packed
 from catp_jax.models.blip2 import Blip2, Blip2Config, Blip2Inputs
 from catp_jax.models.opt import OptConfig
 from catp_jax.models.qformer import QFormerConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.models.vit import VitConfig
+from catp_jax.readers.blip2_packing import pack
+from catp_jax.readers.packing import Packed
 
 QUERIES = 7
 VISION = VitConfig(

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from catp_jax.generation.mllama_inputs import MllamaPacked, ProcessedImage, pack
 from catp_jax.models.cross_decoder import CrossDecoderConfig, MaskMode
 from catp_jax.models.layers import Llama3Scaling, RopeConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
+from catp_jax.readers.mllama_packing import MllamaPacked, ProcessedImage, pack
 
 VISION = TiledVitConfig(
     hidden_size=16,

@@ -12,8 +12,8 @@ from PIL import Image
 
 import catp_jax
 from catp_jax.generation import generate as programs
-from catp_jax.generation.mllama_inputs import locate
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.readers.mllama_packing import locate
 from catp_jax.study.tasks import easy_vqa
 
 ROOT = Path(__file__).resolve().parents[1]

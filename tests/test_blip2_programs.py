@@ -14,13 +14,13 @@ import torch
 from catp_jax.contract import Reduction, Site, View
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
-from catp_jax.generation.blip2_inputs import pack
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import CATP, Position
 from catp_jax.pruning.scores import Scored, keep_best
+from catp_jax.readers.blip2_packing import pack
 from catp_jax.struct import pytree, replace, static
 from tests.blip2_methods import (
     AT_ENTRY,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from catp_jax import pruning
-from catp_jax.generation.blip2_inputs import pack
 from catp_jax.models.blip2 import Blip2Inputs
 from catp_jax.pruning import CATP, Position, TrimmedLlama
+from catp_jax.readers.blip2_packing import pack
 from tests.blip2_methods import (
     AT_ENTRY,
     BUDGET,

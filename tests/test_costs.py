@@ -15,10 +15,10 @@ import pytest
 
 from catp_jax.contract import Keep
 from catp_jax.generation import generate as programs
-from catp_jax.generation.mllama_inputs import pack
 from catp_jax.models import cross_decoder, tiled_vit
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.readers.mllama_packing import pack
 from catp_jax.struct import replace
 from tests.random_mllama import CONFIG, IMAGE, PER_TILE, TEXT, picture, random_mllama
 

@@ -13,10 +13,10 @@ import pytest
 
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
-from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
 from catp_jax.pruning import KNorm, Random, TrimmedLlama
+from catp_jax.readers.mllama_packing import MllamaPacked, pack
 from catp_jax.struct import replace
 from tests.mllama_methods import (
     BUDGET,

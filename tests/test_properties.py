@@ -19,10 +19,10 @@ from catp_jax import pruning
 from catp_jax.contract import Keep, Site, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
-from catp_jax.generation.mllama_inputs import MllamaPacked, pack
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.mllama import Inputs, Mllama
 from catp_jax.pruning import TrimmedLlama
+from catp_jax.readers.mllama_packing import MllamaPacked, pack
 from catp_jax.struct import replace
 from tests.mllama_methods import (
     BUDGET,

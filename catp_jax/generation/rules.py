@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.generation.decoding import Stop
-from catp_jax.generation.inputs import TEXT_LENGTHS, round_up
 from catp_jax.struct import pytree, static
 
 NONE = -1  # in place of a token where there is none

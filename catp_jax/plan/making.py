@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from catp_jax.generation import generate as programs
-from catp_jax.generation.inputs import TEXT_LENGTHS, round_up
+from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.models.frozen import freeze
 from catp_jax.plan.compiled import Compiled, for_cpu, for_gpu
 from catp_jax.plan.report import Plan

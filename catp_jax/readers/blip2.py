@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from catp_jax.generation.blip2_inputs import KeptQueries, pack, pack_instructions
-from catp_jax.generation.images import ImageLike, read_image
-from catp_jax.generation.inputs import TEXT_LENGTHS, Packed, round_up
+from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.opt import OptConfig
@@ -25,7 +23,10 @@ from catp_jax.models.querying import QueryingConfig, QueryingInputs
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.pruning.scores import attention
+from catp_jax.readers.blip2_packing import KeptQueries, pack, pack_instructions
 from catp_jax.readers.chat import check_text
+from catp_jax.readers.images import ImageLike, read_image
+from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
     ImageCache,

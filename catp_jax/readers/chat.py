@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax.generation.images import ImageLike, within
+from catp_jax.readers.images import ImageLike, within
 
 SOURCES = ("image", "path", "url", "base64")
 MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")

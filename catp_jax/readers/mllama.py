@@ -7,8 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from catp_jax.generation.images import ImageLike, read_image
-from catp_jax.generation.mllama_inputs import (
+from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
+from catp_jax.models.mllama import MllamaConfig
+from catp_jax.readers.chat import check_text
+from catp_jax.readers.images import ImageLike, read_image
+from catp_jax.readers.mllama_packing import (
     KeptTokens,
     MllamaPacked,
     ProcessedImage,
@@ -16,9 +19,6 @@ from catp_jax.generation.mllama_inputs import (
     locate,
     pack,
 )
-from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
-from catp_jax.models.mllama import MllamaConfig
-from catp_jax.readers.chat import check_text
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
     ImageCache,

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from catp_jax.generation.images import Fetch, ImageLike, fetch_image, is_web_address
-from catp_jax.generation.inputs import Packed
 from catp_jax.readers.chat import check_text, take_images
+from catp_jax.readers.images import Fetch, ImageLike, fetch_image, is_web_address
+from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import read_json
 from catp_jax.sharding import place
 

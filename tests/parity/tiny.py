@@ -33,9 +33,9 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from catp_jax.generation.mllama_inputs import ProcessedImage, pack
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Inputs, Mllama, MllamaConfig
+from catp_jax.readers.mllama_packing import ProcessedImage, pack
 from convert import load_hf
 
 TEXT = {

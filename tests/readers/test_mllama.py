@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catp_jax.generation.mllama_inputs import ProcessedImage, pack
 from catp_jax.models.cross_decoder import CrossDecoderConfig
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
 from catp_jax.readers.mllama import MllamaReader
+from catp_jax.readers.mllama_packing import ProcessedImage, pack
 
 MARK = 128256
 VISION = TiledVitConfig(

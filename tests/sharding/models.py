@@ -8,15 +8,15 @@ import jax
 from jax.sharding import Mesh
 
 import convert
-from catp_jax.generation.blip2_inputs import pack as pack_blip2
-from catp_jax.generation.blip2_inputs import pack_instructions
-from catp_jax.generation.mllama_inputs import pack as pack_mllama
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.frozen import freeze
 from catp_jax.models.instructblip import InstructBlipConfig
 from catp_jax.models.layers import RopeConfig
 from catp_jax.models.llama import LlamaConfig
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.readers.blip2_packing import pack as pack_blip2
+from catp_jax.readers.blip2_packing import pack_instructions
+from catp_jax.readers.mllama_packing import pack as pack_mllama
 from catp_jax.sharding.place import Sharded, place, sharded
 from tests import random_blip2 as blip2
 from tests import random_mllama as mllama

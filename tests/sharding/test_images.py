@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from catp_jax.contract import keep_all
-from catp_jax.generation import blip2_inputs, mllama_inputs
 from catp_jax.models.frozen import freeze
+from catp_jax.readers import blip2_packing, mllama_packing
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import fetch, kv_heads, place_inputs
 from catp_jax.sharding.rules import shares
@@ -34,12 +34,14 @@ def pack(kind: str, images: int, split: int):
         pairs = [own[at : at + 2] for at in range(0, images, 2)]
         mark = MLLAMA.image_token_index
         prompts = [[mark, mark, 3 + row] for row in range(len(pairs))]
-        return mllama_inputs.pack(prompts, pairs, MLLAMA, shares=split).inputs
+        return mllama_packing.pack(prompts, pairs, MLLAMA, shares=split).inputs
     photos = [blip2.photo(seed) for seed in range(images)]
     prompts = [[3, 4 + row] for row in range(images)]
     if kind == "vicuna":
-        return blip2_inputs.pack_instructions(prompts, prompts, photos, CONFIGS[kind], split).inputs
-    return blip2_inputs.pack(prompts, photos, CONFIGS[kind], split).inputs
+        return blip2_packing.pack_instructions(
+            prompts, prompts, photos, CONFIGS[kind], split
+        ).inputs
+    return blip2_packing.pack(prompts, photos, CONFIGS[kind], split).inputs
 
 
 def pixels_of(inputs):

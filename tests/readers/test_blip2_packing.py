@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from catp_jax.generation.blip2_inputs import KeptQueries, pack, stack_images
+from catp_jax.readers.blip2_packing import KeptQueries, pack, stack_images
 from tests.random_blip2 import CONFIGS, IMAGES, PHOTOS, PROMPTS, QUERIES, packed, photo
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catp_jax.generation.inputs import Packed, image_room, pad_prompts
 from catp_jax.models.blip2 import Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipInputs
 from catp_jax.models.querying import QueryingConfig
+from catp_jax.readers.packing import Packed, image_room, pad_prompts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from catp_jax.generation.images import fetch_image, read_image, within
+from catp_jax.readers.images import fetch_image, read_image, within
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -7,14 +7,9 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from catp_jax.generation.inputs import (
-    IMAGE_COUNTS,
-    TEXT_LENGTHS,
-    TILE_COUNTS,
-    image_room,
-    round_up,
-)
-from catp_jax.generation.mllama_inputs import ProcessedImage, image_spans, locate, pack
+from catp_jax.generation.buckets import IMAGE_COUNTS, TEXT_LENGTHS, TILE_COUNTS, round_up
+from catp_jax.readers.mllama_packing import ProcessedImage, image_spans, locate, pack
+from catp_jax.readers.packing import image_room
 from tests.random_mllama import AVAILABLE, CONFIG, IMAGE, PER_TILE, PROMPTS, packed, picture
 
 # --- spans ------------------------------------------------------------------------------------

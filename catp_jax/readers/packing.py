@@ -1,9 +1,8 @@
 """From token lists and images to arrays of few shapes: what all models share.
 
-Prompts are padded on the right to a length out of `TEXT_LENGTHS`, the images of the batch to a
-number out of `IMAGE_COUNTS`, every prompt's tiles to one out of `TILE_COUNTS`: a steady stream of
-work compiles nothing new. All arrays are NumPy's: on a mesh each device gets its part of them from
-here, and none the whole.
+Prompts are padded on the right to a length out of `buckets.TEXT_LENGTHS`, the images of the batch
+to a number out of `IMAGE_COUNTS`, every prompt's tiles to one out of `TILE_COUNTS`. All arrays are
+NumPy's: on a mesh each device gets its part of them from here, and none the whole.
 """
 
 import dataclasses
@@ -12,9 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-TEXT_LENGTHS = tuple(sorted({16 * 2**k for k in range(14)} | {24 * 2**k for k in range(13)}))
-IMAGE_COUNTS = (1, 2, 3, 4, *sorted({2**k for k in range(3, 13)} | {6 * 2**k for k in range(10)}))
-TILE_COUNTS = (1, 2, *IMAGE_COUNTS[3:])
+from catp_jax.generation.buckets import IMAGE_COUNTS, TEXT_LENGTHS, round_up
 
 Arrays = TypeVar("Arrays", covariant=True)
 
@@ -43,14 +40,6 @@ class Packed(Generic[Arrays]):
     def given(self) -> Any:
         """What programs are given."""
         return self.inputs if self.encoded is None else self.encoded
-
-
-def round_up(number: int, sizes: Sequence[int]) -> int:
-    """The smallest of the ascending `sizes` that holds `number`; past them, its own multiple."""
-    for size in sizes:
-        if number <= size:
-            return size
-    return -(-number // sizes[-1]) * sizes[-1]
 
 
 def image_room(number: int, shares: int) -> int:

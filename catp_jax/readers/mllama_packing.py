@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from catp_jax.generation.inputs import TILE_COUNTS, Packed, image_room, pad_prompts, round_up
+from catp_jax.generation.buckets import TILE_COUNTS, round_up
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
+from catp_jax.readers.packing import Packed, image_room, pad_prompts
 
 
 @dataclasses.dataclass(frozen=True)
