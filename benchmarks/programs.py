@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from catp_jax import checkpoint
+from catp_jax.families import PRESETS
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
 from catp_jax.models import one_row
 from catp_jax.models.narrow import Weights, with_scales
-from catp_jax.plan import PRESETS, abstract_model, inputs_of
+from catp_jax.plan import abstract_model, inputs_of
 from catp_jax.pruning import make
 
 TEXT, NEW = 64, 64

@@ -18,26 +18,21 @@ import numpy as np
 import convert
 from catp_jax.answers import Answers, Unsound, alternatives_of, logprobs_of
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
+from catp_jax.families import family_of
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import round_up
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.generation.options import Options
-from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import Frozen, freeze
-from catp_jax.models.instructblip import InstructBlipConfig
-from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.narrow import Weights, narrow_type
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import budget
 from catp_jax.pruning.named import Named, named
 from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers import hub
-from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
 from catp_jax.readers.chat import check_text
-from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
-from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.reading import (
     ImageCache,
@@ -48,7 +43,7 @@ from catp_jax.readers.reading import (
     arrange,
     special_tokens,
 )
-from catp_jax.readers.token_text import pieces, stop_machine, texts_of
+from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 from catp_jax.sharding.rules import shares
@@ -373,12 +368,9 @@ class Model:
     def _options(self, given: dict[str, Any]) -> Options:
         """Checked, with bad words as tokens."""
         chosen = self.defaults.over(**given)
-        spelled = [spelling for word in chosen.bad_words for spelling in (word, f" {word}")]
-        words = [self.reader.tokenizer(text, add_special_tokens=False) for text in spelled]
+        words = [ids for w in chosen.bad_words for ids in spellings(self.reader.tokenizer, w)]
         chosen = dataclasses.replace(
-            chosen,
-            bad_words=(),
-            bad_words_ids=[*chosen.bad_words_ids, *(word["input_ids"] for word in words)],
+            chosen, bad_words=(), bad_words_ids=[*chosen.bad_words_ids, *words]
         )
         chosen.check_vocabulary(self.config.text.vocab_size)
         return chosen
@@ -450,12 +442,12 @@ def load(
     folder = hub.find_folder(folder)
     own = folder if processor is None else hub.find_folder(processor)
     find_devices()
-    defaults, note = generation_defaults(folder) if generation_config else (Options(), "")
     # before the weights, which may take minutes
     config = convert.load_config(folder, ignore_config)
-    if (vision_mode or mask_mode) and not isinstance(config, MllamaConfig):
-        raise ValueError(f"vision_mode and mask_mode are Llama 3.2 Vision's; {folder} is another")
-    reader = _reader(folder, own, config, mask_mode or "meta")
+    family = family_of(config, folder)
+    defaults, note = family.defaults(folder) if generation_config else (Options(), "")
+    modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
+    reader = family.load_reader(own, config, modes)
     ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
     network, _ = convert.load(
         folder,
@@ -465,8 +457,6 @@ def load(
         ignore_config,
         adapter,
     )
-    if isinstance(network, Mllama):
-        network.vision_model.mode = vision_mode or network.config.vision.vision_mode
     if pad is None:
         pad = reader.tokenizer.pad_token_id
     frozen = freeze(network)
@@ -479,17 +469,6 @@ def load(
         note=note,
         fetch=fetch,
     )
-
-
-def _reader(folder: Path, own: Path, config: Any, mask_mode: MaskMode) -> Reader:
-    """What reads for the model in `folder`, with the processor in `own`."""
-    if isinstance(config, MllamaConfig):
-        return MllamaReader.load(own, config, mask_mode)
-    if isinstance(config, Blip2Config):
-        return Blip2Reader.load(own, config)
-    if isinstance(config, InstructBlipConfig):
-        return InstructBlipReader.load(own, config)
-    raise ValueError(f"{folder} matches images and texts; load it with load_matcher")
 
 
 def _spread(mesh: MeshLike, model: Any) -> Any:

@@ -225,11 +225,12 @@ def generate(
 
     folder = find_folder(model)
     from catp_jax import batch as batches
+    from catp_jax.families import family_of
     from catp_jax.generation.options import Options
     from catp_jax.pruning.named import named
-    from catp_jax.readers.generation_config import generation_defaults
     from catp_jax.sharding.distributed import gathered
     from catp_jax.sharding.mesh import find_devices, parse_mesh
+    from convert import load_config
 
     methods = named(prune, keep)
     file, problems = None, []
@@ -247,7 +248,8 @@ def generate(
         problems += others
     parse_mesh({} if mesh is None else mesh)
     find_devices()
-    defaults = generation_defaults(folder)[0] if generation_config else Options()
+    family = family_of(load_config(folder, ignore_config or ()), folder)
+    defaults = family.defaults(folder)[0] if generation_config else Options()
     options = defaults.over(**words.given(context.params), num_return_sequences=1)
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:

@@ -95,11 +95,12 @@ def plan(
     if target is None and (largest_batch or hosts is not None):
         raise typer.BadParameter("--largest-batch and --hosts want --target")
     from catp_jax import plan as planning
+    from catp_jax.families import find_config
     from catp_jax.pruning import budget, make, methods_for
     from catp_jax.sharding.mesh import parse_mesh
     from catp_jax.targets import devices_of, find_gpu
 
-    planning.find_config(model)
+    find_config(model)
     with wrong_call():
         places = math.prod(parse_mesh(mesh).values())
         gpu = None if target is None else find_gpu(target)

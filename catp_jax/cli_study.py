@@ -179,9 +179,9 @@ def run(
 
     journal.claim()  # now, and not once a model is loaded
     try:
-        if sets_defaults(model):
-            say("a study asks by its own options: generation_config.json is left aside")
         loaded = api.load(model, dtype, mesh=mesh, generation_config=False)
+        if sets_defaults(model, loaded.reader.has_generation_config):
+            say("a study asks by its own options: generation_config.json is left aside")
         specs = specs or methods_for(loaded.sites)
         for spec in specs:
             make(spec, 1, loaded.sites)

@@ -24,10 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
 from catp_jax import checkpoint
+from catp_jax.families import find_config
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.models.blocks import Block, KeysValues, Read
-from catp_jax.plan import abstract_model, find_config, shard_bytes
+from catp_jax.plan import abstract_model, shard_bytes
 from catp_jax.pruning.scores import keep_best
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place

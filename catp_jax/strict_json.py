@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-LARGEST = 100_000_000  # bytes
+LARGEST = 500_000_000  # bytes
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -22,6 +22,8 @@ def parse(raw: bytes) -> dict[str, Any]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8; save it as UTF-8") from error
+    if not text.strip():
+        raise ValueError("it is empty")
     try:
         content = json.loads(
             text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
@@ -36,11 +38,15 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, which names the file, and OSError."""
+    """The JSON object in a file. Raises ValueError, which names the file."""
     try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes; at most {LARGEST} are read")
         return parse(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be used ({error}); download or copy it again") from error
 

@@ -144,7 +144,7 @@ def _break_value(rng: np.random.Generator, path: Path, is_key: bool) -> str:
 def _read_processor(folder: Path, name: str) -> str:
     config = convert.read_config(folder)
     reader: Any = (
-        MllamaReader.load(folder, config, "meta")
+        MllamaReader.load(folder, config)
         if name == "mini-llama-vision"
         else Blip2Reader.load(folder, config)
     )

@@ -106,7 +106,7 @@ def masked_model(model: Mllama, inputs: Inputs, allowed: jax.Array, prompt: jax.
         left = allowed[:, None, :] | (prompt[:, :, None] & is_first)
         mask, fallback = everywhere & left, real & left
         some = mask.any(axis=2)
-        if inputs.mode == "hf":
+        if inputs.mask_mode == "hf":
             mask = jnp.where(some[:, :, None], mask, fallback)
         branches = Branches(attends=mask.any(axis=2), feeds=some)
         x = layer(x, layer.cross_attn.project(visual.features), mask, branches)

@@ -12,7 +12,7 @@ import pytest
 from catp_jax import doctor
 from catp_jax.contract import Keep
 from catp_jax.doctor import examine, head_sizes, processes, versions
-from catp_jax.plan import find_config
+from catp_jax.families import find_config
 from catp_jax.sharding import distributed
 from tests.command import catp_jax
 

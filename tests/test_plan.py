@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from catp_jax import targets
+from catp_jax.families import PRESETS
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.plan import (
-    PRESETS,
     Plan,
     Work,
     abstract_model,
@@ -49,7 +49,8 @@ compiler = pytest.mark.skipif(
 SHALLOW = f"""
 import json, sys
 from dataclasses import replace
-from catp_jax.plan import PRESETS, force_devices, make_plan
+from catp_jax.families import PRESETS
+from catp_jax.plan import force_devices, make_plan
 from catp_jax.pruning import budget, make, methods_for
 
 llama, opt = (PRESETS[name]() for name in ("Llama-3.2-11B-Vision", "blip2-opt-2.7b"))
@@ -342,7 +343,7 @@ def test_traffic_of_a_product_that_is_summed_over_devices():
     ("model", "options", "says"),
     [
         ("gpt-2", {}, "is no folder and none of Llama-3.2-11B-Vision"),
-        ("blip2-opt-2.7b", {"tiles": 2}, "only images of Llama Vision have tiles"),
+        ("blip2-opt-2.7b", {"tiles": 2}, "images of this model have no tiles"),
         ("Llama-3.2-11B-Vision", {"tiles": 5}, "an image has 1 to 4 tiles, got 5"),
         ("blip2-opt-2.7b", {"prompt": 3000}, "3000 prompt tokens and 128 new ones do not fit"),
         ("blip2-opt-2.7b", {"mesh": "data=8", "batch": 6}, "plan a multiple of 8"),

@@ -14,6 +14,7 @@ from catp_jax.generation.rules import Rules
 from catp_jax.generation.sampling import Sampling, check_seeds, sampling
 
 STOP_BYTES = 1000  # of all stop strings: each takes a row as long as the vocabulary
+FRACTIONS = ("temperature", "top_p", "length_penalty", "repetition_penalty")
 WHOLE = (
     *("max_new_tokens", "min_new_tokens", "top_k", "num_beams", "num_return_sequences"),
     "no_repeat_ngram_size",
@@ -61,6 +62,10 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise ValueError(f"{name} is a whole number, got {value!r}")
+        for name in FRACTIONS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"{name} is a number, got {value!r}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is at least 1, got {self.max_new_tokens}")
         if self.logprobs is not None and (

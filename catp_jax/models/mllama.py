@@ -25,7 +25,7 @@ from catp_jax.models.cross_decoder import (
     Visual,
 )
 from catp_jax.models.layers import linear
-from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig
+from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig, VisionMode
 from catp_jax.struct import AnyArray, pytree, static
 
 
@@ -53,8 +53,11 @@ class Images:
     """The images of a batch (`i`) and which of their tiles each prompt (`b`) has.
 
     `tile_index` counts through all images' tiles, `image * max_num_tiles + tile`. A prompt's own
-    tiles come first (`tile_valid`); `tile_seen` says which text rows see them.
+    tiles come first (`tile_valid`); `tile_seen` says which text rows see them. `vision_mode` says
+    which of the tower's states are read (None: as the config does).
     """
+
+    vision_mode: VisionMode | None = static(default=None)
 
     pixels: Float[AnyArray, "i t c height width"]
     aspect_ratio_ids: Int[AnyArray, " i"]
@@ -68,10 +71,10 @@ class Images:
 class Inputs:
     """Prompts padded on the right to one length, and their images (None: no prompt has one).
 
-    `mode` says what text does that sees no image.
+    `mask_mode` says what text does that sees no image.
     """
 
-    mode: MaskMode = static(default="meta")
+    mask_mode: MaskMode = static(default="meta")
     tokens: Int[AnyArray, "b s"]
     token_valid: Bool[AnyArray, "b s"]
     images: Images | None
@@ -107,6 +110,7 @@ class Mllama(nnx.Module):
             jnp.asarray(images.pixels),
             jnp.asarray(images.aspect_ratio_ids),
             jnp.asarray(images.aspect_ratio_mask),
+            images.vision_mode,
         )
         features = features.reshape(-1, *features.shape[2:])[images.tile_index]
         batch, tiles = images.tile_index.shape
@@ -129,7 +133,7 @@ class Mllama(nnx.Module):
             positions=jnp.broadcast_to(numbers, tokens.shape),
             valid=jnp.asarray(inputs.token_valid),
         )
-        return self.language_model.front(tokens, text, visual, inputs.mode)
+        return self.language_model.front(tokens, text, visual, inputs.mask_mode)
 
     def back(
         self, front: Front, select: Select, new_slots: int

@@ -204,7 +204,6 @@ class TiledVit(nnx.Module):
 
     def __init__(self, config: TiledVitConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.mode: VisionMode = config.vision_mode
         patch = config.num_channels * config.patch_size**2
         width = config.hidden_size
         self.patch_embedding = linear(patch, width, ("patch", "vision_embed"), rngs=rngs)
@@ -224,9 +223,12 @@ class TiledVit(nnx.Module):
         pixels: Float[Array, "i t c height width"],
         aspect_ratio_ids: Int[Array, " i"],
         aspect_ratio_mask: Bool[Array, "i t"],
+        mode: VisionMode | None = None,
     ) -> Float[Array, "i t n out"]:
         """Features of every token of every tile: the last layer's channels, then — channel by
         channel — the intermediate layers' (`d0 of layer 3, d0 of layer 7, …, d1 of layer 3, …`).
+
+        `mode` says which layers' states these are (None: as the config does).
         """
         config = self.config
         images, tiles, tokens = pixels.shape[0], config.max_num_tiles, config.tokens_per_tile
@@ -252,7 +254,7 @@ class TiledVit(nnx.Module):
         x = _rows(x.reshape(images, tiles * padded, -1), order)
         x = self.global_transformer(x, real)[-1]
 
-        shift = 1 if self.mode == "hf" else 0
+        shift = 1 if (mode or config.vision_mode) == "hf" else 0
         between = [local[index + shift] for index in config.intermediate_layers_indices]
         x = jnp.concatenate([x, jnp.stack(between, axis=-1).reshape(*x.shape[:-1], -1)], axis=-1)
         return _rows(x, places).reshape(images, tiles, padded, -1)[:, :, :tokens]

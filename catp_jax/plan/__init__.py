@@ -12,21 +12,17 @@ from catp_jax.plan.compiled import Compiled, Traffic, Work
 from catp_jax.plan.making import force_devices, make_plan
 from catp_jax.plan.report import Plan, table
 from catp_jax.plan.sizes import (
-    PRESETS,
     abstract_model,
-    find_config,
     inputs_of,
     shard_bytes,
 )
 
 __all__ = [
-    "PRESETS",
     "Compiled",
     "Plan",
     "Traffic",
     "Work",
     "abstract_model",
-    "find_config",
     "force_devices",
     "inputs_of",
     "make_plan",

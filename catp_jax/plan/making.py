@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from catp_jax.families import find_config
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.models.frozen import freeze
@@ -19,7 +20,6 @@ from catp_jax.plan.report import Plan
 from catp_jax.plan.sizes import (
     abstract_model,
     caches,
-    find_config,
     inputs_of,
     shard_bytes,
 )
@@ -52,10 +52,10 @@ def make_plan(
 ) -> Plan:
     """Plans a generation: `batch` prompts of `prompt` tokens with an image each, and `new_tokens`.
 
-    `model` is one of `PRESETS` or a folder, of which only config.json is read. The batch is split
-    over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for Llama Vision
-    (None: all four). `pruner` makes a method from the number of visual tokens and the model's
-    sites.
+    `model` is one of `families.PRESETS` or a folder, of which only config.json is read. The batch
+    is split over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for
+    Llama Vision (None: all four). `pruner` makes a method from the number of visual tokens and the
+    model's sites.
 
     `target` is one of `targets.GPUS`, of which `hosts` have the same number each (None: 8, and any
     fewer are on one); without it JAX has to see as many devices as the mesh has places. `memory` is

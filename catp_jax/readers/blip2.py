@@ -5,6 +5,7 @@ not made here, since the model puts its queries in front of the text by itself.
 """
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,18 @@ from jaxtyping import Array, Float
 from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
+from catp_jax.models.llama import LlamaConfig
 from catp_jax.models.opt import OptConfig
 from catp_jax.models.querying import QueryingConfig, QueryingInputs
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.pruning.scores import attention
-from catp_jax.readers.blip2_packing import KeptQueries, pack, pack_instructions
+from catp_jax.readers.blip2_packing import (
+    KeptQueries,
+    abstract_inputs,
+    pack,
+    pack_instructions,
+)
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import ImageLike, read_image
 from catp_jax.readers.packing import Packed
@@ -43,6 +50,13 @@ from catp_jax.struct import replace
 
 PLACEHOLDER = "<image>"
 
+TOKENS: dict[type, dict[str, int]] = {
+    OptConfig: {"eos_token_id": 2, "pad_token_id": 1},
+    T5Config: {"eos_token_id": 1, "pad_token_id": 0},
+    LlamaConfig: {"eos_token_id": 2},  # padding is the tokenizer's
+}
+"""Special tokens of checkpoints that name none, by their language model."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryingReader:
@@ -51,8 +65,33 @@ class QueryingReader:
     config: QueryingConfig
     processor: Any
 
-    name: ClassVar[str] = "BLIP-2"
+    name: ClassVar[str]
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     has_generation_config: ClassVar[bool] = False  # its language model generates by itself
+
+    @classmethod
+    def load(cls, folder: Path, config: Any) -> Any:
+        """Raises ValueError if the folder's processor makes other images or queries than the model
+        takes, or lacks one of `tokenizers`.
+        """
+        return cls(config, load_checked(folder, config, cls.tokenizers))
+
+    @staticmethod
+    def abstract_inputs(config: Any, batch: int, length: int, tiles: int | None) -> tuple[Any, int]:
+        """The shapes of a batch, and the visual tokens of a prompt."""
+        if tiles is not None:
+            raise ValueError("images of this model have no tiles; leave out the number of them")
+        return abstract_inputs(config, batch, length)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether answers have a decoder of their own, beside the prompts' encoder."""
+        return isinstance(self.config.text, T5Config)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Special tokens of checkpoints that name none."""
+        return TOKENS[type(self.config.text)]
 
     @property
     def tokenizer(self) -> Any:
@@ -62,8 +101,7 @@ class QueryingReader:
     @property
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
-        text = self.config.text
-        return None if isinstance(text, T5Config) else text.max_position_embeddings
+        return getattr(self.config.text, "max_position_embeddings", None)  # T5 has none
 
     def read(
         self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
@@ -74,8 +112,7 @@ class QueryingReader:
         if len(images) != 1:
             raise ValueError(f"{self.name} takes one image with each prompt, got {len(images)}")
         process = partial(process_image, self.processor)
-        is_decoder = not isinstance(self.config.text, T5Config)
-        follows = isinstance(prompt, str) and is_decoder
+        follows = isinstance(prompt, str) and not self.has_decoder
         tokens = tokenize(self.processor, f"{prompt}{begun}" if follows else prompt)
         check_tokens(tokens, self.config.text.vocab_size, "the language model")
         image = remember(cache, images[0], process)
@@ -100,8 +137,12 @@ class QueryingReader:
         marks = [] if mark is None else [mark] * self.config.num_query_tokens
         return [[*marks, *tokens] for tokens in prompts_of(packed)]
 
-    def begin_answers(self, packed: Packed[Any], questions: Sequence[Question[Any]]) -> Packed[Any]:
-        """A batch for T5, whose decoder begins with what is begun of the answers."""
+    def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[Any]:
+        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
+        packed = self._pack(questions, shares)
+        if not self.has_decoder:
+            return packed
+        # its decoder begins with what is begun of the answers
         begun = [self._begun(question.begun) for question in questions]
         longest = max(map(len, begun))
         if not longest:
@@ -110,6 +151,10 @@ class QueryingReader:
         for row, tokens in enumerate(begun):
             table[row, : len(tokens)] = tokens
         return dataclasses.replace(packed, inputs=replace(packed.inputs, begun=table))
+
+    @abstractmethod
+    def _pack(self, questions: Sequence[Any], shares: int) -> Packed[Any]:
+        """A batch of questions, before any answer is begun."""
 
     def _begun(self, text: str) -> list[int]:
         tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -140,38 +185,12 @@ class Blip2Reader(QueryingReader):
 
     config: Blip2Config
 
-    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 2, "pad_token_id": 1}
+    name: ClassVar[str] = "BLIP-2"
 
-    @classmethod
-    def load(cls, folder: Path, config: Blip2Config) -> "Blip2Reader":
-        """Raises ValueError if the folder's processor makes other images or queries than the model
-        takes.
-        """
-        processor = load_checked(folder, config)
-        return (Blip2Reader if isinstance(config.text, OptConfig) else Blip2T5Reader)(
-            config, processor
-        )
-
-    def pack(
-        self, questions: Sequence[Question[np.ndarray]], shares: int = 1
-    ) -> Packed[Blip2Inputs]:
-        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
+    def _pack(self, questions: Sequence[Any], shares: int) -> Packed[Blip2Inputs]:
         tokens = [question.tokens for question in questions]
         images = [question.images[0] for question in questions]
         return pack(tokens, images, self.config, shares)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blip2T5Reader(Blip2Reader):
-    """Reads for a BLIP-2 with T5, whose special tokens have other numbers."""
-
-    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 1, "pad_token_id": 0}
-
-    def pack(
-        self, questions: Sequence[Question[np.ndarray]], shares: int = 1
-    ) -> Packed[Blip2Inputs]:
-        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
-        return self.begin_answers(super().pack(questions, shares), questions)
 
 
 @jax.jit
@@ -193,25 +212,12 @@ class Instruction(Question[np.ndarray]):
 
 @dataclasses.dataclass(frozen=True)
 class InstructBlipReader(QueryingReader):
-    """Reads for `InstructBlipForConditionalGeneration`, whose Q-Former has a tokenizer of its own.
-
-    With Vicuna; padding is the tokenizer's.
-    """
+    """Reads for `InstructBlipForConditionalGeneration`; its Q-Former has its own tokenizer."""
 
     config: InstructBlipConfig
 
     name: ClassVar[str] = "InstructBLIP"
-    tokens: ClassVar[dict[str, int]] = {"eos_token_id": 2}
-
-    @classmethod
-    def load(cls, folder: Path, config: InstructBlipConfig) -> "InstructBlipReader":
-        """Raises ValueError if the folder's processor makes other images or queries than the model
-        takes, or has no tokenizer for the Q-Former.
-        """
-        processor = load_checked(folder, config, ("tokenizer", "qformer_tokenizer"))
-        return (InstructBlipT5Reader if isinstance(config.text, T5Config) else InstructBlipReader)(
-            config, processor
-        )
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer", "qformer_tokenizer")
 
     def read(
         self, images: list[ImageLike], prompt: Prompt, cache: ImageCache, begun: str = ""
@@ -228,8 +234,7 @@ class InstructBlipReader(QueryingReader):
         check_tokens(tokens, qformer.vocab_size, "the Q-Former")
         return Instruction(question.tokens, question.images, tokens, begun=begun)
 
-    def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[InstructBlipInputs]:
-        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
+    def _pack(self, questions: Sequence[Any], shares: int) -> Packed[InstructBlipInputs]:
         return pack_instructions(
             [question.tokens for question in questions],
             [question.instruction for question in questions],
@@ -237,17 +242,6 @@ class InstructBlipReader(QueryingReader):
             self.config,
             shares,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class InstructBlipT5Reader(InstructBlipReader):
-    """Reads for an InstructBLIP with T5, whose special tokens have other numbers."""
-
-    tokens: ClassVar[dict[str, int]] = Blip2T5Reader.tokens
-
-    def pack(self, questions: Sequence[Any], shares: int = 1) -> Packed[InstructBlipInputs]:
-        """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
-        return self.begin_answers(super().pack(questions, shares), questions)
 
 
 @dataclasses.dataclass(frozen=True)

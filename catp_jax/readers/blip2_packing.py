@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from catp_jax.models.blip2 import Blip2Inputs
-from catp_jax.models.instructblip import InstructBlipInputs
-from catp_jax.models.querying import QueryingConfig
+from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
+from catp_jax.models.querying import QueryingConfig, QueryingInputs
 from catp_jax.readers.packing import Packed, image_room, pad_prompts
 
 
@@ -69,6 +72,27 @@ def pack_instructions(
         instruction_valid=valid,
     )
     return dataclasses.replace(packed, inputs=inputs)  # type: ignore[return-value]
+
+
+def abstract_inputs(config: QueryingConfig, batch: int, length: int) -> tuple[QueryingInputs, int]:
+    """The shapes of `batch` prompts of `length` tokens with an image each, and the visual tokens of
+    one.
+    """
+    side = config.vision.image_size
+
+    def make() -> QueryingInputs:
+        tokens, valid = jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool)
+        shared: dict[str, Any] = {
+            "pixels": jnp.zeros((batch, 3, side, side), jnp.float32),
+            "image_index": jnp.zeros((batch,), jnp.int32),
+            "tokens": tokens,
+            "token_valid": valid,
+        }
+        if isinstance(config, InstructBlipConfig):
+            return InstructBlipInputs(**shared, instruction=tokens, instruction_valid=valid)
+        return Blip2Inputs(**shared)
+
+    return jax.eval_shape(make), config.num_query_tokens
 
 
 def stack_images(images: Sequence[np.ndarray], shares: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,14 @@ import numpy as np
 
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import ImageLike, read_image
 from catp_jax.readers.mllama_packing import (
     KeptTokens,
     MllamaPacked,
     ProcessedImage,
+    abstract_inputs,
     check_marks,
     locate,
     pack,
@@ -36,21 +38,29 @@ IMAGE_MARK = "<|image|>"
 
 @dataclasses.dataclass(frozen=True)
 class MllamaReader:
-    """`mask_mode` says what text does that sees no image, see `cross_decoder.MaskMode`."""
+    """`mask_mode` says what text does that sees no image, see `cross_decoder.MaskMode`;
+    `vision_mode` which of the tower's states the decoder gets (None: as the config says).
+    """
 
     config: MllamaConfig
     processor: Any
-    mask_mode: MaskMode
+    mask_mode: MaskMode = "meta"
+    vision_mode: VisionMode | None = None
 
-    tokens: ClassVar[dict[str, int]] = {}
     has_generation_config: ClassVar[bool] = True
 
     @classmethod
-    def load(cls, folder: Path, config: MllamaConfig, mask_mode: MaskMode) -> "MllamaReader":
+    def load(
+        cls,
+        folder: Path,
+        config: MllamaConfig,
+        mask_mode: MaskMode = "meta",
+        vision_mode: VisionMode | None = None,
+    ) -> "MllamaReader":
         """Raises ValueError if the folder's processor makes other tiles or tokens than the model
         takes.
         """
-        reader = cls(config, load_processor(folder), mask_mode)
+        reader = cls(config, load_processor(folder), mask_mode, vision_mode)
         vision = config.vision
         with usable(folder):
             images = reader.processor.image_processor
@@ -67,6 +77,18 @@ class MllamaReader:
         shape = (vision.max_num_tiles, vision.num_channels, size, size)
         check_processor(folder, pairs, lambda image: reader.process_image(image).pixels, shape)
         return reader
+
+    @staticmethod
+    def abstract_inputs(
+        config: MllamaConfig, batch: int, length: int, tiles: int | None
+    ) -> tuple[Any, int]:
+        """The shapes of a batch, and the visual tokens of a prompt."""
+        return abstract_inputs(config, batch, length, tiles)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Special tokens of checkpoints that name none: its config.json names them."""
+        return {}
 
     @property
     def tokenizer(self) -> Any:
@@ -105,7 +127,7 @@ class MllamaReader:
         """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
         tokens = [question.tokens for question in questions]
         images = [question.images for question in questions]
-        return pack(tokens, images, self.config, self.mask_mode, shares)
+        return pack(tokens, images, self.config, self.mask_mode, self.vision_mode, shares)
 
     def before_answers(self, packed: MllamaPacked) -> list[list[int]]:
         """The tokens of each prompt, image marks among them."""

@@ -10,11 +10,14 @@ follow each other directly share a span.
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from catp_jax.generation.buckets import TILE_COUNTS, round_up
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.mllama import Images, Inputs, MllamaConfig
+from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.readers.packing import Packed, image_room, pad_prompts
 
 
@@ -68,7 +71,8 @@ def pack(
     prompts: Sequence[Sequence[int]],
     images: Sequence[Sequence[ProcessedImage]],
     config: MllamaConfig,
-    mode: MaskMode = "meta",
+    mask_mode: MaskMode = "meta",
+    vision_mode: VisionMode | None = None,
     shares: int = 1,
 ) -> MllamaPacked:
     """Arrays for the model; `images[b]` belong to the marks of `prompts[b]` in order.
@@ -76,8 +80,8 @@ def pack(
     An image object that stands in several prompts is encoded once; `shares` say into how many parts
     the images will be split.
 
-    In mode "hf" every prompt gets all tiles of as many images as the batch's richest one, padding
-    included, since there some rows attend to padding.
+    In mask mode "hf" every prompt gets all tiles of as many images as the batch's richest one,
+    padding included, since there some rows attend to padding.
 
     Raises ValueError if a prompt is empty or its marks and images differ in number.
     """
@@ -91,24 +95,24 @@ def pack(
     text, valid = pad_prompts(prompts)
 
     richest = max(len(own) for own in images)
-    if mode == "hf":
+    if mask_mode == "hf":
         blank = ProcessedImage.padding(config)
         images = [[*own, *[blank] * (richest - len(own))] for own in images]
     tiles = tuple(
         tuple(
             (number, tile)
             for number, image in enumerate(own)
-            for tile in range(most_tiles if mode == "hf" else image.num_tiles)
+            for tile in range(most_tiles if mask_mode == "hf" else image.num_tiles)
         )
         for own in images
     )
     packed_images = None
     if richest:
         seen = [image_spans(tokens, mark) for tokens in prompts]
-        packed_images = _images(images, tiles, seen, text.shape[1], config, shares)
+        packed_images = _images(images, tiles, seen, text.shape[1], config, vision_mode, shares)
     return MllamaPacked(
         inputs=Inputs(
-            mode=mode,
+            mask_mode=mask_mode,
             tokens=text,
             token_valid=valid,
             images=packed_images,
@@ -127,6 +131,7 @@ def _images(
     spans: Sequence[Sequence[tuple[int, int]]],
     length: int,
     config: MllamaConfig,
+    vision_mode: VisionMode | None,
     shares: int,
 ) -> Images:
     most_tiles = config.vision.max_num_tiles
@@ -151,6 +156,7 @@ def _images(
     # an image of padding has one tile that counts as real, as in transformers
     real = np.asarray([max(image.num_tiles, 1) for image in flat])
     return Images(
+        vision_mode=vision_mode,
         pixels=np.stack([image.pixels for image in flat]),
         aspect_ratio_ids=np.asarray([image.aspect_ratio_id for image in flat], np.int32),
         aspect_ratio_mask=np.arange(most_tiles)[None] < real[:, None],
@@ -158,6 +164,34 @@ def _images(
         tile_valid=valid,
         tile_seen=seen,
     )
+
+
+def abstract_inputs(
+    config: MllamaConfig, batch: int, length: int, tiles: int | None
+) -> tuple[Inputs, int]:
+    """The shapes of `batch` prompts of `length` tokens with an image of `tiles` each (None: as many
+    as there may be), and the visual tokens of one.
+    """
+    most, side = config.vision.max_num_tiles, config.vision.image_size
+    number = most if tiles is None else tiles
+    if not 1 <= number <= most:
+        raise ValueError(f"an image has 1 to {most} tiles, got {tiles}")
+
+    def make() -> Inputs:
+        return Inputs(
+            tokens=jnp.zeros((batch, length), jnp.int32),
+            token_valid=jnp.ones((batch, length), bool),
+            images=Images(
+                pixels=jnp.zeros((batch, most, 3, side, side), jnp.float32),
+                aspect_ratio_ids=jnp.zeros((batch,), jnp.int32),
+                aspect_ratio_mask=jnp.ones((batch, most), bool),
+                tile_index=jnp.zeros((batch, number), jnp.int32),
+                tile_valid=jnp.ones((batch, number), bool),
+                tile_seen=jnp.ones((batch, length, number), bool),
+            ),
+        )
+
+    return jax.eval_shape(make), number * config.vision.tokens_per_tile
 
 
 @dataclasses.dataclass(frozen=True)

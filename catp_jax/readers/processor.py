@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from catp_jax import strict_json
+
 CONFIGS = (
     *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
@@ -114,7 +116,7 @@ def _check_image_processor(folder: Path) -> None:
     """Raises ValueError if there is none, where transformers would make one up."""
     whole = folder / "processor_config.json"
     has_own = (folder / "preprocessor_config.json").exists()
-    if not has_own and not (whole.exists() and "image_processor" in read_json(whole)):
+    if not has_own and not (whole.exists() and "image_processor" in strict_json.read(whole)):
         raise ValueError(
             f"{folder}: the image processor is missing (preprocessor_config.json, or "
             "processor_config.json with an image_processor); take the same checkpoint's"
@@ -127,7 +129,7 @@ def vocabulary(folder: Path) -> set[str]:
     Raises ValueError if they are missing or need a package that is.
     """
     if (path := folder / "tokenizer.json").exists():
-        model = read_json(path).get("model")
+        model = strict_json.read(path).get("model")
         found = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(found, list):  # Unigram: pairs of a token and its score
             found = [pair[0] for pair in found if isinstance(pair, list) and pair]
@@ -135,7 +137,7 @@ def vocabulary(folder: Path) -> set[str]:
     if (path := folder / "vocab.json").exists():
         if not (folder / "merges.txt").exists():
             raise ValueError(f"{folder} has vocab.json but no merges.txt; copy it too")
-        return _tokens(path, read_json(path))
+        return _tokens(path, strict_json.read(path))
     if (path := folder / "vocab.txt").exists():
         return _tokens(path, [line for line in read_text(path).splitlines() if line.strip()])
     for name in ("spiece.model", "tokenizer.model"):
@@ -153,20 +155,6 @@ def vocabulary(folder: Path) -> set[str]:
         f"{folder}: the tokenizer is missing (tokenizer.json, or vocab.json and merges.txt, or "
         "spiece.model); take the same checkpoint's"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, which names the file."""
-    text = read_text(path)
-    if not text.strip():
-        raise ValueError(f"{path} is empty; copy it again")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {json.dumps(found)[:40]}")
-    return found
 
 
 def read_text(path: Path) -> str:
@@ -208,7 +196,7 @@ def _copy(folder: Path, out: Path) -> None:
     out.mkdir(exist_ok=True)
     for name in CONFIGS:
         if (path := folder / name).exists():
-            (out / name).write_text(json.dumps(_without_code(path, read_json(path))))
+            (out / name).write_text(json.dumps(_without_code(path, strict_json.read(path))))
     templates = [path for pattern in TEMPLATES for path in folder.glob(pattern)]
     for path in [*(folder / name for name in VOCABULARIES), *templates]:
         if path.exists():

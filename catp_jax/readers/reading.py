@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from catp_jax import strict_json
 from catp_jax.readers.chat import check_text, take_images
 from catp_jax.readers.images import Fetch, ImageLike, fetch_image, is_web_address
 from catp_jax.readers.packing import Packed
-from catp_jax.readers.processor import read_json
 from catp_jax.sharding import place
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -48,13 +48,28 @@ class Kept(Protocol):
 class Reader(Protocol):
     """A checkpoint's processor, and how its model wants images and prompts."""
 
-    tokens: ClassVar[dict[str, int]]
-    """Special tokens of checkpoints that name none."""
     has_generation_config: ClassVar[bool]
     """Whether transformers reads generation_config.json for this model."""
 
+    @classmethod
+    def load(cls, folder: Path, config: Any) -> Any:
+        """Raises ValueError if the folder's processor does not fit the model."""
+        ...
+
+    @staticmethod
+    def abstract_inputs(config: Any, batch: int, length: int, tiles: int | None) -> tuple[Any, int]:
+        """The shapes of `batch` prompts of `length` tokens with an image each, of `tiles` (None: as
+        many as there may be), and the visual tokens of one. Raises ValueError for other tiles.
+        """
+        ...
+
     @property
     def config(self) -> Any: ...
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Special tokens of checkpoints that name none."""
+        ...
+
     @property
     def tokenizer(self) -> Any: ...
     @property
@@ -173,14 +188,14 @@ def special_tokens(
 
     Raises ValueError for a file that cannot be read and for what is no token.
     """
-    config = read_json(folder / "config.json")
+    config = strict_json.read(folder / "config.json")
     text = config.get("text_config") or {}
     if not isinstance(text, dict):
         raise ValueError(f"{folder}: text_config must be an object, not {text!r}")
     found = [defaults, config, text] if has_generation_config else [defaults, text]
     own = folder / "generation_config.json"
     if has_generation_config and own.exists():
-        found.append(read_json(own))
+        found.append(strict_json.read(own))
     settings = {key: value for part in found for key, value in part.items() if value is not None}
     named, pad = settings.get("eos_token_id"), settings.get("pad_token_id")
     ends: list[Any] = named if isinstance(named, list) else [named]

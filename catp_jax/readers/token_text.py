@@ -16,6 +16,20 @@ def stop_machine(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndar
     return machine(strings, token_bytes(tokenizer, size))
 
 
+def spellings(tokenizer: Any, word: str) -> list[list[int]]:
+    """The tokens of a word wherever it may stand: first in a text, after a space, within a word."""
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    found = [tokens(word), tokens(f" {word}")]
+    # a tokenizer that begins every text with a space shows the bare word behind another sign alone
+    sign, behind = tokens(","), tokens(f",{word}")
+    if behind[: len(sign)] == sign:
+        found.append(behind[len(sign) :])
+    return [one for place, one in enumerate(found) if one and one not in found[:place]]
+
+
 def texts_of(tokenizer: Any, answers: Sequence[Sequence[int]], begun: Sequence[str]) -> list[str]:
     """The texts of answers, without special tokens; stripped, but where it goes on from what was
     `begun`, whose space it needs.

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 import catp_jax
 import convert
 from catp_jax import checkpoint
-from catp_jax.plan import find_config
+from catp_jax.families import find_config
 from convert import configs
 from convert.shards import SINGLE
 from tests.command import catp_jax as command

@@ -183,7 +183,11 @@ def without_processor(folder: Path) -> None:
 
 EARLY: dict[str, tuple[Callable[[Path], None], dict[str, str], str]] = {
     "processor": (without_processor, {}, "tokenizer|processor"),
-    "vision mode": (lambda folder: None, {"vision_mode": "hf"}, "are Llama 3.2 Vision's"),
+    "vision mode": (
+        lambda folder: None,
+        {"vision_mode": "hf"},
+        "for Llama 3.2 Vision only",
+    ),
     "kind": (
         lambda folder: edit_config(folder, "", architectures=["Blip2ForImageTextRetrieval"]),
         {},

@@ -7,12 +7,12 @@ import torch
 from tests.parity.tiny import batch, hf_inputs, relative_difference, tiny
 
 
-def tower(ours, inputs):
+def tower(ours, inputs, mode=None):
     flat = [
         jnp.asarray(inputs[key].flatten(0, 1).numpy())
         for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     ]
-    return jax.jit(lambda pixels, ids, mask: ours.vision_model(pixels, ids, mask))(
+    return jax.jit(lambda pixels, ids, mask: ours.vision_model(pixels, ids, mask, mode))(
         flat[0], flat[1].astype(jnp.int32), flat[2].astype(bool)
     )
 
@@ -35,11 +35,6 @@ def test_meta_takes_the_inputs_of_the_intermediate_layers():
             theirs = hf.model.vision_model(**arguments).last_hidden_state.flatten(0, 1)
     finally:
         hook.remove()
-    as_hf = tower(ours, inputs)
-    ours.vision_model.mode = "meta"
-    try:
-        as_meta = tower(ours, inputs)
-    finally:
-        ours.vision_model.mode = "hf"
+    as_hf, as_meta = tower(ours, inputs), tower(ours, inputs, "meta")
     assert relative_difference(as_meta, theirs) < 1e-5
     assert relative_difference(as_hf, theirs) > 1e-2

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -153,9 +154,8 @@ def test_images_in_messages_are_those_beside_them(llama):
     model = replace(llama, fetch=lambda address: fetched.append(address) or BLUE)
     beside = model.prepare([[RED, BLUE], [RED, BLUE]], [chat, chat])
     inside = model.prepare(None, [own, own])
-    for a, b in zip(
-        *([*vars(p.inputs.images).values(), p.inputs.tokens] for p in (beside, inside)), strict=True
-    ):
+    arrays = [jax.tree.leaves(packed.inputs) for packed in (beside, inside)]
+    for a, b in zip(*arrays, strict=True):
         assert (a == b).all()
     assert fetched == ["http://b"]
     with pytest.raises(ValueError, match="prompt 1: image 'http://b' is a web address"):

@@ -11,23 +11,21 @@ from PIL import Image
 from transformers import (
     AutoProcessor,
     Blip2ForConditionalGeneration,
+    GenerationConfig,
     MllamaForConditionalGeneration,
 )
 
 import catp_jax
 from catp_jax.generation.options import Options
-from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
-from catp_jax.readers.generation_config import READ_BY, generation_defaults, sets_defaults
-from catp_jax.readers.mllama import MllamaReader
+from catp_jax.readers.generation_config import KNOWN, generation_defaults, sets_defaults
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, PROMPT = ASSETS / "blue-circle.png", "what color is the shape?"
 LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}  # as in Llama 3.2 Vision's
 
 
-def folder(tmp_path: Path, given: Any, kind: str = "mllama") -> Path:
-    """A folder without weights."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+def folder(tmp_path: Path, given: Any) -> Path:
+    """A folder with nothing but this file."""
     text = given if isinstance(given, str) else f"\ufeff{json.dumps(given)}"  # with its mark
     (tmp_path / "generation_config.json").write_text(text)
     return tmp_path
@@ -35,7 +33,7 @@ def folder(tmp_path: Path, given: Any, kind: str = "mllama") -> Path:
 
 def asked(tmp_path: Path, given: Any) -> dict[str, Any]:
     """What differs from the plain options."""
-    found, _ = generation_defaults(folder(tmp_path, given))
+    found, _ = generation_defaults(folder(tmp_path, given), is_used=True)
     return {name: value for name, value in vars(found).items() if value != getattr(Options(), name)}
 
 
@@ -73,11 +71,11 @@ def test_what_the_file_asks_for_are_defaults(tmp_path: Path, given: Any, expecte
 
 
 def test_one_line_says_what_was_taken(tmp_path: Path):
-    _, said = generation_defaults(folder(tmp_path, LLAMA))
+    _, said = generation_defaults(folder(tmp_path, LLAMA), is_used=True)
     assert said.endswith("temperature=0.6, top_k=50, top_p=0.9; temperature 0 is greedy")
     assert "\n" not in said
-    assert generation_defaults(folder(tmp_path, {"do_sample": False}))[1] == ""
-    _, said = generation_defaults(folder(tmp_path, {"max_length": 4096}))
+    assert generation_defaults(folder(tmp_path, {"do_sample": False}), is_used=True)[1] == ""
+    _, said = generation_defaults(folder(tmp_path, {"max_length": 4096}), is_used=True)
     assert "max_length=4096 is not used, give max_new_tokens" in said
 
 
@@ -99,7 +97,7 @@ def test_one_line_says_what_was_taken(tmp_path: Path):
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, given: Any, named: str):
     with pytest.raises(ValueError, match=r"not implemented; .*--no-generation-config") as refusal:
-        generation_defaults(folder(tmp_path, given))
+        generation_defaults(folder(tmp_path, given), is_used=True)
     assert named in str(refusal.value)
 
 
@@ -114,7 +112,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, given: Any, 
     ],
 )
 def test_what_changes_nothing_passes(tmp_path: Path, given: Any):
-    found, _ = generation_defaults(folder(tmp_path, given))
+    found, _ = generation_defaults(folder(tmp_path, given), is_used=True)
     assert found in (Options(), Options(temperature=1.0))
 
 
@@ -122,7 +120,8 @@ def test_what_changes_nothing_passes(tmp_path: Path, given: Any):
     ("given", "says"),
     [
         ("not json", "is not JSON"),
-        ("[1]", "must hold a JSON object"),
+        ("[1]", "not a JSON object"),
+        ('{"top_k": 1, "top_k": 2}', "the key 'top_k' is there twice"),
         ({"do_sample": True, "temperature": "hot"}, "generation_config.json: "),
         ({"repetition_penalty": -1.0}, "repetition_penalty is above 0"),
         ({"max_new_tokens": "many"}, "max_new_tokens is a whole number, got 'many'"),
@@ -132,22 +131,26 @@ def test_what_changes_nothing_passes(tmp_path: Path, given: Any):
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, given: Any, says: str):
     with pytest.raises(ValueError, match=says):
-        generation_defaults(folder(tmp_path, given))
+        generation_defaults(folder(tmp_path, given), is_used=True)
 
 
 def test_a_study_notices_a_file_that_it_leaves_aside(tmp_path: Path):
-    assert not sets_defaults(folder(tmp_path, {"do_sample": False}))
-    assert sets_defaults(folder(tmp_path, LLAMA))
-    assert sets_defaults(folder(tmp_path, {"penalty_alpha": 0.6}))
+    assert not sets_defaults(folder(tmp_path, {"do_sample": False}), is_used=True)
+    assert sets_defaults(folder(tmp_path, LLAMA), is_used=True)
+    assert sets_defaults(folder(tmp_path, {"penalty_alpha": 0.6}), is_used=True)
 
 
-def test_the_kinds_that_read_the_file_are_those_whose_end_tokens_it_names():
-    readers = {"mllama": MllamaReader, "blip-2": Blip2Reader, "instructblip": InstructBlipReader}
-    assert {kind for kind, reader in readers.items() if reader.has_generation_config} == {*READ_BY}
+def test_every_key_that_transformers_knows_has_its_place(tmp_path: Path):
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known <= KNOWN
+    _, line = generation_defaults(folder(tmp_path, {"my_key": 1, "top_kk": 3}), is_used=True)
+    assert line.endswith("my_key, top_kk: unknown to transformers, not used")
+    with pytest.raises(ValueError, match="forced_bos_token_id=5, which is not implemented"):
+        generation_defaults(folder(tmp_path, {"forced_bos_token_id": 5}), is_used=True)
 
 
 def test_without_a_file_there_is_nothing_to_say(tmp_path: Path):
-    assert generation_defaults(tmp_path) == (Options(), "")
+    assert generation_defaults(tmp_path, is_used=True) == (Options(), "")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,8 @@ def test_answers_without_options_are_transformers(tmp_path: Path, name: str):
 
 def test_the_shipped_models_say_nothing_and_a_file_can_be_left_aside(tmp_path: Path):
     for name in ("mini-blip2-opt", "mini-blip2-t5", "mini-llama-vision"):
-        assert generation_defaults(ASSETS / name) == (Options(), "")
+        model = catp_jax.load(ASSETS / name)
+        assert (model.defaults, model.note) == (Options(), "")
     path = copied(tmp_path, "mini-llama-vision", GIVEN | {"penalty_alpha": 0.6})
     with pytest.raises(ValueError, match=r"penalty_alpha=0.6, which is not implemented"):
         catp_jax.load(path)

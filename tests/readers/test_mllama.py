@@ -54,7 +54,7 @@ def reader(tiles: np.ndarray) -> MllamaReader:
         "num_tiles": [[2]],
     }
     processor = SimpleNamespace(image_processor=lambda images, return_tensors: out)
-    return MllamaReader(CONFIG, processor, "meta")
+    return MllamaReader(CONFIG, processor)
 
 
 def test_tiles_come_together_as_they_were_cut(reader: MllamaReader, picture: np.ndarray):

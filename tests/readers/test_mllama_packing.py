@@ -140,7 +140,7 @@ def test_mode_hf_gives_every_prompt_all_tiles_of_as_many_images_as_the_richest()
     batch = packed(mode="hf")
     assert all(len(tiles) == 12 for tiles in batch.tiles)
     assert batch.available == AVAILABLE  # tiles of padding are nobody's visual tokens
-    assert batch.inputs.mode == "hf"
+    assert batch.inputs.mask_mode == "hf"
     valid = np.asarray(batch.inputs.images.tile_valid)
     assert valid.sum(axis=1).tolist() == [12] * 5
     # but no row sees a tile that is padding
