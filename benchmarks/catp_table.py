@@ -25,10 +25,11 @@ from rich.table import Table
 
 from catp_jax import api
 from catp_jax.demo import spread_out
+from catp_jax.generation.options import Options
 from catp_jax.study import tasks
 from catp_jax.study.journal import Journal
-from catp_jax.study.results import UNPRUNED, Result, Setting
-from catp_jax.study.sweep import Conditions, sweep
+from catp_jax.study.records import UNPRUNED, Conditions, Result, Setting
+from catp_jax.study.sweep import sweep
 
 ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
 MINIS = (ASSETS / "mini-blip2-opt", ASSETS / "mini-blip2-t5")
@@ -151,10 +152,12 @@ def main() -> None:
     examples = spread_out(list(tasks.easy_vqa("test")), arguments.questions)
     conditions = Conditions(
         task="easy-vqa",
-        max_new_tokens=10,
-        num_beams=arguments.beams,
-        length_penalty=0.0,
-        min_new_tokens=1,
+        options=Options(
+            max_new_tokens=10,
+            min_new_tokens=1,
+            num_beams=arguments.beams,
+            length_penalty=1.0 if arguments.beams == 1 else 0.0,
+        ),
     )
     found: dict[str, Any] = {}
     for folder in arguments.model or MINIS:

@@ -5,8 +5,6 @@ before one is loaded.
 """
 
 import contextlib
-import hashlib
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from catp_jax import cli_options as words
 from catp_jax.terminal import say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.study.results import Setting
+    from catp_jax.study.records import Setting
     from catp_jax.study.tasks import Task
 
 RUN = "run"
@@ -126,14 +124,15 @@ def run(
     from catp_jax.sharding.distributed import gathered, is_first
     from catp_jax.sharding.mesh import find_devices
     from catp_jax.study.journal import Journal
-    from catp_jax.study.sweep import Conditions
+    from catp_jax.study.records import Conditions
+    from catp_jax.study.sweep import known_parts
     from catp_jax.study.tasks import check_prompt, spread
 
     budgets = _budgets(keep)
     specs = _methods(methods)
     _check_numbers(batch_size, seed)
     find_devices()
-    Options(
+    options = Options(
         max_new_tokens=max_new_tokens,
         num_beams=beams,
         length_penalty=length_penalty,
@@ -147,7 +146,7 @@ def run(
     name = model.resolve().name
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
-    if len({*gathered(hashlib.sha256(json.dumps(journal.rows).encode()).hexdigest())}) > 1:
+    if len({*gathered(journal.digest)}) > 1:
         raise ValueError(
             f"{out} is not the same on every host, and the study would go on where it was; put it "
             "on a file system that all share, or give a new --out"
@@ -162,20 +161,17 @@ def run(
         task=found.name,
         source=found.source,
         prompt=prompt or found.prompt,
+        left_out=found.left_out,
         batch=batch_size,
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        length_penalty=length_penalty,
-        min_new_tokens=min_new_tokens,
-        early_stopping=early_stopping,
+        options=options,
         seed=seed,
     )
-    journal.check(conditions.header(examples))
+    journal.check(**known_parts(conditions, examples))
 
     from catp_jax import api
     from catp_jax.pruning import make, methods_for
     from catp_jax.readers.generation_config import sets_defaults
-    from catp_jax.study.results import Setting
+    from catp_jax.study.records import Setting
 
     journal.claim()  # now, and not once a model is loaded
     try:
@@ -222,8 +218,8 @@ def _sweep(
     """Runs the sweep under a progress bar and prints its table."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from catp_jax.study.report import table
     from catp_jax.study.sweep import sweep
+    from catp_jax.study.tables import table
 
     seen: dict[int, int] = {}
     for number, example in enumerate(examples):

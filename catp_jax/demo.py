@@ -9,9 +9,10 @@ from rich.console import Console
 
 from catp_jax import api
 from catp_jax.contract import Site
-from catp_jax.study import curves, report, tasks
+from catp_jax.study import curves, tables, tasks
 from catp_jax.study.pictures import Panel, draw_kept
-from catp_jax.study.results import UNPRUNED, Result, Setting
+from catp_jax.study.records import UNPRUNED, Result, Setting
+from catp_jax.study.report import make_folder
 from catp_jax.study.sweep import sweep
 
 EACH = 4  # questions about one image
@@ -38,7 +39,7 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
 
     Raises ValueError if `out` is a file or a model cannot be loaded.
     """
-    report.make_folder(out)
+    make_folder(out)
     folders = folders or minis()
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
@@ -62,12 +63,12 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
                 )
             )
         panels += show(model, examples, pictured, results[name])
-        console.print(report.table(results[name], name))
+        console.print(tables.table(results[name], name))
     curves.draw_accuracy(results, out / "accuracy.png")
     draw_kept(panels, out / "kept.png")
-    every = [result for own in results.values() for result in own]
-    report.write_json_lines(every, out / "results.jsonl")
-    report.write_csv(dict(results), out / "results.csv")
+    every = [result for some in results.values() for result in some]
+    tables.write_json_lines(every, out / "results.jsonl")
+    tables.write_csv(dict(results), out / "results.csv")
     files = ("accuracy.png", "kept.png", "results.jsonl", "results.csv")
     console.print(f"written: {', '.join(str(out / name) for name in files)}")
 
@@ -110,11 +111,11 @@ def show(
         row = []
         for result in results:
             if result.setting.method == UNPRUNED:
-                caption = f"{example.question}\nall: {result.answers[number]}"
+                caption = f"{example.question}\nall: {result.answers[number].text}"
                 row.append(Panel(image=image, kept=None, caption=caption))
             elif result.setting.method in SHOWN:
                 method, keep = result.setting.method, result.setting.keep
-                caption = f"{method}\nkept {keep}: {result.answers[number]}"
+                caption = f"{method}\nkept {keep}: {result.answers[number].text}"
                 row.append(Panel(image=image, kept=result.maps[number], caption=caption))
         rows.append(row)
     return rows

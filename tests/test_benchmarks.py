@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from catp_jax.study.results import Result, Setting
+from catp_jax.study.records import Cost, Result, Setting
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 METHODS = ("l2", "self_attention", "position", "random")
@@ -24,10 +24,6 @@ def table() -> ModuleType:
 
 
 def result(method: str, keep: int, accuracy: float, half: float = 0.02) -> Result:
-    figures = dict.fromkeys(
-        ("prefill_flops", "prefill_ms", "prefill_spread", "token_ms", "token_spread", "pruner")
-    )
-    counts = dict.fromkeys(("questions", "images", "cache_bytes", "seed"), 1)
     return Result(
         setting=Setting(method, keep),
         accuracy=accuracy,
@@ -38,9 +34,12 @@ def result(method: str, keep: int, accuracy: float, half: float = 0.02) -> Resul
         kl=0.0,
         milliseconds=1.0,
         spread=0.0,
+        questions=1,
+        images=1,
+        cost=Cost(cache_bytes=1, prefill_flops=1.0),
+        pruners=(),
+        seed=1,
         versions={},
-        **figures,
-        **counts,
     )
 
 

@@ -77,8 +77,10 @@ def test_a_study_runs_and_reports(tiny):
     assert "catp-jax study report runs/x.jsonl" in done.output
     rows = [json.loads(line) for line in Path("runs/x.jsonl").read_text().splitlines()]
     header = rows[0]
-    assert (header["name"], header["task"], header["batch"]) == ("model", "jsonl", 4)
-    assert header["data"]["file"] == "mine.jsonl"
+    assert (header["name"], header["data"]["questions"]) == ("model", 6)
+    conditions = header["conditions"]
+    assert (conditions["task"], conditions["batch"]) == ("jsonl", 4)
+    assert conditions["source"] == {"file": "mine.jsonl"}
     assert [row["setting"] for row in rows if row["row"] == "result"] == [
         {"method": "unpruned", "keep": None},
         {"method": "position", "keep": 4},
@@ -166,7 +168,7 @@ def test_questions_that_do_not_fit_are_said_and_the_rest_is_asked(tiny):
     assert done.exit_code == 0, done.output
     assert "1 of 2 questions left out" in done.output
     header = json.loads(Path("runs/model-vqav2.jsonl").read_text().partition("\n")[0])
-    assert header["prompt"] == "Question: {question} Short answer:"
+    assert header["conditions"]["prompt"] == "Question: {question} Short answer:"
     assert header["data"]["questions"] == 1
 
 
@@ -219,8 +221,8 @@ def test_another_studys_file_is_refused_before_a_model_is_loaded(tiny, monkeypat
     words = ["--task", "jsonl", "--data", data, "--methods", "l2", "--keep", "2"]
     assert study("model", *words, "--out", "x.jsonl", "--seed", 1).exit_code == 0
     monkeypatch.setattr(api, "load", None)
-    said = refused(study("model", *words, "--out", "x.jsonl", "--beams", 5), "seed: 1 → 42")
-    assert "generation.num_beams: 1 → 5" in said
+    other = study("model", *words, "--out", "x.jsonl", "--beams", 5)
+    refused(other, "conditions.seed: 1 → 42", "conditions.options.num_beams: 1 → 5")
     Path("notes.txt").write_text("mine")
     refused(study("model", *words, "--out", "notes.txt"), "is not a sweep's file")
     assert Path("notes.txt").read_text() == "mine"
@@ -279,8 +281,8 @@ def test_from_the_shell_with_a_trained_model(tmp_path):
     whole, pruned = [row for row in rows if row["row"] == "result"]
     assert whole["accuracy"] >= 0.75
     assert pruned["visual_tokens"] == 16
-    assert pruned["cache_bytes"] < 0.5 * whole["cache_bytes"]
-    assert pruned["prefill_flops"] < whole["prefill_flops"]
+    assert pruned["cost"]["cache_bytes"] < 0.5 * whole["cost"]["cache_bytes"]
+    assert pruned["cost"]["prefill_flops"] < whole["cost"]["prefill_flops"]
     done = catp_jax("report", "x.jsonl", "--out", "report")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "report" / "kept.png") as picture:

@@ -1,6 +1,7 @@
 """Methods by name with their budgets, as the command, a study and `Model.generate` take them.
 
-prune=["catp:layers=first", "fastv"], keep=["50%", 8]
+prune="catp:layers=first,fastv", keep="50%,8"
+prune=["catp:layers=first", "fastv"], keep=["50%", 8]       the same
 """
 
 import numbers
@@ -20,14 +21,12 @@ Named = tuple[tuple[str, int | str], ...]
 
 
 def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | str] | None) -> Named:
-    """Each method with its budget, checked as far as that goes without a model.
+    """Each method with its budget, checked as far as that goes without a model. A text names
+    several, separated by commas.
 
     Raises ValueError if their numbers differ, and for what `make` or `budget.parse` refuse.
     """
-    specs = [] if prune is None else [prune] if isinstance(prune, str) else [*prune]
-    budgets: list[Any] = [keep] if isinstance(keep, str) else []
-    if keep is not None and not budgets:
-        budgets = [*keep] if isinstance(keep, Sequence) else [keep]
+    specs, budgets = listed(prune), listed(keep)
     budgets = [int(some) if isinstance(some, numbers.Integral) else some for some in budgets]
     if len(specs) != len(budgets):
         raise ValueError(
@@ -41,6 +40,15 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
         if some != AUTO:
             budget.parse(some)
     return tuple(zip(specs, budgets, strict=True))
+
+
+def listed(words: Any) -> list[Any]:
+    """Methods, or budgets, as a list: of a text what its commas separate."""
+    if words is None:
+        return []
+    if isinstance(words, str):
+        return [word.strip() for word in words.split(",")]
+    return [*words] if isinstance(words, Sequence) else [words]
 
 
 def limits(methods: Named, available: int) -> list[int]:

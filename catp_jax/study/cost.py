@@ -15,23 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from catp_jax.generation import generate as programs
+from catp_jax.study.records import Cost
 from catp_jax.study.results import median_and_spread
 from catp_jax.targets.products import matrix_flops
 
 ROUNDS = 5  # prefills timed of each setting
 STEPS = 8  # at most, after each
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Bytes and FLOPs of one question, times of its whole batch in ms; None: not measured."""
-
-    cache_bytes: int
-    prefill_flops: float
-    prefill_ms: float | None = None
-    prefill_spread: float | None = None
-    token_ms: float | None = None
-    token_spread: float | None = None
 
 
 def sizes(

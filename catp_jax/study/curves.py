@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax.study.pictures import new_figure
-from catp_jax.study.results import UNPRUNED, Result
+from catp_jax.study.records import UNPRUNED, Result
 
 ONE_LAYER = re.compile(r"catp(?::layers=(\d+|first|last))?")
 SIZE = (6.5, 4.6)  # inches of one model's curves
@@ -56,24 +56,24 @@ def draw_accuracy(
     methods = list(
         dict.fromkeys(
             result.setting.method
-            for own in panels.values()
-            for result in own
+            for panel in panels.values()
+            for result in panel
             if result.setting.method != UNPRUNED
         )
     )
     figure, grid = _figure(len(panels))
-    for axes, (name, own) in zip(grid, panels.items(), strict=True):
-        _draw_unpruned(axes, own)
+    for axes, (name, panel) in zip(grid, panels.items(), strict=True):
+        _draw_unpruned(axes, panel)
         for number, method in enumerate(methods):
-            mine = [result for result in own if result.setting.method == method]
+            mine = [result for result in panel if result.setting.method == method]
             mine.sort(key=lambda result: result.visual_tokens)
             if mine:
                 shift = DODGE ** (number - (len(methods) - 1) / 2)
                 places = [result.visual_tokens * shift for result in mine]
                 _draw_line(axes, places, mine, number, method)
         _log_axis(axes)
-        axes.set_xlabel(f"visual tokens kept{_of_all(own)}")
-        axes.set_title(_title(name, own[0]))
+        axes.set_xlabel(f"visual tokens kept{_of_all(panel)}")
+        axes.set_title(_title(name, panel[0]))
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -86,9 +86,9 @@ def draw_layers(
     `cross_layers` says of each model how many it has, see `layer_of`.
     """
     figure, grid = _figure(len(panels))
-    for axes, (name, own) in zip(grid, panels.items(), strict=True):
-        _draw_unpruned(axes, own)
-        layered = by_layer(own, cross_layers[name])
+    for axes, (name, panel) in zip(grid, panels.items(), strict=True):
+        _draw_unpruned(axes, panel)
+        layered = by_layer(panel, cross_layers[name])
         budgets = sorted({result.visual_tokens for _, result in layered}, reverse=True)
         for number, kept in enumerate(budgets):
             mine = sorted(
@@ -100,7 +100,7 @@ def draw_layers(
             _draw_line(axes, places, [result for _, result in mine], number, f"keep {kept:g}")
         axes.set_xticks(sorted({layer for layer, _ in layered}))
         axes.set_xlabel("cross-attention layer that votes")
-        axes.set_title(_title(name, own[0]))
+        axes.set_title(_title(name, panel[0]))
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -128,7 +128,7 @@ def _draw_line(
     axes.errorbar(
         places,
         values,
-        # a mean of few values may stand a rounding error outside of its own interval
+        # a mean of few values may stand a rounding error outside its interval
         yerr=[
             [max(0.0, 100 * (result.accuracy - result.low)) for result in results],
             [max(0.0, 100 * (result.high - result.accuracy)) for result in results],

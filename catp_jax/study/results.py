@@ -1,83 +1,48 @@
-"""The figures of a study, and the statistics behind them."""
+"""A setting's figures, and the statistics behind them."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-UNPRUNED = "unpruned"
+from catp_jax.study.records import Answer, Result, SettingCost
+
 DRAWS = 2000  # of the bootstrap
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A method and how many visual tokens it keeps, a count or a percentage such as "25%".
+def result_of(
+    cost: SettingCost,
+    answers: Sequence[Answer],
+    unpruned: Sequence[Answer],
+    images: Sequence[int],
+    times: Sequence[float],
+    seed: int,
+    versions: dict[str, str],
+) -> Result:
+    """A setting's figures from its answers and the unpruned model's to the same questions.
 
-    `Setting("unpruned", None)` prunes nothing.
+    `images` says which image each question is about; `times` are those of the batches, if they were
+    measured.
     """
-
-    method: str
-    keep: int | str | None
-
-    def __str__(self) -> str:
-        return self.method if self.keep is None else f"{self.method}, keep {self.keep}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a setting did.
-
-    `visual_tokens`: mean number kept. `accuracy`: mean score, `low` and `high` its bootstrap 95 %
-    interval (see `interval`). `agreement`: share of the questions with the same answer as unpruned.
-    `kl`: mean KL divergence of the first answer token's distribution from the unpruned one, in
-    nats.
-
-    `cache_bytes` (of all beams) and `prefill_flops` are of one question, a share of its batch.
-    Times are medians, their spread half the interquartile range: `milliseconds` of a question,
-    its image, prefill and answer, as a share of its batch; `prefill_ms` and `token_ms` of a whole
-    batch's prefill and of one greedy step after it. None: not measured.
-
-    `answers` and `kept` (numbers of the visual tokens; None: everything) are one per question;
-    `maps` shows where the kept tokens of some questions look, by the question's number.
-    """
-
-    setting: Setting
-    questions: int
-    images: int
-    visual_tokens: float
-    accuracy: float
-    low: float
-    high: float
-    agreement: float
-    kl: float
-    cache_bytes: int
-    prefill_flops: float | None
-    prefill_ms: float | None
-    prefill_spread: float | None
-    token_ms: float | None
-    token_spread: float | None
-    milliseconds: float | None
-    spread: float | None
-    seed: int
-    pruner: dict[str, Any] | None
-    versions: dict[str, str]
-    answers: tuple[str, ...] = ()
-    kept: tuple[tuple[int, ...] | None, ...] = ()
-    maps: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        """Everything that is a figure, for JSON: no answers, indices or maps."""
-        row = dataclasses.asdict(dataclasses.replace(self, answers=(), kept=(), maps={}))
-        return {key: value for key, value in row.items() if key not in ("answers", "kept", "maps")}
-
-    @classmethod
-    def of(cls, figures: dict[str, Any], **rest: Any) -> "Result":
-        """The result that `figures` gives, with `rest` on top."""
-        own = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {key: value for key, value in figures.items() if key in own}
-        values["setting"] = Setting(**figures["setting"])
-        return cls(**(values | rest))
+    low, high = interval([answer.score for answer in answers], images, seed=seed)
+    same = [own.text == other.text for own, other in zip(answers, unpruned, strict=True)]
+    milliseconds, spread = median_and_spread(times) if times else (None, None)
+    return Result(
+        setting=cost.setting,
+        questions=len(answers),
+        images=len({*images}),
+        visual_tokens=float(np.mean([answer.visual_tokens for answer in answers])),
+        accuracy=float(np.mean([answer.score for answer in answers])),
+        low=low,
+        high=high,
+        agreement=float(np.mean(same)),
+        kl=float(np.mean([answer.kl for answer in answers])),
+        milliseconds=milliseconds,
+        spread=spread,
+        cost=cost.cost,
+        pruners=cost.pruners,
+        seed=seed,
+        versions=versions,
+    )
 
 
 def interval(

@@ -2,126 +2,37 @@
 
 Batches are the outer loop: each is read once, answered unpruned and then under every setting, so
 that neither the images nor the logits of a large task have to stay in memory. With a journal on
-disk a sweep can be stopped at any time and goes on from its last line; more methods and budgets can
-be added to it later.
+disk a sweep can be stopped at any time and resumes after its last line; more methods and budgets
+can be added to it later.
 """
 
-import dataclasses
-import enum
 import importlib.metadata
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.contract import Site
-from catp_jax.generation.beam import EarlyStopping
-from catp_jax.pruning import named
-from catp_jax.struct import replace
-from catp_jax.study.cost import Cost, in_parallel, measure, sizes
-from catp_jax.study.journal import Journal, Row
+from catp_jax.study.batches import Answerer, Batches, Encoded
+from catp_jax.study.cost import measure, sizes
+from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import as_png
-from catp_jax.study.results import (
+from catp_jax.study.records import (
+    FORMAT,
     UNPRUNED,
+    Answer,
+    Answers,
+    Conditions,
+    Data,
+    Header,
+    Picture,
     Result,
     Setting,
-    interval,
-    kl_divergence,
-    median_and_spread,
+    SettingCost,
 )
-from catp_jax.study.tasks import QUESTION, Example, Score, digest, exact_match, fill
-
-FORMAT = 1  # of the journal's rows
-
-
-@runtime_checkable
-class Answerer(Protocol):
-    """What a study needs of a loaded model (`catp_jax.api`).
-
-    `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
-    tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
-    all settings have in common. `generate_packed` gives
-    `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose `number`
-    counts visual tokens before pruning.
-    `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
-    it a prompt's kept tokens look, [rows, columns] in 0 … 1.
-    """
-
-    @property
-    def dtype(self) -> Any: ...
-    @property
-    def sites(self) -> frozenset[Site]: ...
-    @property
-    def network(self) -> Any: ...
-    def describe(self) -> dict[str, Any]: ...
-    def prepare(self, images: Any, prompts: Any) -> Any: ...
-    def encode(self, packed: Any) -> Any: ...
-    def generate_packed(
-        self,
-        packed: Any,
-        pruners: Any,
-        *,
-        max_new_tokens: int,
-        num_beams: int,
-        length_penalty: float,
-        min_new_tokens: int,
-        early_stopping: EarlyStopping,
-    ) -> Any: ...
-    def picture(self, source: Any) -> np.ndarray: ...
-    def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """How every question is asked: what must not change within one file.
-
-    `seed` draws the bootstrap and, with a question's number, what random methods keep of it.
-    """
-
-    task: str = "questions"
-    source: dict[str, Any] = dataclasses.field(default_factory=dict)
-    prompt: str = QUESTION
-    batch: int = 64
-    max_new_tokens: int = 4
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    min_new_tokens: int = 0
-    early_stopping: EarlyStopping = "heuristic"
-    seed: int = 0
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The options of `generate_packed`."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "num_beams": self.num_beams,
-            "length_penalty": self.length_penalty,
-            "min_new_tokens": self.min_new_tokens,
-            "early_stopping": self.early_stopping,
-        }
-
-    def header(self, examples: Sequence[Example]) -> Row:
-        """What a journal says of itself, as far as it is known without a model."""
-        return {
-            "format": FORMAT,
-            "task": self.task,
-            "data": {
-                **self.source,
-                "questions": len(examples),
-                "images": len({example.image_id for example in examples}),
-                "digest": digest(examples),
-            },
-            "prompt": self.prompt,
-            "batch": self.batch,
-            "generation": self.generation,
-            "seed": self.seed,
-            "versions": versions(),
-        }
+from catp_jax.study.results import kl_divergence, result_of
+from catp_jax.study.tasks import Example, Score, digest, exact_match
 
 
 def versions() -> dict[str, str]:
@@ -133,6 +44,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def known_parts(conditions: Conditions, examples: Sequence[Example]) -> dict[str, Any]:
+    """What a header says that is known without a model, for `Journal.check`."""
+    images = {example.image_id for example in examples}
+    return {
+        "conditions": conditions,
+        "data": Data(len(examples), len(images), digest(examples)),
+        "versions": versions(),
+    }
 
 
 def sweep(
@@ -154,7 +75,7 @@ def sweep(
     The last batch is filled up with its own first questions, so that every batch has one shape.
     `journal` keeps every step (default: in memory); `name` is the model's in it. `pictured` are
     numbers of examples that pictures are wanted of. `is_timed` asks for times, which takes a
-    prefill and a step of each setting on top. `report` is told what is being done, `progress` how
+    prefill and a step of each setting on top. `report` hears what is being done, `progress` how
     many answers there are and will be.
 
     Raises ValueError if a budget is larger than what there is to keep, a question cannot be asked
@@ -162,311 +83,163 @@ def sweep(
     raised before anything is written.
     """
     if not examples:
-        raise ValueError("a study wants at least one example")
-    conditions = conditions or Conditions()
-    journal = journal or Journal()
-    every = list(dict.fromkeys([Setting(UNPRUNED, None), *settings]))
-    header = {
-        "name": name,
-        **conditions.header(examples),
-        "model": model.describe(),
-        "device": jax.devices()[0].device_kind,
-    }
-    run = _Sweep(model, examples, conditions, every, journal, report, is_timed)
+        raise ValueError("a study requires at least one question")
+    conditions, journal = conditions or Conditions(), journal or Journal()
+    settings = list(dict.fromkeys([Setting(UNPRUNED, None), *settings]))
+    header = Header(
+        format=FORMAT,
+        name=name,
+        **known_parts(conditions, examples),
+        model=model.describe(),
+        device=jax.devices()[0].device_kind,
+    )
+    batches = Batches(model, examples, conditions, is_timed, report)
     try:
-        run.begin(header)
-        yield from run.results(run.answer(score, frozenset(pictured), progress))
+        _begin(journal, header, batches, settings)
+        answered = _answer(journal, batches, settings, score, frozenset(pictured), progress)
+        yield from _results(journal, answered, settings, conditions.seed, examples)
     finally:
         journal.release()
 
 
-class _Sweep:
-    """One sweep's arguments, which all its steps share."""
+def _begin(journal: Journal, header: Header, batches: Batches, settings: list[Setting]) -> None:
+    """Writes the header, once it is known to fit, and what each setting costs on the first
+    batch.
+    """
+    journal.check(**{key: value for key, value in vars(header).items() if key != "name"})
+    journal.claim()
+    known = [
+        one.setting
+        for one in journal.all(SettingCost)
+        if not batches.is_timed or one.cost.prefill_ms is not None
+    ]
+    new = [setting for setting in settings if setting not in known]
+    if not new:
+        return
+    batches.report("reading images")
+    first = batches.encode(0)
+    pruned = {setting: batches.pruners(setting, first) for setting in new}
+    batches.compile(pruned, first)
+    shapes = {
+        "inputs": first.packed.inputs,
+        "batch": len(first.packed.available),
+        "new_slots": batches.conditions.options.max_new_tokens,
+        "num_beams": batches.conditions.options.num_beams,
+    }
+    network = batches.model.network
+    if batches.is_timed:
+        batches.report("compiling, timing")
+        costs = measure(network, list(pruned.values()), **shapes)
+    else:
+        costs = [sizes(network, pruners, **shapes) for pruners in pruned.values()]
+    journal.begin(header)  # now that every setting has run once
+    for setting, cost in zip(new, costs, strict=True):
+        journal.append(SettingCost(setting, batches.as_data(setting, first), cost))
 
-    def __init__(
-        self,
-        model: Answerer,
-        examples: Sequence[Example],
-        conditions: Conditions,
-        every: list[Setting],
-        journal: Journal,
-        report: Callable[[str], None],
-        is_timed: bool,
-    ) -> None:
-        self.model, self.examples, self.conditions = model, examples, conditions
-        self.every, self.journal, self.report = every, journal, report
-        self.is_timed = is_timed
-        starts = range(0, len(examples), conditions.batch)
-        self.batches = [examples[start : start + conditions.batch] for start in starts]
-        self.compiled: set[tuple[Setting, str]] = set()
-        self.encoded: set[str] = set()
 
-    def begin(self, header: Row) -> None:
-        """The header, once it is known to fit, and what each setting costs on the first batch."""
-        self.journal.check({key: header[key] for key in header if key != "name"})
-        self.journal.claim()
-        known = [
-            Setting(**row["setting"])
-            for row in self.journal.find("cost")
-            if not self.is_timed or row["prefill_ms"] is not None
-        ]
-        new = [setting for setting in self.every if setting not in known]
-        self.report("reading images")
-        packed = self.encode(self.prepare(0))[0] if new else None
-        pruned = [self.pruners(setting, packed, 0) for setting in new]
-        if packed is None:
-            return
-        self.compile(0, packed, dict(zip(new, pruned, strict=True)))
-        shapes = {
-            "inputs": packed.inputs,
-            "batch": len(packed.available),
-            "new_slots": self.conditions.max_new_tokens,
-            "num_beams": self.conditions.num_beams,
-        }
-        if self.is_timed:
-            self.report("compiling, timing")
-            costs = measure(self.model.network, pruned, **shapes)
-        else:
-            costs = [sizes(self.model.network, some, **shapes) for some in pruned]
-        self.journal.begin(header)  # now that every setting has run once
-        for setting, cost in zip(new, costs, strict=True):
-            self.journal.append(
-                {
-                    "row": "cost",
-                    "setting": dataclasses.asdict(setting),
-                    "pruner": self.as_data(setting, packed),
-                    **dataclasses.asdict(cost),
-                }
-            )
-
-    def answer(
-        self, score: Score, pictured: frozenset[int], progress: Callable[[int, int], None]
-    ) -> dict[tuple[Setting, int], Row]:
-        """Has every batch answered under every setting; the rows, by setting and batch."""
-        rows = {
-            (Setting(**row["setting"]), row["batch"]): row for row in self.journal.find("answers")
-        }
-        done = sum(len(row["text"]) for (setting, _), row in rows.items() if setting in self.every)
-        total = len(self.every) * len(self.examples)
-        progress(done, total)
-        for number, some in enumerate(self.batches):
-            missing = [setting for setting in self.every if (setting, number) not in rows]
-            if not missing:
+def _answer(
+    journal: Journal,
+    batches: Batches,
+    settings: list[Setting],
+    score: Score,
+    pictured: frozenset[int],
+    progress: Callable[[int, int], None],
+) -> dict[Setting, list[Answers]]:
+    """Has every batch answered under every setting; each setting's answers, batch by batch."""
+    there = {(one.setting, one.batch): one for one in journal.all(Answers)}
+    done = sum(len(one.answers) for one in there.values() if one.setting in settings)
+    total = len(settings) * sum(len(batches.examples(number)) for number in range(len(batches)))
+    progress(done, total)
+    for number in range(len(batches)):
+        missing = [setting for setting in settings if (setting, number) not in there]
+        if not missing:
+            continue
+        batch = batches.encode(number)
+        asked = list(dict.fromkeys([settings[0], *missing]))  # KL needs the unpruned logits
+        pruned = {setting: batches.pruners(setting, batch) for setting in asked}
+        batches.compile(pruned, batch)
+        _draw(journal, batches, batch, pictured)  # before the answers, which end the batch
+        reference = np.empty(0)
+        for setting in asked:
+            batches.report(f"answering: {setting}")
+            out, ms = batches.ask(pruned[setting], batch)
+            if setting == settings[0]:
+                reference = out.logits[: len(batch.examples)]
+            if (setting, number) in there:
                 continue
-            packed, before = self.encode(self.prepare(number))
-            asked = list(dict.fromkeys([self.every[0], *missing]))  # KL wants the unpruned logits
-            pruned = {setting: self.pruners(setting, packed, number) for setting in asked}
-            self.compile(number, packed, pruned)
-            self.pictures(number, pictured)  # before the answers, which say that a batch is done
-            reference = np.empty(0)
-            for setting in asked:
-                self.report(f"answering: {setting}")
-                out, passed = self.clocked(partial(self.ask, pruned[setting], packed, number))
-                logits = out.logits[: len(some)]
-                if setting == self.every[0]:
-                    reference = logits
-                if (setting, number) in rows:
-                    continue
-                kept = None if out.kept is None else out.kept[: len(some)]
-                first = number * self.conditions.batch
-                rows[setting, number] = self.journal.append(
-                    {
-                        "row": "answers",
-                        "setting": dataclasses.asdict(setting),
-                        "batch": number,
-                        "ms": (before + passed) / len(packed.available) if self.is_timed else None,
-                        "ids": [example.id for example in some],
-                        "text": list(out.text[: len(some)]),
-                        "score": [
-                            score(text, example)
-                            for text, example in zip(out.text, some, strict=False)
-                        ],
-                        "kl": kl_divergence(reference, logits).tolist(),
-                        "available": list(packed.available[: len(some)]),
-                        "kept": None
-                        if kept is None
-                        else [np.asarray(own.number).tolist() for own in kept],
-                        "maps": {
-                            first + index: self.kept_map(packed, index, own)
-                            for index, own in enumerate(kept or [])
-                            if first + index in pictured
-                        },
-                    }
-                )
-                done += len(some)
-                progress(done, total)
-        return rows
-
-    def results(self, rows: dict[tuple[Setting, int], Row]) -> Iterator[Result]:
-        """The figures of each setting, from its rows."""
-        written = {Setting(**row["setting"]): row for row in self.journal.find("result")}
-        images = [example.image_id for example in self.examples]
-        unpruned = self.gather(rows, self.every[0])
-        for setting in self.every:
-            mine = [rows[setting, number] for number in range(len(self.batches))]
-            own = self.gather(rows, setting)
-            counts = [
-                available if kept is None else len(kept)
-                for available, kept in zip(own["available"], own["kept"], strict=True)
-            ]
-            if setting not in written:
-                low, high = interval(own["score"], images, seed=self.conditions.seed)
-                cost = self.journal.find("cost", setting=dataclasses.asdict(setting))[-1]
-                same = [a == b for a, b in zip(own["text"], unpruned["text"], strict=True)]
-                times = [row["ms"] for row in mine if row["ms"] is not None]
-                milliseconds, spread = median_and_spread(times) if times else (None, None)
-                result = Result(
-                    setting=setting,
-                    questions=len(self.examples),
-                    images=len(set(images)),
-                    visual_tokens=float(np.mean(counts)),
-                    accuracy=float(np.mean(own["score"])),
-                    low=low,
-                    high=high,
-                    agreement=float(np.mean(same)),
-                    kl=float(np.mean(own["kl"])),
-                    milliseconds=milliseconds,
-                    spread=spread,
-                    seed=self.conditions.seed,
-                    versions=versions(),
-                    pruner=cost["pruner"],
-                    **{field.name: cost[field.name] for field in dataclasses.fields(Cost)},
-                )
-                written[setting] = self.journal.append({"row": "result", **result.figures()})
-            yield Result.of(
-                written[setting],
-                answers=tuple(own["text"]),
-                kept=tuple(None if kept is None else tuple(kept) for kept in own["kept"]),
-                maps={
-                    int(index): np.asarray(grid)
-                    for row in mine
-                    for index, grid in row["maps"].items()
-                },
-            )
-
-    def gather(
-        self, rows: dict[tuple[Setting, int], Row], setting: Setting
-    ) -> dict[str, list[Any]]:
-        """A setting's answers over all batches, a list for each column."""
-        out: dict[str, list[Any]] = {key: [] for key in ("text", "score", "kl", "available")}
-        out["kept"] = []
-        for number in range(len(self.batches)):
-            row = rows[setting, number]
-            for key in out:
-                out[key] += row[key] or [None] * len(row["text"])
-        return out
-
-    def prepare(self, number: int) -> Any:
-        """A batch, filled up to the common size; a lone one keeps its own.
-
-        Raises ValueError, with the id and the image, for a question that cannot be used.
-        """
-        some = list(self.batches[number])
-        filled = (some * self.conditions.batch)[: self.conditions.batch] if number else some
-        images = [example.image for example in filled]
-        prompts = [fill(self.conditions.prompt, example.question) for example in filled]
-        try:
-            return self.model.prepare(images, prompts)
-        except ValueError:
-            for example, prompt in zip(some, prompts, strict=False):
-                try:
-                    self.model.prepare([example.image], [prompt])
-                except ValueError as error:
-                    raise ValueError(
-                        f"question {example.id!r} about {str(example.image)!r}: {error}"
-                    ) from None
-            raise
-
-    def encode(self, packed: Any) -> tuple[Any, float]:
-        """A batch with its images encoded, and the milliseconds that it took."""
-        shapes = str(jax.tree.map(jnp.shape, packed.inputs))
-        if self.is_timed and shapes not in self.encoded:
-            jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
-            self.encoded.add(shapes)
-        return self.clocked(lambda: self.model.encode(packed))
-
-    def clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """What a call gives, and the milliseconds that it took."""
-        started = time.perf_counter()
-        out = call()
-        if self.is_timed:
-            jax.block_until_ready(getattr(out, "encoded", None))
-        return out, 1000 * (time.perf_counter() - started)
-
-    def ask(self, pruners: tuple[Any, ...], packed: Any, number: int) -> Any:
-        """A batch's answers. Raises ValueError, with the questions' ids, if it does not fit."""
-        try:
-            return self.model.generate_packed(packed, pruners, **self.conditions.generation)
-        except ValueError as error:
-            first, last = self.batches[number][0].id, self.batches[number][-1].id
-            raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
-
-    def pruners(self, setting: Setting, packed: Any, batch: int | None) -> tuple[Any, ...]:
-        """The setting's pruner for a batch; one that draws does so anew for each question.
-
-        A count is the same for every prompt, a percentage leaves each prompt its own.
-        """
-        if setting.method == UNPRUNED:
-            return ()
-        methods, most = ((setting.method, setting.keep or ""),), max(packed.available)
-        try:
-            made = named.pruners(methods, packed.available, most, self.model.sites, packed.most)
-        except ValueError as error:
-            raise ValueError(f"{setting.method}: {error}") from None
-        if not made:  # no prompt has an image
-            return ()
-        (pruner,) = made
-        if hasattr(pruner, "seed") and batch is not None:
-            first = pruner.seed + self.conditions.seed + batch * self.conditions.batch
-            rows = np.arange(len(packed.available), dtype=np.uint32)
-            pruner = replace(pruner, seed=jnp.asarray(np.uint32(first) + rows))
-        return (pruner,)
-
-    def as_data(self, setting: Setting, packed: Any) -> dict[str, Any] | None:
-        """The setting's pruner as class and fields."""
-        for pruner in self.pruners(setting, packed, None):
-            values = {
-                field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)
-            }
-            fields = {key: _as_json(value) for key, value in values.items() if key != "limit"}
-            return {"class": type(pruner).__name__, **fields, "keep": setting.keep}
-        return None
-
-    def compile(self, number: int, packed: Any, pruned: dict[Setting, Any]) -> None:
-        """Runs what has not run for this batch's shapes, so that no compiling is timed."""
-        keys = {
-            setting: (setting, str(jax.tree.map(jnp.shape, (packed.inputs, pruners))))
-            for setting, pruners in pruned.items()
-        }
-        new = [setting for setting in pruned if keys[setting] not in self.compiled]
-        if new:
-            self.report(f"compiling {len(new)} programs")
-            ask = partial(self.ask, packed=packed, number=number)
-            in_parallel(ask, [pruned[setting] for setting in new], self.model.network)
-            self.compiled |= {keys[setting] for setting in new}
-
-    def kept_map(self, packed: Any, index: int, kept: Any) -> list[list[float]]:
-        """Where a prompt's kept tokens look, with as many digits as can be seen."""
-        return np.round(np.asarray(self.model.kept_map(packed, index, kept), float), 3).tolist()
-
-    def pictures(self, number: int, pictured: frozenset[int]) -> None:
-        """Writes the pictures of a batch's questions that are wanted and not there yet."""
-        there = {row["number"] for row in self.journal.find("picture")}
-        first = number * self.conditions.batch
-        for index, example in enumerate(self.batches[number], start=first):
-            if index in pictured and index not in there:
-                self.journal.append(
-                    {
-                        "row": "picture",
-                        "number": index,
-                        "question": example.question,
-                        "answers": list(dict.fromkeys(example.accepted)),
-                        "png": as_png(self.model.picture(example.image)),
-                    }
-                )
+            answers = tuple(_answers(batches, batch, out, reference, score, pictured))
+            ms = (batch.ms + ms) / len(batch.packed.available) if batches.is_timed else None
+            there[setting, number] = journal.append(Answers(setting, number, ms, answers))
+            done += len(answers)
+            progress(done, total)
+    return {
+        setting: [there[setting, number] for number in range(len(batches))] for setting in settings
+    }
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.name
-    return np.asarray(value).tolist() if hasattr(value, "shape") else value
+def _answers(
+    batches: Batches,
+    batch: Encoded,
+    out: Any,
+    reference: np.ndarray,
+    score: Score,
+    pictured: frozenset[int],
+) -> Iterator[Answer]:
+    """The answers to a batch's questions, without those that filled it up."""
+    count = len(batch.examples)
+    kl = kl_divergence(reference, out.logits[:count])
+    first = batch.number * batches.conditions.batch
+    for row, (example, text) in enumerate(zip(batch.examples, out.text, strict=False)):
+        kept = None if out.kept is None else out.kept[row]
+        is_drawn = kept is not None and first + row in pictured
+        grid = _rounded(batches.model.kept_map(batch.packed, row, kept)) if is_drawn else None
+        yield Answer(
+            id=example.id,
+            text=text,
+            score=score(text, example),
+            kl=float(kl[row]),
+            available=batch.packed.available[row],
+            kept=None if kept is None else tuple(np.asarray(kept.number).tolist()),
+            map=grid,
+        )
+
+
+def _rounded(grid: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """A map with as many digits as can be seen."""
+    return tuple(map(tuple, np.round(np.asarray(grid, float), 3).tolist()))
+
+
+def _draw(journal: Journal, batches: Batches, batch: Encoded, pictured: frozenset[int]) -> None:
+    """Writes the pictures of a batch's questions that are wanted and not there yet."""
+    there = {picture.number for picture in journal.all(Picture)}
+    first = batch.number * batches.conditions.batch
+    for number, example in enumerate(batch.examples, start=first):
+        if number in pictured and number not in there:
+            answers = tuple(dict.fromkeys(example.accepted))
+            png = as_png(batches.model.picture(example.image))
+            journal.append(Picture(number, example.question, answers, png))
+
+
+def _results(
+    journal: Journal,
+    answered: dict[Setting, list[Answers]],
+    settings: list[Setting],
+    seed: int,
+    examples: Sequence[Example],
+) -> Iterator[Result]:
+    """The figures of each setting, from its answers."""
+    images = [example.image_id for example in examples]
+    written = {result.setting: result for result in journal.all(Result)}
+    costs = {cost.setting: cost for cost in journal.all(SettingCost)}
+    unpruned = _joined(answered[settings[0]])
+    for setting, batches in answered.items():
+        answers = _joined(batches)
+        if setting not in written:
+            times = [batch.ms for batch in batches if batch.ms is not None]
+            result = result_of(costs[setting], answers, unpruned, images, times, seed, versions())
+            written[setting] = journal.append(result)
+        yield written[setting].with_answers(answers)
+
+
+def _joined(batches: Sequence[Answers]) -> tuple[Answer, ...]:
+    return tuple(answer for batch in batches for answer in batch.answers)

@@ -55,7 +55,7 @@ class Task:
     """Questions and how answers to them are scored.
 
     `prompt` turns a question into what the model is asked. `source` says where the questions come
-    from, for the record; `problems` what was left out of them, in words.
+    from, for the record; `left_out` how many cannot be used, by the reason, and `problems` which.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Task:
     score: Score
     prompt: str
     source: dict[str, Any]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 

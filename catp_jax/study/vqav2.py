@@ -32,7 +32,7 @@ def vqav2_task(
     """A random `fraction` of VQAv2's questions, the same ones for the same seed.
 
     What doesn't fit (an image or an annotation that is missing or damaged, an entry of the wrong
-    form) is left out and counted in `problems` and in `source`.
+    form) is left out and counted in `left_out`.
 
     Raises ValueError if the files are not of the official form or of different splits, if ids
     stand twice, or if nothing is left.
@@ -83,8 +83,8 @@ def vqav2_task(
             "fraction": fraction,
             "seed": seed,
             "drawn": len(chosen),
-            "left_out": {kind: len(own) for kind, own in faults.items()},
         },
+        left_out={kind: len(which) for kind, which in faults.items()},
         problems=tuple(problems),
     )
 

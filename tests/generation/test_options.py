@@ -69,6 +69,19 @@ def test_counts_may_be_numpys():
     assert limits(named("fastv", 8), 0) == [0]
 
 
+def test_a_text_names_several_methods_and_budgets_separated_by_commas():
+    assert named("l2, fastv:layer=3", "50%,3") == (("l2", "50%"), ("fastv:layer=3", "3"))
+    assert named("trimmed_llama:k_ratio=0.5", "auto") == (("trimmed_llama:k_ratio=0.5", "auto"),)
+    with pytest.raises(ValueError, match="got 2 methods and 1 budgets"):
+        named("l2,fastv", "50%")
+    with pytest.raises(ValueError, match="got 1 methods and 2 budgets"):
+        named("l2", "50%,8")
+    with pytest.raises(ValueError, match="unknown pruning method ''"):
+        named("l2,", "50%,8")
+    with pytest.raises(ValueError, match="got ''"):
+        named("l2,fastv", "50%,")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 import catp_jax
+from catp_jax.generation.options import Options
 from catp_jax.pruning import CATP, TrimmedLlama
 from catp_jax.sharding.distributed import gathered, is_first, start
 from catp_jax.study.journal import Journal
-from catp_jax.study.results import Setting
-from catp_jax.study.sweep import Conditions, sweep
+from catp_jax.study.records import Conditions, Setting
+from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import easy_vqa
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
@@ -44,13 +45,13 @@ def answer(converted: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
             llama,
             list(easy_vqa("test", limit=6)),  # about one image, as above, and as many at a time
             [Setting("trimmed_llama", 64)],
-            Conditions(batch=3, max_new_tokens=3, num_beams=3),
+            Conditions(batch=3, options=Options(max_new_tokens=3, num_beams=3)),
             journal=Journal(journal, is_written=is_first()),
             pictured=[1],
         )
     )
     found["map"] = np.asarray(results[1].maps[1]).tolist()
-    found["study"] = [result.answers for result in results]
+    found["study"] = [[answer.text for answer in result.answers] for result in results]
     return found
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from catp_jax.contract import Site, View
 from catp_jax.generation import generate as programs
+from catp_jax.generation.options import Options
 from catp_jax.struct import pytree
+from catp_jax.study.records import Answers, Cost, Result, SettingCost
 from catp_jax.study.tasks import Example
 
 WORDS = ("yes", "no", "red", "2")
@@ -106,7 +108,7 @@ class Tiny:
     def describe(self):
         return {"kind": self.kind, "visual_tokens": TOKENS}
 
-    def prepare(self, images, prompts):
+    def prepare(self, images, prompts, begun):
         tokens = [
             visual_tokens(image, prompt) for image, prompt in zip(images, prompts, strict=True)
         ]
@@ -127,13 +129,9 @@ class Tiny:
         self,
         packed,
         pruners,
-        *,
-        max_new_tokens,
-        num_beams,
-        length_penalty,
-        min_new_tokens,
-        early_stopping,
+        **options,
     ):
+        max_new_tokens = Options(**options).max_new_tokens
         if max_new_tokens > POSITIONS:
             raise ValueError(f"{max_new_tokens} new tokens do not fit")
         self.batches.append((packed.prompts, tuple(pruners)))
@@ -164,24 +162,22 @@ class Tiny:
         return grid.reshape(2, 4)
 
 
-def without_times(rows):
-    """Rows as they would be on any day."""
-    times = ("ms", "prefill_ms", "prefill_spread", "token_ms", "token_spread")
-    times += ("milliseconds", "spread")
-    return [{key: value for key, value in row.items() if key not in times} for row in rows]
+def without_times(records):
+    """Records of a study as they would be on any day."""
+    return [_timeless(record) for record in records]
 
 
-def results_without_times(results):
-    return [
-        dataclasses.replace(
-            result,
-            prefill_ms=None,
-            prefill_spread=None,
-            token_ms=None,
-            token_spread=None,
-            milliseconds=0.0,
-            spread=0.0,
-            maps={},
-        )
-        for result in results
-    ]
+def _timeless(record):
+    match record:
+        case Answers():
+            return dataclasses.replace(record, ms=None)
+        case SettingCost():
+            return dataclasses.replace(record, cost=_untimed(record.cost))
+        case Result():
+            plain = {"milliseconds": None, "spread": None, "cost": _untimed(record.cost)}
+            return dataclasses.replace(record, **plain)
+    return record
+
+
+def _untimed(cost):
+    return Cost(cache_bytes=cost.cache_bytes, prefill_flops=cost.prefill_flops)

@@ -13,18 +13,17 @@ from rich.console import Console
 
 from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
 from catp_jax.study.journal import Journal
+from catp_jax.study.plain import from_plain
+from catp_jax.study.records import Conditions, Result, Setting
 from catp_jax.study.report import (
     make_folder,
     markdown,
-    markdown_table,
     panels,
     read_study,
-    table,
-    write_json_lines,
     write_report,
 )
-from catp_jax.study.results import Result, Setting
-from catp_jax.study.sweep import Conditions, sweep
+from catp_jax.study.sweep import sweep
+from catp_jax.study.tables import markdown_table, table, write_json_lines
 from tests.study.answerer import Tiny, examples
 
 SETTINGS = [Setting("position", 4), Setting("position", "25%"), Setting("l2", 2)]
@@ -68,7 +67,7 @@ def test_a_study_is_read_as_it_was_run(finished):
     study = read_study(path)
     assert [r.figures() for r in study.results] == [r.figures() for r in results]
     assert [r.answers for r in study.results] == [r.answers for r in results]
-    assert study.name == "mini"
+    assert study.header.name == "mini"
     assert study.unfinished == ()
     assert len(study.pictures) == 2
 
@@ -94,17 +93,17 @@ def test_a_report_has_a_table_a_csv_curves_and_pictures(finished, tmp_path):
         ]
         assert f"{result.accuracy:.1%} [{100 * result.low:.1f}, {100 * result.high:.1f}]" in line
         assert f"| {result.kl:.3f} |" in line
-        assert f"| {result.cache_bytes:,} |" in line
+        assert f"| {result.cost.cache_bytes:,} |" in line
     for picture in ("accuracy.png", "kept.png"):
         assert f"]({picture})" in text
 
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == [r.accuracy for r in results]
-    assert [float(row["prefill_flops"]) for row in rows] == [r.prefill_flops for r in results]
+    assert [float(row["prefill_flops"]) for row in rows] == [r.cost.prefill_flops for r in results]
     assert [row["keep"] for row in rows] == ["", "4", "25%", "2"]
     assert {row["model"] for row in rows} == {"mini"}
-    assert json.loads(rows[1]["pruner"])["class"] == "Position"
+    assert json.loads(rows[1]["pruners"])[0]["class"] == "Position"
 
 
 def test_panels_show_the_whole_image_and_what_one_method_kept(finished):
@@ -117,21 +116,19 @@ def test_panels_show_the_whole_image_and_what_one_method_kept(finished):
     assert whole.kept is None
     assert whole.image.shape == (20, 24, 3)
     assert (kept.kept.sum(), few.kept.sum()) == (4, 2)
-    assert f"all: {study.results[0].answers[0]}" in whole.caption
+    assert f"all: {study.results[0].answers[0].text}" in whole.caption
 
 
 def test_catp_is_the_one_that_is_shown(finished):
     study = read_study(finished[0])
     results = [renamed(r, {"l2": "catp"}) for r in study.results]
-    rows = panels(type(study)(study.name, study.header, tuple(results), study.pictures, ()))
+    rows = panels(dataclasses.replace(study, results=tuple(results)))
     assert [p.caption.split("\n")[0] for p in rows[0]] == ["question 0?", "catp, keep 2:"]
 
 
 def renamed(result, names):
     method = names.get(result.setting.method, result.setting.method)
-    figures = result.figures()
-    figures["setting"] = {"method": method, "keep": result.setting.keep}
-    return Result.of(figures, answers=result.answers, maps=result.maps)
+    return dataclasses.replace(result, setting=Setting(method, result.setting.keep))
 
 
 def test_several_files_are_several_models(finished, tmp_path):
@@ -183,7 +180,7 @@ def test_the_layer_figure_is_drawn_where_there_are_single_layers(finished, tmp_p
 def with_methods(study, names, cross_layers=None):
     """The study, as if these methods had been run in a model with so many cross layers."""
     results = tuple(renamed(result, names) for result in study.results)
-    header = {**study.header, "model": {"cross_layers": cross_layers}}
+    header = dataclasses.replace(study.header, model={"cross_layers": cross_layers})
     return dataclasses.replace(study, header=header, results=results)
 
 
@@ -201,16 +198,20 @@ def test_without_two_layers_the_report_says_which_methods_would_do(finished):
     study = with_methods(read_study(finished[0]), names, cross_layers=6)
     text = markdown({"mini": study}, {})
     assert "Not drawn" in text
-    assert "catp:layers=first,catp:layers=last" in text
+    assert "--prune catp:layers=first --prune catp:layers=last" in text
     assert "](layers.png)" not in text
     assert "Not drawn" not in markdown({"mini": read_study(finished[0])}, {})
 
 
 def test_what_was_left_out_stands_in_the_conditions(finished):
     study = read_study(finished[0])
-    data = {**study.header["data"], "drawn": 9, "left_out": {"without an annotation": 2}}
-    text = markdown({"mini": dataclasses.replace(study, header={**study.header, "data": data})}, {})
-    assert "Of 9 questions drawn 2 left out: 2 without an annotation." in text
+    conditions = dataclasses.replace(
+        study.header.conditions, source={"drawn": 9}, left_out={"without an annotation": 2}
+    )
+    header = dataclasses.replace(study.header, conditions=conditions)
+    text = markdown({"mini": dataclasses.replace(study, header=header)}, {})
+    assert "(drawn 9)" in text
+    assert "Left out, without an annotation: 2." in text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,8 @@ def test_the_terminal_shows_the_same_cells(finished):
 
 
 def test_a_narrow_terminal_gets_the_main_columns_whole(finished):
-    wide = {"cache_bytes": 12_178_470, "milliseconds": 1234.5, "accuracy": 1.0, "high": 1.0}
+    cost = dataclasses.replace(finished[1][0].cost, cache_bytes=12_178_470)
+    wide = {"cost": cost, "milliseconds": 1234.5, "accuracy": 1.0, "high": 1.0}
     results = [
         dataclasses.replace(renamed(r, {"position": "catp:image_weights"}), **wide)
         for r in finished[1]
@@ -296,7 +298,7 @@ def test_columns_without_a_figure_are_left_out(finished):
 def test_json_lines_have_the_figures_alone(finished, tmp_path):
     write_json_lines(finished[1], tmp_path / "x.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    assert [Result.of(row).figures() for row in rows] == [r.figures() for r in finished[1]]
+    assert [from_plain(Result, row).figures() for row in rows] == [r.figures() for r in finished[1]]
     assert "answers" not in rows[0]
 
 

@@ -1,18 +1,11 @@
 """The statistics behind a study's figures, against slow oracles and cases worked by hand."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 
-from catp_jax.study.results import (
-    Result,
-    Setting,
-    interval,
-    kl_divergence,
-    median_and_spread,
-)
+from catp_jax.study.results import interval, kl_divergence, median_and_spread
 
 
 def exact_interval(groups):
@@ -75,32 +68,3 @@ def test_divergence_of_far_apart_logits_is_finite():
 
 def test_spread_is_half_the_interquartile_range():
     assert median_and_spread([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 1.0)
-
-
-def test_a_result_comes_back_from_json_without_its_answers():
-    result = Result(
-        setting=Setting("catp:layers=first", "25%"),
-        questions=2,
-        images=1,
-        visual_tokens=8.0,
-        accuracy=0.5,
-        low=0.25,
-        high=0.75,
-        agreement=1.0,
-        kl=0.1,
-        cache_bytes=100,
-        prefill_flops=None,
-        prefill_ms=1.0,
-        prefill_spread=0.1,
-        token_ms=0.5,
-        token_spread=0.1,
-        milliseconds=2.0,
-        spread=0.2,
-        seed=1,
-        pruner={"class": "CATP"},
-        versions={"jax": "1"},
-    )
-    whole = Result.of(result.figures(), answers=("yes", "no"), kept=((1,), (2,)))
-    assert Result.of(json.loads(json.dumps(whole.figures()))) == result
-    assert whole.answers == ("yes", "no")
-    assert str(result.setting) == "catp:layers=first, keep 25%"

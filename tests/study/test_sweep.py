@@ -7,23 +7,24 @@ import math
 import numpy as np
 import pytest
 
+from catp_jax.generation.options import Options
 from catp_jax.pruning import Random
+from catp_jax.study.batches import Answerer
 from catp_jax.study.journal import Journal
-from catp_jax.study.results import UNPRUNED, Setting
-from catp_jax.study.sweep import Answerer, Conditions, sweep
+from catp_jax.study.records import UNPRUNED, Answers, Conditions, Picture, Setting, SettingCost
+from catp_jax.study.sweep import sweep
 from tests.study.answerer import (
     POSITIONS,
     TOKENS,
     WORDS,
     Tiny,
     examples,
-    results_without_times,
     visual_tokens,
     without_times,
 )
 
 SETTINGS = [Setting("position", 4), Setting("l2", "25%"), Setting("random", 2)]
-CONDITIONS = Conditions(batch=3, seed=5, max_new_tokens=2)
+CONDITIONS = Conditions(batch=3, seed=5, options=Options(max_new_tokens=2))
 QUESTIONS = examples(8)
 
 
@@ -38,6 +39,11 @@ def run(path=None, settings=SETTINGS, conditions=CONDITIONS, questions=QUESTIONS
 
 def softmax(logits):
     return [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits]
+
+
+def with_options(**options):
+    changed = dataclasses.replace(CONDITIONS.options, **options)
+    return dataclasses.replace(CONDITIONS, options=changed)
 
 
 def oracle(chosen):
@@ -78,19 +84,20 @@ def test_figures_are_those_of_the_questions_asked():
     chosen = [
         (first, [range(4)] * 8),
         (longest, [sorted(np.argsort(-norm)[:2].tolist()) for norm in norms]),
-        (drawn, drawn.kept),
+        (drawn, [answer.kept for answer in drawn.answers]),
     ]
     assert whole.setting == Setting(UNPRUNED, None)
-    assert whole.answers == tuple(everything)
+    assert [answer.text for answer in whole.answers] == everything
     assert (whole.agreement, whole.kl, whole.visual_tokens) == (1.0, 0.0, 8.0)
-    assert whole.kept == (None,) * 8
+    assert [answer.kept for answer in whole.answers] == [None] * 8
     assert whole.accuracy == 6 / 8  # two questions have an answer that cannot be given
     for result, kept in chosen:
         texts, shares = oracle(kept)
-        assert result.answers == tuple(texts)
-        assert [tuple(own) for own in result.kept] == [tuple(own) for own in kept]
+        assert [answer.text for answer in result.answers] == texts
+        assert [answer.kept for answer in result.answers] == [tuple(own) for own in kept]
         right = [text == e.answer for text, e in zip(texts, QUESTIONS, strict=True)]
         assert result.accuracy == pytest.approx(np.mean(right))
+        assert [answer.score for answer in result.answers] == [float(one) for one in right]
         same = [a == b for a, b in zip(texts, everything, strict=True)]
         assert result.agreement == pytest.approx(np.mean(same))
         kl = [
@@ -105,26 +112,25 @@ def test_figures_are_those_of_the_questions_asked():
 def test_costs_are_of_one_question():
     whole, first, longest, _ = run(is_timed=True)
     # four numbers of four bytes a slot, two slots for new tokens, and a count
-    assert [r.cache_bytes for r in (whole, first, longest)] == [
+    assert [r.cost.cache_bytes for r in (whole, first, longest)] == [
         4 * 4 * (kept + 2) + 4 for kept in (8, 4, 2)
     ]
     for result in (whole, first):
-        assert result.prefill_flops > 0
-        assert min(result.prefill_ms, result.token_ms, result.milliseconds) > 0
-    assert first.pruner == {"class": "Position", "site": "ENTRY", "keep": 4}
-    assert whole.pruner is None
+        assert result.cost.prefill_flops > 0
+        assert min(result.cost.prefill_ms, result.cost.token_ms, result.milliseconds) > 0
+    assert first.pruners == ({"class": "Position", "site": "ENTRY", "keep": 4},)
+    assert whole.pruners == ()
     assert {"jax", "python", "catp-jax"} <= set(first.versions)
 
 
 def test_beams_share_the_cache_of_their_prompt():
-    one, many = (
-        run(settings=[], conditions=dataclasses.replace(CONDITIONS, num_beams=n)) for n in (1, 5)
-    )
-    assert many[0].cache_bytes == one[0].cache_bytes + 4 * 4  # a count of its own for each beam
+    one, many = (run(settings=[], conditions=with_options(num_beams=n)) for n in (1, 5))
+    # each beam has a count of its own
+    assert many[0].cost.cache_bytes == one[0].cost.cache_bytes + 4 * 4
 
 
 def test_generation_that_does_not_fit_leaves_no_file(tmp_path):
-    conditions = dataclasses.replace(CONDITIONS, max_new_tokens=POSITIONS + 1)
+    conditions = with_options(max_new_tokens=POSITIONS + 1)
     with pytest.raises(ValueError, match="questions 'id-0' to 'id-2': 51 new tokens do not fit"):
         run(tmp_path / "x.jsonl", conditions=conditions)
     assert not (tmp_path / "x.jsonl").exists()
@@ -132,10 +138,10 @@ def test_generation_that_does_not_fit_leaves_no_file(tmp_path):
 
 def test_a_question_that_cannot_be_used_is_named_with_its_image():
     class Picky(Tiny):
-        def prepare(self, images, prompts):
+        def prepare(self, images, prompts, begun):
             if "question 4?" in prompts:
                 raise ValueError("prompt 1: cut off")
-            return super().prepare(images, prompts)
+            return super().prepare(images, prompts, begun)
 
     with pytest.raises(ValueError, match=r"question 'id-4' about 'image-2.png': .*cut off"):
         run(model=Picky())
@@ -143,18 +149,17 @@ def test_a_question_that_cannot_be_used_is_named_with_its_image():
 
 def test_nothing_is_timed_unless_it_is_asked_for():
     whole, *_ = run()
-    assert whole.cache_bytes == 4 * 4 * 10 + 4
-    assert whole.prefill_flops > 0
-    assert (whole.prefill_ms, whole.token_ms, whole.milliseconds) == (None, None, None)
+    assert whole.cost.cache_bytes == 4 * 4 * 10 + 4
+    assert whole.cost.prefill_flops > 0
+    assert (whole.cost.prefill_ms, whole.cost.token_ms, whole.milliseconds) == (None, None, None)
 
 
 def test_times_can_be_asked_for_later(tmp_path):
     run(tmp_path / "x.jsonl", settings=SETTINGS[:1])
     later = run(tmp_path / "x.jsonl", settings=SETTINGS[:2], is_timed=True)
-    assert all(result.token_ms > 0 for result in later[2:])
-    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    costs = [row["prefill_ms"] is not None for row in rows if row["row"] == "cost"]
-    assert costs == [False, False, True, True, True]
+    assert all(result.cost.token_ms > 0 for result in later[2:])
+    costs = Journal(tmp_path / "x.jsonl").all(SettingCost)
+    assert [one.cost.prefill_ms is not None for one in costs] == [False, False, True, True, True]
 
 
 def test_images_are_encoded_once_a_batch_whatever_the_settings():
@@ -187,14 +192,14 @@ def test_random_methods_draw_anew_for_each_question_and_seed():
     seeds = [pruners[0].seed.tolist() for _, pruners in model.batches if pruners]
     # the first once more, before it is timed; the last batch is filled up
     assert seeds == [[105, 106, 107], [105, 106, 107], [108, 109, 110], [111, 112, 113]]
-    assert len({tuple(kept) for kept in drawn.kept[:3]}) > 1  # of one batch
+    assert len({answer.kept for answer in drawn.answers[:3]}) > 1  # of one batch
     assert all(isinstance(p[0], Random) for _, p in model.batches if p)
 
 
 def test_every_shape_runs_once_before_it_is_timed():
     class TwoShapes(Tiny):
-        def prepare(self, images, prompts):
-            packed = super().prepare(images, prompts)
+        def prepare(self, images, prompts, begun):
+            packed = super().prepare(images, prompts, begun)
             if "question 6?" in prompts:
                 packed.inputs = packed.inputs[:, :6]
                 packed.available = (6,) * len(prompts)
@@ -214,8 +219,8 @@ def test_maps_and_pictures_are_of_the_questions_wanted(tmp_path):
     assert whole.maps == {}
     assert set(first.maps) == {0, 4}
     np.testing.assert_array_equal(first.maps[4], [[1, 1, 1, 1], [0, 0, 0, 0]])
-    pictures = Journal(tmp_path / "x.jsonl").find("picture")
-    assert [(row["number"], row["question"]) for row in pictures] == [
+    pictures = Journal(tmp_path / "x.jsonl").all(Picture)
+    assert [(picture.number, picture.question) for picture in pictures] == [
         (0, "question 0?"),
         (4, "question 4?"),
     ]
@@ -233,14 +238,14 @@ def test_a_sweep_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path):
     path = tmp_path / "sweep.jsonl"
     results = run(path)
     whole = path.read_bytes()
-    rows = without_times(Journal(path).rows)
+    records = without_times(Journal(path).records)
     lines = whole.splitlines(keepends=True)
     ends = np.cumsum([len(line) for line in lines])
     for number, end in enumerate(ends):
         path.write_bytes(whole[: end - len(lines[number]) // 2])  # in the middle of a line
         again = run(path)
-        assert without_times(Journal(path).rows) == rows
-        assert results_without_times(again) == results_without_times(results)
+        assert without_times(Journal(path).records) == records
+        assert without_times(again) == without_times(results)
         assert path.read_bytes().startswith(whole[: end - len(lines[number])])
 
 
@@ -266,7 +271,7 @@ def test_a_kill_costs_at_most_one_batch_under_one_setting(tmp_path):
     path = tmp_path / "x.jsonl"
     with pytest.raises(Killed):
         run(path, model=Mortal())
-    assert len(Journal(path).find("answers")) == 5  # nine calls, four to warm up
+    assert len(Journal(path).all(Answers)) == 5  # nine calls, four to warm up
     model = Tiny()
     run(path, model=model)
     # warming up and answering what batch 1 lacks and, for its logits, unpruned; then batch 2
@@ -281,7 +286,7 @@ def test_methods_and_budgets_can_be_added(tmp_path):
     added = run(path, settings=[Setting("position", 2), *SETTINGS], model=model)
     assert path.read_bytes().startswith(before)
     fresh = run(settings=[Setting("position", 2), *SETTINGS])
-    assert results_without_times(added) == results_without_times(fresh)
+    assert without_times(added) == without_times(fresh)
     asked = {type(p[0]).__name__ + str(p[0].keep) for _, p in model.batches if p}
     assert asked == {"Position2", "L2Norm2", "Random2"}
 
@@ -293,15 +298,15 @@ def test_settings_named_twice_are_answered_once():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"conditions": dataclasses.replace(CONDITIONS, batch=4)}, "batch: 3 → 4"),
-        ({"conditions": dataclasses.replace(CONDITIONS, seed=6)}, "seed: 5 → 6"),
+        ({"conditions": dataclasses.replace(CONDITIONS, batch=4)}, "conditions.batch: 3 → 4"),
+        ({"conditions": dataclasses.replace(CONDITIONS, seed=6)}, "conditions.seed: 5 → 6"),
         (
-            {"conditions": dataclasses.replace(CONDITIONS, num_beams=5)},
-            "generation.num_beams: 1 → 5",
+            {"conditions": with_options(num_beams=5)},
+            "conditions.options.num_beams: 1 → 5",
         ),
         (
             {"conditions": dataclasses.replace(CONDITIONS, prompt="Q: {question}")},
-            'prompt: "{question}" → "Q: {question}"',
+            'conditions.prompt: "{question}" → "Q: {question}"',
         ),
         ({"questions": QUESTIONS[:7]}, "data.questions: 8 → 7"),
         ({"questions": QUESTIONS[::-1]}, "data.digest"),
@@ -326,7 +331,7 @@ def test_a_budget_past_what_there_is_is_refused_before_anything_is_written(tmp_p
 
 
 def test_no_examples_are_refused():
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="at least one question"):
         run(questions=[])
 
 
@@ -336,5 +341,44 @@ def test_the_file_is_json_lines_with_the_figures(tmp_path):
     assert rows[0]["row"] == "header"
     figures = [row for row in rows if row["row"] == "result"]
     assert [row["accuracy"] for row in figures] == [r.accuracy for r in results]
-    kept = [row["kept"] for row in rows if row["row"] == "answers"]
+    kept = [[one["kept"] for one in row["answers"]] for row in rows if row["row"] == "answers"]
     assert kept[1] == [[0, 1, 2, 3]] * 3
+
+
+def test_methods_that_follow_each_other_each_keep_their_budget():
+    both = run(settings=[Setting("l2,position", "50%,2")])[1]
+    for example, answer in zip(QUESTIONS, both.answers, strict=True):
+        norms = np.linalg.norm(visual_tokens(example.image, example.question), axis=1)
+        assert answer.kept == tuple(sorted(np.argsort(-norms)[:4].tolist())[:2])
+    assert [pruner["class"] for pruner in both.pruners] == ["L2Norm", "Position"]
+    assert [pruner["keep"] for pruner in both.pruners] == ["50%", "2"]
+
+
+def test_answers_are_drawn_with_the_seed_and_the_questions_number():
+    class Seeded(Tiny):
+        seeds = ()
+
+        def generate_packed(self, packed, pruners, **options):
+            self.seeds += (options["seed"],)
+            return super().generate_packed(packed, pruners, **options)
+
+    model = Seeded()
+    run(model=model, settings=[], conditions=with_options(temperature=0.5), pictured=())
+    assert model.seeds[-3:] == ([5, 6, 7], [8, 9, 10], [11, 12, 13])
+
+
+def test_prompts_may_be_chats_and_answers_begun():
+    class Chats(Tiny):
+        def prepare(self, images, prompts, begun):
+            assert begun == ["It is"] * len(prompts)
+            texts = []
+            for (message,) in prompts:
+                image, text = message["content"]
+                assert (message["role"], image) == ("user", {"type": "image"})
+                texts.append(text["text"])
+            return super().prepare(images, texts, begun)
+
+    conditions = dataclasses.replace(CONDITIONS, is_chat=True, begun="It is")
+    assert [r.accuracy for r in run(model=Chats(), conditions=conditions)] == [
+        r.accuracy for r in run()
+    ]

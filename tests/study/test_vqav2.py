@@ -103,7 +103,7 @@ def test_missing_and_broken_images_are_counted_and_left_out(files):
     task = files.task()
     assert [e.id for e in task.examples] == [str(n) for n in range(16, 20)]
     kind = "without an image that can be read"
-    assert (task.source["drawn"], task.source["left_out"]) == (10, {kind: 6})
+    assert (task.source["drawn"], task.left_out) == (10, {kind: 6})
     (problem,) = task.problems
     assert problem.startswith("6 of 10 questions left out, without an image that can be read")
     assert "COCO_val2014_000000000100.jpg' is not there" in problem

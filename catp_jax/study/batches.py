@@ -1,0 +1,209 @@
+"""The batches of a study's questions, and the model that answers them under a setting."""
+
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.contract import Site
+from catp_jax.pruning import named
+from catp_jax.struct import replace
+from catp_jax.study.cost import in_parallel
+from catp_jax.study.records import UNPRUNED, Conditions, Setting
+from catp_jax.study.tasks import Example
+
+Pruners = tuple[Any, ...]
+
+
+@runtime_checkable
+class Answerer(Protocol):
+    """What a study needs of a loaded model (`catp_jax.api`).
+
+    `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
+    tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
+    all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
+    and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
+    `number` counts visual tokens before pruning.
+    `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
+    it a prompt's kept tokens look, [rows, columns] in 0 … 1.
+    """
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def sites(self) -> frozenset[Site]: ...
+    @property
+    def network(self) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
+    def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
+    def encode(self, packed: Any) -> Any: ...
+    def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
+    def picture(self, source: Any) -> np.ndarray: ...
+    def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A batch whose images are encoded: its number, what it was made of, the model's inputs, and
+    the milliseconds that encoding took.
+    """
+
+    number: int
+    examples: Sequence[Example]
+    packed: Any
+    ms: float
+
+
+class Batches:
+    """The questions, cut into batches, and the model that answers them.
+
+    It remembers for which shapes programs have been compiled, so that no compiling is timed.
+    """
+
+    def __init__(
+        self,
+        model: Answerer,
+        examples: Sequence[Example],
+        conditions: Conditions,
+        is_timed: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.model, self.conditions = model, conditions
+        self.is_timed, self.report = is_timed, report
+        starts = range(0, len(examples), conditions.batch)
+        self._examples = [examples[start : start + conditions.batch] for start in starts]
+        self._compiled: set[tuple[Setting, str]] = set()
+        self._encoded: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def examples(self, number: int) -> Sequence[Example]:
+        """The questions of a batch."""
+        return self._examples[number]
+
+    def encode(self, number: int) -> Encoded:
+        """A batch, read and encoded.
+
+        Raises ValueError, with the id and the image, for a question that cannot be used.
+        """
+        packed = self._prepare(number)
+        shapes = str(jax.tree.map(jnp.shape, packed.inputs))
+        if self.is_timed and shapes not in self._encoded:
+            jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
+            self._encoded.add(shapes)
+        packed, ms = self._clocked(lambda: self.model.encode(packed))
+        return Encoded(number, self._examples[number], packed, ms)
+
+    def _prepare(self, number: int) -> Any:
+        """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""
+        examples = list(self._examples[number])
+        filled = (examples * self.conditions.batch)[: self.conditions.batch] if number else examples
+        prompts = [self.conditions.ask(example.question) for example in filled]
+        begun = [self.conditions.begun] * len(filled)
+        try:
+            return self.model.prepare([example.image for example in filled], prompts, begun)
+        except ValueError:
+            for example, prompt in zip(examples, prompts, strict=False):
+                try:
+                    self.model.prepare([example.image], [prompt], begun[:1])
+                except ValueError as error:
+                    raise ValueError(
+                        f"question {example.id!r} about {str(example.image)!r}: {error}"
+                    ) from None
+            raise
+
+    def pruners(self, setting: Setting, batch: Encoded) -> Pruners:
+        """The setting's methods for a batch; one that draws does so anew for each question.
+
+        A count is the same for every prompt, a percentage leaves each prompt its own.
+        """
+        seeds = np.asarray(self._seeds(batch), np.uint32)
+        return tuple(
+            replace(pruner, seed=jnp.asarray(np.uint32(pruner.seed) + seeds))
+            if hasattr(pruner, "seed")
+            else pruner
+            for pruner in self._undrawn(setting, batch)
+        )
+
+    def _undrawn(self, setting: Setting, batch: Encoded) -> Pruners:
+        """The same, with each method's own seed."""
+        if setting.method == UNPRUNED:
+            return ()
+        packed, methods = batch.packed, named.named(setting.method, setting.keep)
+        slots = max(packed.available)
+        try:
+            return named.pruners(methods, packed.available, slots, self.model.sites, packed.most)
+        except ValueError as error:
+            raise ValueError(f"{setting.method}: {error}") from None
+
+    def _seeds(self, batch: Encoded) -> list[int]:
+        """What each prompt of a batch draws with."""
+        first = self.conditions.seed + batch.number * self.conditions.batch
+        return [first + row for row in range(len(batch.packed.available))]
+
+    def as_data(self, setting: Setting, batch: Encoded) -> tuple[dict[str, Any], ...]:
+        """The setting's methods as classes and fields."""
+        return tuple(
+            {
+                "class": type(pruner).__name__,
+                **{
+                    field.name: _as_json(getattr(pruner, field.name))
+                    for field in dataclasses.fields(pruner)
+                    if field.name not in ("keep", "limit")
+                },
+                "keep": keep,
+            }
+            for pruner, (_, keep) in zip(
+                self._undrawn(setting, batch),
+                () if setting.keep is None else named.named(setting.method, setting.keep),
+                strict=False,  # no prompt may have an image
+            )
+        )
+
+    def ask(self, pruners: Pruners, batch: Encoded) -> tuple[Any, float]:
+        """A batch's answers, and the milliseconds that they took.
+
+        Raises ValueError, with the questions' ids, if they do not fit.
+        """
+        options = {**vars(self.conditions.options), "seed": self._seeds(batch)}
+        try:
+            return self._clocked(
+                lambda: self.model.generate_packed(batch.packed, pruners, **options)
+            )
+        except ValueError as error:
+            first, last = batch.examples[0].id, batch.examples[-1].id
+            raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
+
+    def compile(self, pruned: dict[Setting, Pruners], batch: Encoded) -> None:
+        """Runs what has not run for this batch's shapes."""
+        keys = {
+            setting: (setting, str(jax.tree.map(jnp.shape, (batch.packed.inputs, pruners))))
+            for setting, pruners in pruned.items()
+        }
+        new = [setting for setting in pruned if keys[setting] not in self._compiled]
+        if new:
+            self.report(f"compiling {len(new)} programs")
+            ask = partial(self.ask, batch=batch)
+            in_parallel(ask, [pruned[setting] for setting in new], self.model.network)
+            self._compiled |= {keys[setting] for setting in new}
+
+    def _clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """What a call gives, and the milliseconds that it took."""
+        started = time.perf_counter()
+        out = call()
+        if self.is_timed:
+            jax.block_until_ready(getattr(out, "encoded", None))
+        return out, 1000 * (time.perf_counter() - started)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    return np.asarray(value).tolist() if hasattr(value, "shape") else value

@@ -1,0 +1,133 @@
+"""Tables of a study's results: Markdown, a terminal's, CSV, JSON lines."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
+from rich.table import Table
+
+from catp_jax.study.records import Result
+
+WIDE = 130  # letters that the whole table takes
+NOTHING = "–"  # a cell of what was not measured
+
+NOTES = """\
+- accuracy: mean score; in brackets its bootstrap 95 % interval, over images, each with all its
+  questions
+- agreement: share of the questions answered as the unpruned model answers them
+- KL: of the first answer token's distribution from the unpruned model's, mean over the questions
+- cache: all that decoding keeps of one question, a share of its batch; with beam search the
+  beams share what the prompt left, and each keeps its own new tokens
+- prefill FLOPs: of one question, as the compiler counts them in the compiled prefill of a batch;
+  other programs count loops and kernels differently
+- times, where they were asked for: medians ± half the interquartile range; prefill and token (a
+  greedy step, whatever the beams) of a whole batch, question with its image and everything around
+  it, as a share of its batch
+"""
+
+
+def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[str, list[str]]]:
+    """Title and cells of each column that has something to show; the main ones if narrow."""
+    every: list[tuple[str, bool, Callable[[Result], str]]] = [
+        # title, whether it is a main one, cell
+        ("method", True, lambda r: r.setting.method),
+        ("kept", True, lambda r: f"{r.visual_tokens:.5g}" if is_narrow else _kept(r)),
+        (
+            "accuracy, [95 %]",
+            True,
+            lambda r: f"{r.accuracy:.1%} [{100 * r.low:.1f}, {100 * r.high:.1f}]",
+        ),
+        ("agreement", True, lambda r: f"{r.agreement:.1%}"),
+        ("KL, nats", False, lambda r: f"{r.kl:.3f}"),
+        (
+            "cache" if is_narrow else "cache, bytes",
+            True,
+            lambda r: decimal(r.cost.cache_bytes) if is_narrow else f"{r.cost.cache_bytes:,}",
+        ),
+        ("prefill, MFLOPs", False, lambda r: f"{r.cost.prefill_flops / 1e6:,.2f}"),
+        ("prefill, ms", False, lambda r: _time(r.cost.prefill_ms, r.cost.prefill_spread)),
+        ("token, ms", False, lambda r: _time(r.cost.token_ms, r.cost.token_spread)),
+        (
+            "question, ms",
+            True,
+            lambda r: _number(r.milliseconds) if is_narrow else _time(r.milliseconds, r.spread),
+        ),
+    ]
+    filled = [
+        (title, [cell(result) for result in results])
+        for title, is_main, cell in every
+        if is_main or not is_narrow
+    ]
+    return [(title, cells) for title, cells in filled if {*cells} != {NOTHING}]
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.4g}"
+
+
+def _time(median: float | None, spread: float | None) -> str:
+    if median is None or spread is None:
+        return NOTHING
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _kept(result: Result) -> str:
+    """The mean number of visual tokens, and the percentage where one was asked for."""
+    share = f" ({result.setting.keep})" if isinstance(result.setting.keep, str) else ""
+    return f"{result.visual_tokens:.5g}{share}"
+
+
+def markdown_table(results: Sequence[Result]) -> list[str]:
+    """The table's lines."""
+    shown = columns(results)
+    lines = [
+        "| " + " | ".join(title for title, _ in shown) + " |",
+        "|---" + "|---:" * (len(shown) - 1) + "|",
+    ]
+    for cells in zip(*(cells for _, cells in shown), strict=True):
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(results: Sequence[Result], name: str = "", width: int = 80) -> Table:
+    """The results as a table for a terminal of `width` letters, in their order."""
+    first = results[0]
+    title = f"{first.questions} questions about {first.images} images"
+    out = Table(title=f"{name}: {title}" if name else title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shown = columns(results, is_narrow=width < WIDE)
+    for number, (heading, _) in enumerate(shown):
+        out.add_column(
+            heading.replace(", ", ",\n"), justify="right" if number else "left", no_wrap=True
+        )
+    for cells in zip(*(cells for _, cells in shown), strict=True):
+        out.add_row(*cells)
+    return out
+
+
+def write_csv(results: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """One row a model and setting, every figure a column; pruners and versions as JSON."""
+    rows = []
+    for name, some in results.items():
+        for result in some:
+            figures = result.figures()
+            parts = figures.pop("setting") | figures.pop("cost")
+            others = {
+                key: json.dumps(value) if isinstance(value, dict | list) else value
+                for key, value in figures.items()
+            }
+            rows.append({"model": name, **parts, **others})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json_lines(results: Sequence[Result], path: Path) -> None:
+    """One JSON object a line, figures only."""
+    with path.open("w", encoding="utf-8") as file:
+        for result in results:
+            file.write(json.dumps(result.figures()) + "\n")
