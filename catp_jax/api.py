@@ -134,9 +134,9 @@ class Model:
             raise ValueError('begun is a list, with a text for each prompt; "" for none')
         cache: ImageCache = {}
         questions = []
-        for number, (own, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
+        for number, (sources, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
             try:
-                questions.append(self.read(own, prompt, begun=text, cache=cache))
+                questions.append(self.read(sources, prompt, begun=text, cache=cache))
             except ValueError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
@@ -158,9 +158,9 @@ class Model:
         once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
         """
         cache = {} if cache is None else cache
-        own, prompt = arrange(_as_list(images), prompt, cache, self.fetch)
+        sources, prompt = arrange(_as_list(images), prompt, cache, self.fetch)
         check_text(begun, "the begun answer")
-        question = self.reader.read(own, prompt, cache, begun)
+        question = self.reader.read(sources, prompt, cache, begun)
         self._check_length(self.reader.length(question), max_new_tokens)
         return question
 
@@ -360,7 +360,7 @@ class Model:
             available=packed.available,
             kept=kept,
             cached=out.selection.cached,
-            slots=packed.slots if chosen is None else chosen.indices.shape[1],
+            capacity=packed.capacity if chosen is None else chosen.indices.shape[1],
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),
         )
@@ -385,8 +385,7 @@ class Model:
         if methods and pruners:
             raise ValueError("give pruners, or methods by name (prune and keep), not both")
         if methods:
-            slots = packed.slots
-            return pruners_of(methods, packed.available, slots, self.sites, packed.most)
+            return pruners_of(methods, packed.available, packed.capacity, self.sites, packed.most)
         pruners = settle(pruners, self.sites)
         keeps = [pruner.keep for pruner in sorted(pruners, key=turn)]
         budget.check([keep for keep in keeps if keep is not None], packed.most)
@@ -401,10 +400,10 @@ class Model:
             )
 
 
-def _as_list(own: Any) -> list[ImageLike]:
-    if own is None:
+def _as_list(images: Any) -> list[ImageLike]:
+    if images is None:
         return []
-    return list(own) if isinstance(own, list | tuple) else [own]
+    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def load(
@@ -440,14 +439,14 @@ def load(
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
     folder = hub.find_folder(folder)
-    own = folder if processor is None else hub.find_folder(processor)
+    processor_folder = folder if processor is None else hub.find_folder(processor)
     find_devices()
     # before the weights, which may take minutes
     config = convert.load_config(folder, ignore_config)
     family = family_of(config, folder)
     defaults, note = family.defaults(folder) if generation_config else (Options(), "")
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
-    reader = family.load_reader(own, config, modes)
+    reader = family.load_reader(processor_folder, config, modes)
     ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
     network, _ = convert.load(
         folder,

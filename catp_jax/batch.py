@@ -50,7 +50,7 @@ class Problem:
     """A request that got no answer, and why."""
 
     line: int | None
-    said: str
+    message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +199,10 @@ def answer(
             except Exception as error:  # whatever it is, the others get their answers
                 if request.line is None:
                     raise
-                said = str(error) if isinstance(error, ValueError) else repr(error)
-                yield Problem(request.line, said)
-        own = {request.number for request, _ in usable}
-        flags = agreed([request.number in own for request in chunk])
+                message = str(error) if isinstance(error, ValueError) else repr(error)
+                yield Problem(request.line, message)
+        readable = {request.number for request, _ in usable}
+        flags = agreed([request.number in readable for request in chunk])
         shared = {one.number for one, flag in zip(chunk, flags, strict=True) if flag}
         for request, _ in usable:
             if request.number not in shared:
@@ -258,7 +258,7 @@ class AnswerFile:
     Of several hosts, all read the file and one writes.
     """
 
-    def __init__(self, path: Path, report: Any = lambda said: None) -> None:
+    def __init__(self, path: Path, report: Any = lambda message: None) -> None:
         self.path, self.settings = path, ""
         self.lines = JsonLines(path, "a file of answers", '{"line": ', _check, report)
 
@@ -271,8 +271,8 @@ class AnswerFile:
             if row is None:
                 out.append(request)
             elif any(row.get(name) != value for name, value in _asked(request).items()):
-                said = f"{self.path} has an answer to another prompt in its place"
-                problems.append(Problem(request.line, said))
+                message = f"{self.path} has an answer to another prompt in its place"
+                problems.append(Problem(request.line, message))
         return out, problems
 
     def begin(self, settings: dict[str, Any]) -> None:
@@ -280,8 +280,8 @@ class AnswerFile:
 
         Raises ValueError if it has some under others, or if another process writes it.
         """
-        told = json.dumps(settings, sort_keys=True).encode()
-        self.settings = hashlib.sha256(told).hexdigest()[:8]
+        record = json.dumps(settings, sort_keys=True).encode()
+        self.settings = hashlib.sha256(record).hexdigest()[:8]
         if any(row["settings"] != self.settings for row in self.lines.rows):
             raise ValueError(
                 f"{self.path} has answers of another model or with other options; give another "

@@ -307,7 +307,7 @@ def generate(
     for found in itertools.chain(problems, answers):
         if isinstance(found, batches.Problem):
             failed = True
-            say(f"line {found.line} of {batch}: {found.said}")
+            say(f"line {found.line} of {batch}: {found.message}")
         elif file:
             file.add(found)
         else:

@@ -31,7 +31,7 @@ class JsonLines:
         what: str,
         opening: str,
         check: Callable[[int, Row], None] = lambda number, row: None,
-        report: Callable[[str], None] = lambda said: None,
+        report: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.path, self.rows = path, list[Row]()
         self._file: int | None = None

@@ -54,7 +54,7 @@ def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model, m
     assert out.text[0] == "blue"
     assert out.available == (260, 325, 0, 130, 455)
     assert out.kept is None
-    assert out.slots == 8 * 65  # seven tiles at most, in a bucket of eight
+    assert out.capacity == 8 * 65  # seven tiles at most, in a bucket of eight
     assert all(1 <= len(tokens) <= 6 for tokens in out.tokens)
     assert out.logits.shape == (5, model.config.text.vocab_size)
 
@@ -140,8 +140,8 @@ def test_a_budget_left_to_the_data_equals_the_same_budget_given(model):
     (report,) = free.reports
     assert report.overflow.tolist() == [0, 0]
     assert [len(kept.number) for kept in free.kept] == report.union.tolist()
-    assert max(report.union) <= free.slots < 260
-    given = model.generate(images, prompts, [TrimmedLlama(keep=free.slots, k_ratio=0.05)])
+    assert max(report.union) <= free.capacity < 260
+    given = model.generate(images, prompts, [TrimmedLlama(keep=free.capacity, k_ratio=0.05)])
     assert given.text == free.text
     for a, b in zip(free.kept, given.kept, strict=True):
         np.testing.assert_array_equal(a.number, b.number)

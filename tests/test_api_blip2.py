@@ -50,7 +50,7 @@ def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model, a
     assert out.text[:2] == ["blue", "circle"]
     assert out.available == (32,) * 12
     assert out.kept is None
-    assert out.slots == 32
+    assert out.capacity == 32
     assert out.logits.shape == (12, model.config.text.vocab_size)
 
 
@@ -102,7 +102,7 @@ def test_a_prompt_answers_in_a_batch_as_alone(model, asked):
 
 def test_kept_queries_come_back_in_order_and_take_as_many_slots(model, asked):
     out = model.generate(*asked, [CATP(keep=8, layers="first")], max_new_tokens=NEW)
-    assert out.slots == 8
+    assert out.capacity == 8
     for kept in out.kept:
         assert kept.number.tolist() == sorted({*kept.number.tolist()})
         assert len(kept.number) == 8

@@ -86,7 +86,7 @@ def test_pruned_answers_and_where_the_kept_queries_look(model, pictures):
     packed = model.prepare([pictures[0]] * 3, PROMPTS)
     assert packed.inputs.pixels.shape[0] == 1
     out = model.generate_packed(packed, (SelfAttention(keep=3),), max_new_tokens=2)
-    assert out.slots == 3
+    assert out.capacity == 3
     assert out.kept is not None
     maps = [model.kept_map(packed, row, kept) for row, kept in enumerate(out.kept)]
     assert maps[0].shape == (3, 3)

@@ -113,7 +113,7 @@ def test_a_line_that_is_no_request_is_told_with_its_number(tmp_path, row, said):
     )
     assert [request.line for request in requests] == [1, 3]
     assert problem.line == 2
-    assert said in problem.said
+    assert said in problem.message
 
 
 def test_an_id_names_one_request(tmp_path):
@@ -121,7 +121,7 @@ def test_an_id_names_one_request(tmp_path):
         write(tmp_path / "rows.jsonl", *({"prompt": "a", "id": key} for key in (1, "1", 1)))
     )
     assert [request.key for request in requests] == [1, "1"]
-    assert [(p.line, p.said) for p in problems] == [(3, "id 1 is that of line 1")]
+    assert [(p.line, p.message) for p in problems] == [(3, "id 1 is that of line 1")]
 
 
 def test_a_file_of_answers_resumes_wherever_it_was_cut_off(tmp_path):
@@ -231,10 +231,12 @@ def test_answers_of_other_requests_and_options_are_not_mixed(tmp_path):
 
 def test_a_file_that_another_process_writes_is_refused_before_a_model_is_loaded(tmp_path):
     requests = write(tmp_path / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
+    (tmp_path / "model").mkdir()
+    shutil.copy(ASSETS / "mini-blip2-opt" / "config.json", tmp_path / "model")  # and no weights
     with (tmp_path / "answers.jsonl").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = catp_jax(
-            *("generate", tmp_path, "--batch", requests),  # a folder, and no model
+            *("generate", tmp_path / "model", "--batch", requests),
             *("--out", tmp_path / "answers.jsonl"),
         )
     assert done.returncode == 1
@@ -260,8 +262,8 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
     problem, *answered = found
     assert isinstance(problem, Problem)
     assert problem.line == 6
-    assert "not finite" in problem.said
-    assert "prompt 1" not in problem.said
+    assert "not finite" in problem.message
+    assert "prompt 1" not in problem.message
     assert [(one.request.line, one.text) for one in answered] == [(4, "blue"), (8, "blue")]
     assert batches == [[0, 1, 2], [0, 2, 0]]
 

@@ -185,7 +185,9 @@ def shown(plan: Plan) -> str:
 def test_a_table_says_what_a_target_tells_and_what_is_not_told():
     plain = shown(made_up())
     assert "temporaries, at most, a device 200 B" in plain
-    assert "Not told: temporaries in the weights' number type, bytes moved, the least time" in plain
+    assert (
+        "Not shown: temporaries in the weights' number type, bytes moved, the least time" in plain
+    )
     assert "--target names a GPU to compile for (h100, h200, a100, b200)" in plain
     assert "floor" not in plain
 
@@ -204,7 +206,7 @@ def test_a_table_says_what_a_target_tells_and_what_is_not_told():
     assert "token, floor: it takes at least 5 ms" in told
     assert "tokens a second at that floor, all prompts 2,000" in told
     assert "largest batch, compiled for 25" in told
-    assert "Not told" not in told
+    assert "Not shown" not in told
     assert "cuDNN" not in told
 
     given["prefill_work"] = dataclasses.replace(step, has_triton=False)
@@ -353,7 +355,7 @@ def test_traffic_of_a_product_that_is_summed_over_devices():
         ("Llama-3.2-11B-Vision", {"mesh": "tensor=4"}, "4 places, and JAX sees 8 devices"),
         ("blip2-opt-2.7b", {"target": "h1000"}, "a target is one of h100, h200, a100, b200, got"),
         ("blip2-opt-2.7b", {"target": "h100", "hosts": 3}, "same number on each of 3 hosts"),
-        ("blip2-opt-2.7b", {"fill": True}, "are told of a target only"),
+        ("blip2-opt-2.7b", {"fill": True}, "require a target"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, options, says):

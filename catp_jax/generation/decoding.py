@@ -132,13 +132,13 @@ class Decoding(Protocol):
 
 def with_logprobs(chosen: Chosen, logprobs: Float[Array, "*rows vocab"], number: int) -> Chosen:
     """Tokens with their log-probabilities, and the `number` likeliest with theirs."""
-    own = jnp.take_along_axis(logprobs, chosen.tokens[..., None], axis=-1)[..., 0]
+    of_chosen = jnp.take_along_axis(logprobs, chosen.tokens[..., None], axis=-1)[..., 0]
     if not number:
-        return replace(chosen, logprobs=own)
+        return replace(chosen, logprobs=of_chosen)
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, number)
     return replace(
         chosen,
-        logprobs=own,
+        logprobs=of_chosen,
         top_tokens=top_tokens.astype(jnp.int32),
         top_logprobs=top_logprobs,
     )

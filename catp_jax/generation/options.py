@@ -112,7 +112,9 @@ class Options:
         given are left out.
         """
         plain = Options()
-        own = {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        defaults = {
+            name: value for name, value in vars(self).items() if value != getattr(plain, name)
+        }
 
         def number(name: str, otherwise: float) -> Any:
             value = given.get(name, otherwise)
@@ -120,14 +122,14 @@ class Options:
 
         is_greedy = number("temperature", 1) == 0
         if number("num_beams", 1) > 1 or is_greedy:
-            unfit = ["temperature", "top_k", "top_p"]
+            excluded = ["temperature", "top_k", "top_p"]
         elif number("temperature", 0) > 0 or number("top_k", 0) > 0 or number("top_p", 1) < 1:
-            unfit = ["num_beams", "length_penalty", "early_stopping"]
+            excluded = ["num_beams", "length_penalty", "early_stopping"]
         else:
-            unfit = []
+            excluded = []
         if number("num_beams", 2) == 1:
-            unfit += ["num_beams", "length_penalty", "early_stopping"]
-        rest = {name: value for name, value in own.items() if name not in unfit}
+            excluded += ["num_beams", "length_penalty", "early_stopping"]
+        rest = {name: value for name, value in defaults.items() if name not in excluded}
         left = {**rest, **given}
         if not (left.get("temperature") or left.get("num_beams", 1) != 1):
             rest.pop("num_return_sequences", None)  # greedy answers would be the same

@@ -146,8 +146,8 @@ class Rules:
         ends = seen[:, begun:]
         is_same = ends != NONE
         for place in range(begun):
-            own = seen[:, place : place + ends.shape[1]]
-            is_same &= (own == last[:, place, None]) & (own != NONE)
+            window = seen[:, place : place + ends.shape[1]]
+            is_same &= (window == last[:, place, None]) & (window != NONE)
         return jnp.where(is_same, ends, NONE)
 
     def _ends_of_words(

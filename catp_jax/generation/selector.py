@@ -61,8 +61,8 @@ class Selector:
             return self._read(mine[0], view)
         keep, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
         for number, state in zip(mine, states, strict=True):
-            own = view.site is Site.CACHE
-            self.states[number] = self._with(number, view, state) if own else state
+            keeps_state = view.site is Site.CACHE
+            self.states[number] = self._with(number, view, state) if keeps_state else state
         if keep is not None:
             self._note(view, keep)
         return keep

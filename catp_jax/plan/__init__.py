@@ -5,7 +5,7 @@ are not there (`target`), on abstract values: nothing of the model is in memory,
 on a laptop. Bytes of weights and caches are exact. FLOPs are those of all matrix products, counted
 in the program before it is split. Where the split programs send data, and how much, is read from
 the compiled ones. Temporaries are a target's own; without one, those of the same programs in
-float32: an upper bound. What programs move, and the least time they take, is told of a target only.
+float32: an upper bound. What programs move, and the least time they take, requires a target.
 """
 
 from catp_jax.plan.compiled import Compiled, Traffic, Work

@@ -90,7 +90,7 @@ def make_plan(
         gpu = find_gpu(target)
         devices = devices_of(gpu, places, hosts)
     elif hosts is not None or fill:
-        raise ValueError("hosts, and the largest batch, are told of a target only")
+        raise ValueError("hosts, and the largest batch, require a target")
     memory = memory or (MEMORY if gpu is None else gpu.memory)
 
     asked = Asked(config, sizes, tiles, prompt, new_tokens, number_type, pruner, gpu, devices)
@@ -216,7 +216,7 @@ class Asked:
         prefill = programs.prefill.trace(network, pruners, inputs, new_slots=self.new_tokens)
         cache = place_inputs(prefill.out_info.cache, mesh)
         step = programs.step.trace(network, (), tokens, cache)
-        own, cross = caches(cache)
+        self_attention, cross = caches(cache)
         flops = [matrix_flops(program) for program in (prefill, step)]
         first, second = (partial(for_cpu, program, scale) for program in (prefill, step))
         if self.gpu is not None:
@@ -227,7 +227,7 @@ class Asked:
             second = partial(for_gpu, step, self.gpu, own_flops[1], given[1])
         return Traced(
             weights=shard_bytes(place(abstract_model(self.config, self.dtype), mesh)),
-            self_kv=int(shard_bytes(own) * scale),
+            self_kv=int(shard_bytes(self_attention) * scale),
             cross_kv=int(shard_bytes(cross) * scale),
             inputs=shard_bytes(inputs),
             visual_tokens=visual,
@@ -242,7 +242,7 @@ class Asked:
 def force_devices(number: int) -> None:
     """Has JAX show so many CPU devices, whatever the machine has; before it is first used.
 
-    Programs are compiled quickly rather than well: what is told of them does not depend on it.
+    Programs are compiled quickly rather than well: what is read from them does not depend on it.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)

@@ -18,7 +18,7 @@ class Plan:
     `temporaries` is the larger of the prefill's and a step's. `prefill_flops` and `token_flops` are
     of all devices together, the second for one more token of every prompt. `kept` are a prompt's
     visual tokens that are left. `memory` is a device's, and `found_batch` the largest that was
-    found to fit into it. `prefill` and `token` are told of a target.
+    found to fit into it. `prefill_work` and `token_work` require a target.
     """
 
     model: str
@@ -89,7 +89,7 @@ def table(plan: Plan) -> Table:
     out = Table(
         title=f"{plan.model} in {plan.dtype} on {mesh}{where}, batch {plan.batch}, "
         f"{plan.visual_tokens:,} visual tokens each{kept}",
-        caption=untold(plan),
+        caption=missing(plan),
         show_header=False,
         box=SIMPLE_HEAD,
     )
@@ -138,19 +138,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def untold(plan: Plan) -> str | None:
-    """What this plan cannot tell, and how to have it told."""
+def missing(plan: Plan) -> str | None:
+    """What this plan leaves out, and how to get it."""
     if plan.prefill_work is None or plan.token_work is None:
         return (
-            "Not told: temporaries in the weights' number type, bytes moved, the least time, the "
+            "Not shown: temporaries in the weights' number type, bytes moved, the least time, the "
             f"largest batch. --target names a GPU to compile for ({', '.join(GPUS)})."
         )
-    said = []
+    notes = []
     if not plan.prefill_work.has_cudnn:
-        said.append(
+        notes.append(
             "cuDNN is not found, or refuses: attention goes through memory, as it would there. Its "
             "package is nvidia-cudnn-cu13."
         )
     if not (plan.prefill_work.has_triton and plan.token_work.has_triton):
-        said.append("XLA has no Triton kernel for these shapes: a GPU may copy less.")
-    return " ".join(said) or None
+        notes.append("XLA has no Triton kernel for these shapes: a GPU may copy less.")
+    return " ".join(notes) or None

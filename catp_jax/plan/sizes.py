@@ -38,7 +38,7 @@ def shard_bytes(tree: Any) -> int:
 
 def caches(state: Any) -> tuple[list[Block], list[Block]]:
     """The blocks of self- and of cross-attention in a model's cache."""
-    own: list[Block] = []
+    self_attention: list[Block] = []
     cross: list[Block] = []
     leaves = jax.tree_util.tree_leaves_with_path(
         state, is_leaf=lambda node: isinstance(node, Block)
@@ -46,5 +46,5 @@ def caches(state: Any) -> tuple[list[Block], list[Block]]:
     for path, leaf in leaves:
         if isinstance(leaf, Block):
             is_cross = jax.tree_util.keystr(path[:1], simple=True) == "cross"
-            (cross if is_cross else own).append(leaf)
-    return own, cross
+            (cross if is_cross else self_attention).append(leaf)
+    return self_attention, cross

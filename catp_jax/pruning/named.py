@@ -64,24 +64,24 @@ def limits(methods: Named, available: int) -> list[int]:
 def pruners(
     methods: Named,
     available: Sequence[int],
-    slots: int,
+    capacity: int,
     sites: frozenset[Site],
     most: int | None = None,
 ) -> tuple[Any, ...]:
-    """One pruner a method, for prompts with so many visual tokens each, of `slots` at most.
+    """One pruner a method, for prompts with so many visual tokens each, of `capacity` at most.
 
-    Shapes depend on `slots` alone; a percentage leaves each prompt its own share of its tokens, a
+    Shapes depend on `capacity` alone; a percentage leaves each prompt its share of its tokens, a
     count what it has, if that is less. Raises ValueError for a count that no prompt can fill, which
     may have `most`.
     """
     budget.check([keep for _, keep in methods if keep != AUTO], most)
-    own = [limits(methods, count) for count in available]
+    per_prompt = [limits(methods, count) for count in available]
     made = []
     for number, (spec, keep) in enumerate(methods):
-        if slots and keep == AUTO:
+        if capacity and keep == AUTO:
             made.append(make(spec, None, sites))
-        elif slots:
-            slots = budget.count(keep, slots)
-            limit = jnp.asarray([counts[number] for counts in own], jnp.int32)
-            made.append(make(spec, slots, sites, limit=limit))
+        elif capacity:
+            capacity = budget.count(keep, capacity)
+            limit = jnp.asarray([counts[number] for counts in per_prompt], jnp.int32)
+            made.append(make(spec, capacity, sites, limit=limit))
     return tuple(made)

@@ -48,7 +48,7 @@ def pack(
         ),
         available=(queries,) * len(prompts),
         most=queries,
-        slots=queries,
+        capacity=queries,
         longest=queries + max(len(tokens) for tokens in prompts),
     )
 

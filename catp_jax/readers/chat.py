@@ -88,8 +88,8 @@ def _part(
             f"got {_short(part)}"
         )
     if kind == "image_url":
-        own = part.get("image_url")
-        part = {"url": own.get("url") if isinstance(own, dict) else own}
+        url = part.get("image_url")
+        part = {"url": url.get("url") if isinstance(url, dict) else url}
         if part["url"] is None:
             raise ValueError(f"an image_url of {where} names no url")
     sources = [name for name in SOURCES if part.get(name) is not None]
@@ -121,5 +121,5 @@ def _check_keys(found: dict[str, Any], known: Sequence[str], where: str) -> None
 
 
 def _short(value: Any) -> str:
-    said = f"{type(value).__name__} {value!r}" if value is not None else "None"
-    return said if len(said) <= 80 else f"{said[:79]}…"
+    text = f"{type(value).__name__} {value!r}" if value is not None else "None"
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -166,10 +166,10 @@ class MllamaReader:
         ratio = int(images.aspect_ratio_ids[image])
         rows, columns = vision.supported_aspect_ratios[ratio - 1]
         out = np.zeros((rows * vision.grid, columns * vision.grid))
-        own = (kept.image == 0) & (kept.row >= 0)
-        tile_row, tile_column = np.divmod(kept.tile[own], columns)
-        down = tile_row * vision.grid + kept.row[own]
-        out[down, tile_column * vision.grid + kept.column[own]] = 1
+        is_patch = (kept.image == 0) & (kept.row >= 0)
+        tile_row, tile_column = np.divmod(kept.tile[is_patch], columns)
+        down = tile_row * vision.grid + kept.row[is_patch]
+        out[down, tile_column * vision.grid + kept.column[is_patch]] = 1
         return out
 
     def _tokenize(self, prompt: Prompt, images: int, begun: str = "") -> list[int]:

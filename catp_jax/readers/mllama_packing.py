@@ -87,24 +87,24 @@ def pack(
     """
     mark, most_tiles = config.image_token_index, config.vision.max_num_tiles
     per_tile = config.vision.tokens_per_tile
-    for number, (tokens, own) in enumerate(zip(prompts, images, strict=True)):
+    for number, (tokens, group) in enumerate(zip(prompts, images, strict=True)):
         try:
-            check_marks(tokens, len(own), mark)
+            check_marks(tokens, len(group), mark)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
     text, valid = pad_prompts(prompts)
 
-    richest = max(len(own) for own in images)
+    richest = max(len(group) for group in images)
     if mask_mode == "hf":
         blank = ProcessedImage.padding(config)
-        images = [[*own, *[blank] * (richest - len(own))] for own in images]
+        images = [[*group, *[blank] * (richest - len(group))] for group in images]
     tiles = tuple(
         tuple(
             (number, tile)
-            for number, image in enumerate(own)
+            for number, image in enumerate(group)
             for tile in range(most_tiles if mask_mode == "hf" else image.num_tiles)
         )
-        for own in images
+        for group in images
     )
     packed_images = None
     if richest:
@@ -118,9 +118,9 @@ def pack(
             images=packed_images,
         ),
         tiles=tiles,
-        available=tuple(sum(image.num_tiles for image in own) * per_tile for own in images),
+        available=tuple(sum(image.num_tiles for image in group) * per_tile for group in images),
         most=None,
-        slots=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
+        capacity=0 if packed_images is None else packed_images.tile_index.shape[1] * per_tile,
         longest=max(len(tokens) for tokens in prompts),
     )
 
@@ -136,17 +136,17 @@ def _images(
 ) -> Images:
     most_tiles = config.vision.max_num_tiles
     # an image that several prompts share is encoded once
-    distinct = {id(image): image for own in images for image in own}
+    distinct = {id(image): image for group in images for image in group}
     place_of = {key: place for place, key in enumerate(distinct)}
     flat = list(distinct.values())
     flat += [ProcessedImage.padding(config)] * (image_room(len(flat), shares) - len(flat))
 
-    batch, room = len(images), round_up(max(len(own) for own in tiles), TILE_COUNTS)
+    batch, room = len(images), round_up(max(len(group) for group in tiles), TILE_COUNTS)
     index = np.zeros((batch, room), np.int32)
     valid = np.zeros((batch, room), bool)
     seen = np.zeros((batch, length, room), bool)
-    for row, own in enumerate(tiles):
-        for place, (number, tile) in enumerate(own):
+    for row, group in enumerate(tiles):
+        for place, (number, tile) in enumerate(group):
             index[row, place] = place_of[id(images[row][number])] * most_tiles + tile
             valid[row, place] = True
             if number < len(spans[row]) and tile < images[row][number].num_tiles:

@@ -20,18 +20,17 @@ Arrays = TypeVar("Arrays", covariant=True)
 class Packed(Generic[Arrays]):
     """`inputs` for the model, and what the host knows of them.
 
-    `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `slots` is the
-    room that each prompt gets for them, and `most` what a prompt of this model may have (None: any
-    number).
-    `longest` is the longest prompt, in tokens of the language model; `begun` is the text that each
-    answer begins with, none if there is none. `encoded` takes the place of `inputs` where images
-    have been encoded already.
+    `available[b]` is the number of a prompt's visual tokens, tiles of padding apart; `capacity` is
+    the room that each prompt gets for them, and `most` what a prompt of this model may have (None:
+    any number). `longest` is the longest prompt, in tokens of the language model; `begun` are the
+    texts that the answers begin with, none if no answer is begun. `encoded` takes the place of
+    `inputs` where images have been encoded already.
     """
 
     inputs: Arrays
     available: tuple[int, ...]
     most: int | None
-    slots: int
+    capacity: int
     longest: int
     begun: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     encoded: Any = dataclasses.field(default=None, kw_only=True)

@@ -80,9 +80,9 @@ def usable(folder: Path, copy: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        said = said if copy is None else said.replace(copy, str(folder))
-        raise ValueError(f"{folder} has no processor that can be used ({said[:400]})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = reason if copy is None else reason.replace(copy, str(folder))
+        raise ValueError(f"{folder} has no processor that can be used ({reason[:400]})") from None
 
 
 def check_processor(

@@ -133,7 +133,7 @@ def remember(cache: ImageCache, source: ImageLike, process: Callable[[ImageLike]
 def prompts_of(packed: Packed[Any]) -> list[list[int]]:
     """The tokens of each prompt, without padding."""
     tokens, valid = place.fetch((packed.inputs.tokens, packed.inputs.token_valid))
-    return [row[own].tolist() for row, own in zip(tokens, valid, strict=True)]
+    return [row[is_valid].tolist() for row, is_valid in zip(tokens, valid, strict=True)]
 
 
 def arrange(
@@ -193,9 +193,9 @@ def special_tokens(
     if not isinstance(text, dict):
         raise ValueError(f"{folder}: text_config must be an object, not {text!r}")
     found = [defaults, config, text] if has_generation_config else [defaults, text]
-    own = folder / "generation_config.json"
-    if has_generation_config and own.exists():
-        found.append(strict_json.read(own))
+    path = folder / "generation_config.json"
+    if has_generation_config and path.exists():
+        found.append(strict_json.read(path))
     settings = {key: value for part in found for key, value in part.items() if value is not None}
     named, pad = settings.get("eos_token_id"), settings.get("pad_token_id")
     ends: list[Any] = named if isinstance(named, list) else [named]

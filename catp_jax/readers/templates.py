@@ -53,22 +53,22 @@ def render(template: str, messages: Sequence[dict[str, Any]], tokens: dict[str, 
 
 
 def _start() -> subprocess.Popen[str]:
-    own = _running.get(os.getpid())
-    if own is None or own.poll() is not None:
+    process = _running.get(os.getpid())
+    if process is None or process.poll() is not None:
         _stop()
         program = str(Path(__file__).with_name("render.py"))
-        own = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", program, str(SECONDS)],  # -P: nothing of this folder is imported
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        _running[os.getpid()] = own
-        if not own.stdout.readline():  # type: ignore[union-attr]
+        _running[os.getpid()] = process
+        if not process.stdout.readline():  # type: ignore[union-attr]
             _stop()
             raise ValueError("the process for chat templates did not start; is memory left?")
-    return own
+    return process
 
 
 @atexit.register

@@ -98,13 +98,13 @@ def _end_aborts_with_a_message(name: str) -> None:
     """
     if os.name != "posix":
         return
-    said = (
+    message = (
         f"catp-jax: {name} was aborted, mostly since another one was lost; look above and into "
         "the others' output for the cause, then start all anew\n"
     ).encode()
 
     def handle(_: int) -> None:
-        os.write(2, said)
+        os.write(2, message)
         os._exit(1)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
@@ -159,10 +159,10 @@ def gathered(text: str) -> list[str]:
     """What each process says, in order; all have to take part."""
     if not jax.distributed.is_initialized():
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(own.size)).ravel()
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(encoded.size)).ravel()
     padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: own.size] = own
+    padded[: encoded.size] = encoded
     every = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [row[:size].tobytes().decode() for row, size in zip(every, sizes, strict=True)]
 

@@ -22,9 +22,9 @@ def place(model: Any, mesh: Mesh) -> Any:
     placed, problems = [], {}
     for keys, leaf in leaves:
         name = jax.tree_util.keystr(keys, simple=True, separator=".")
-        struct, own = leaf.get_value(), leaf.get_metadata()
+        struct, metadata = leaf.get_value(), leaf.get_metadata()
         try:
-            spec = split(own["axes"], struct.shape, mesh, name, own.get("heads"))
+            spec = split(metadata["axes"], struct.shape, mesh, name, metadata.get("heads"))
         except ValueError as error:
             problems.setdefault(str(error).partition(": ")[2], name)
             continue
@@ -41,9 +41,9 @@ def place(model: Any, mesh: Mesh) -> Any:
 def kv_heads(model: Any) -> int:
     """Key-value heads of a model's language model."""
     for leaf in jax.tree.leaves(model, is_leaf=_is_variable):
-        own = leaf.get_metadata()
-        if "kv_heads" in own["axes"]:
-            return int(own["heads"])
+        metadata = leaf.get_metadata()
+        if "kv_heads" in metadata["axes"]:
+            return int(metadata["heads"])
     return 1
 
 

@@ -35,7 +35,7 @@ def test_images_are_filled_up_to_a_number_of_few_with_blanks():
 def test_every_prompt_has_all_queries_and_the_longest_counts_them():
     batch = packed()
     assert batch.available == (QUERIES,) * 4
-    assert batch.most == batch.slots == QUERIES
+    assert batch.most == batch.capacity == QUERIES
     assert batch.longest == QUERIES + max(len(tokens) for tokens in PROMPTS)
 
 

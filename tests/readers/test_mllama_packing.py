@@ -113,7 +113,7 @@ def test_prompts_have_their_own_tiles_first_and_no_padding_tile():
     assert batch.tiles[3] == ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3))
     assert batch.tiles[2] == ()
     assert batch.available == AVAILABLE
-    assert batch.slots == 8 * PER_TILE
+    assert batch.capacity == 8 * PER_TILE
     assert batch.longest == 9
     valid = np.asarray(batch.inputs.images.tile_valid)
     for row, tiles in enumerate(batch.tiles):
@@ -152,7 +152,7 @@ def test_a_batch_without_images_has_none():
     batch = pack([[1, 2], [3]], [[], []], CONFIG)
     assert batch.inputs.images is None
     assert batch.available == (0, 0)
-    assert batch.slots == 0
+    assert batch.capacity == 0
 
 
 def test_an_image_in_several_prompts_is_encoded_once():
