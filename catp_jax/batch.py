@@ -55,7 +55,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a request got: entry `index` of its batch's answers."""
+    """What a request got: the answers to prompt `index` of its batch."""
 
     request: Request
     answers: Answers
@@ -63,18 +63,27 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return self.answers.text[self.index]
+        """The answer; of several the first."""
+        return self.texts[0]
+
+    @property
+    def texts(self) -> list[str]:
+        """All answers, `num_return_sequences` of them."""
+        return self._entries(self.answers.text)
+
+    def _entries(self, entries: list[Any]) -> list[Any]:
+        """Those of this request, of a list that has one for each answer."""
+        each = len(entries) // len(self.answers.available)
+        return entries[self.index * each : (self.index + 1) * each]
 
     def as_row(self) -> Row:
-        """As JSON has it, with what was kept."""
+        """As JSON has it, with what was kept; several answers are lists."""
         request, answers, index = self.request, self.answers, self.index
         place = {"line": request.line, "id": request.key}
         return {
             **{key: value for key, value in place.items() if value is not None},
             **_asked(request),
-            "text": self.text,
-            "tokens": answers.tokens[index],
-            **self._logprobs(),
+            **self._answers(),
             "visual_tokens": answers.available[index],
             "kept": None if answers.kept is None else answers.kept[index].as_rows(),
             "reports": [
@@ -84,18 +93,18 @@ class Answer:
             ],
         }
 
-    def _logprobs(self) -> Row:
-        """As they were asked for."""
-        answers, index = self.answers, self.index
-        row: Row = {}
+    def _answers(self) -> Row:
+        """Text and tokens, and logprobs where they were asked for."""
+        answers = self.answers
+        row: Row = {"text": self.texts, "tokens": self._entries(answers.tokens)}
         if answers.logprobs is not None:
-            row["logprobs"] = answers.logprobs[index]
+            row["logprobs"] = self._entries(answers.logprobs)
         if answers.alternatives is not None:
             row["alternatives"] = [
-                [{"token": token, "logprob": logprob} for token, logprob in place]
-                for place in answers.alternatives[index]
+                [[{"token": token, "logprob": logprob} for token, logprob in place] for place in one]
+                for one in self._entries(answers.alternatives)
             ]
-        return row
+        return row if len(self.texts) > 1 else {key: value[0] for key, value in row.items()}
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
@@ -167,20 +176,20 @@ def answer(
     """Answers requests a batch at a time; problems come as they are found.
 
     `is_chat` puts plain prompts through the checkpoint's chat template. Each request draws with
-    `seed` and its own number, whatever else is asked. Several hosts take part together.
+    `seed` and its own number, whatever else is asked; the answers of request i with seeds from
+    `seed + i * num_return_sequences` on. Several hosts take part together.
 
     Raises ValueError for a request that cannot be used and has no line to tell it by.
     """
     options = options or dataclasses.replace(model.defaults, num_return_sequences=1)
-    if options.num_return_sequences > 1:
-        raise ValueError("a batch has one answer to each request, leave out num_return_sequences")
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1, got {batch_size}")
     if not isinstance(options.seed, int):
         raise ValueError(
             f"seed is one number, to which each request adds its own; got {options.seed!r}"
         )
-    check_seeds([options.seed + max((request.number for request in requests), default=0)])
+    last = max((request.number for request in requests), default=0)
+    check_seeds([*_seeds(options, last)])
     under_way: Iterator[Answer | Problem] = iter(())
     for start in range(0, len(requests), batch_size):
         chunk, images = requests[start : start + batch_size], {}
@@ -226,7 +235,7 @@ def _begin(
         return iter(())
     # short batches are filled up, so that all have one shape
     filled = [*usable, *[usable[0]] * (batch_size - len(usable))]
-    seeds = [options.seed + request.number for request, _ in filled]  # type: ignore[operator]
+    seeds = [seed for request, _ in filled for seed in _seeds(options, request.number)]
     fetch = model.begin(
         model.pack([question for _, question in filled]),
         prune=prune,
@@ -250,6 +259,13 @@ def _begin(
             yield Answer(request, found, index)
 
     return answers()
+
+
+def _seeds(options: Options, number: int) -> range:
+    """What the answers to a request draw with."""
+    each = options.num_return_sequences
+    first = options.seed + number * each  # type: ignore[operator]
+    return range(first, first + each)
 
 
 class AnswerFile:

@@ -14,6 +14,7 @@ from catp_jax.generation.options import Options
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.instructblip import InstructBlipConfig
 from catp_jax.models.mllama import MllamaConfig
+from catp_jax.readers import hub
 from catp_jax.readers.blip2 import Blip2Reader, InstructBlipReader
 from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
@@ -108,11 +109,15 @@ def family_of(config: Any, name: str | Path) -> Family:
 
 
 def find_config(model: str | Path, ignore_config: Sequence[str] = ()) -> Any:
-    """A configuration by its checkpoint's name, or a folder's, whose config.json is read without
-    the keys `ignore_config`. Raises ValueError for others.
+    """A configuration by its checkpoint's name, or that of a folder, also one in the local Hugging
+    Face cache by its name, org/name. config.json is read without the keys `ignore_config`. Raises
+    ValueError for others.
     """
     if str(model) in PRESETS:
         return PRESETS[str(model)]()
-    if not Path(model).is_dir():
-        raise ValueError(f"{model} is no folder and none of {', '.join(PRESETS)}")
-    return convert.read_config(Path(model), ignore_config)
+    try:
+        folder = hub.find_folder(model)
+    except ValueError as error:
+        names = ", ".join(PRESETS)
+        raise ValueError(f"{error}. Published checkpoints are known as {names}") from None
+    return convert.read_config(folder, ignore_config)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from catp_jax.answers import Unsound
@@ -274,14 +275,42 @@ def test_out_is_for_a_file_of_requests():
     assert "--batch" in done.stderr
 
 
-def test_options_of_the_checkpoint_count_and_several_answers_do_not():
-    model = load(ASSETS / "mini-blip2-opt")
-    own = dataclasses.replace(model, defaults=Options(max_new_tokens=2, num_return_sequences=1))
-    requests = [Request(ASK, (CIRCLE,)), Request(ASK, (CIRCLE,), 1, begun=" it is")]
-    found = [row.as_row() for row in answer(own, requests, batch_size=2)]
+@pytest.fixture(scope="module")
+def mini():
+    return load(ASSETS / "mini-blip2-opt")
+
+
+TWO = [Request(ASK, (CIRCLE,)), Request(ASK, (CIRCLE,), 1, begun=" it is")]
+
+
+def test_options_of_the_checkpoint_count(mini):
+    defaults = Options(max_new_tokens=2, num_return_sequences=1)
+    model = dataclasses.replace(mini, defaults=defaults)
+    found = [row.as_row() for row in answer(model, TWO, batch_size=2)]
     assert max(len(row["tokens"]) for row in found) == 2
     assert "begun" not in found[0]
     assert found[1]["begun"] == " it is"
-    several = Options(temperature=1.0, num_return_sequences=2)
-    with pytest.raises(ValueError, match="a batch has one answer to each request"):
-        next(answer(model, requests, options=several))
+
+
+def test_several_answers_to_a_request_are_those_that_it_gets_alone(mini):
+    several = {"temperature": 9.0, "num_return_sequences": 2, "max_new_tokens": 4, "logprobs": 1}
+    requests = [*TWO, dataclasses.replace(TWO[0], number=2)]
+    found = list(answer(mini, requests, batch_size=2, options=Options(**several, seed=5)))
+    for number, one in enumerate(found):
+        begun = [requests[number].begun]
+        alone = mini.generate([CIRCLE], [ASK], seed=5 + 2 * number, begun=begun, **several)
+        row = one.as_row()
+        assert (row["text"], row["tokens"]) == (alone.text, alone.tokens)
+        ours, theirs = (np.concatenate(some) for some in (row["logprobs"], alone.logprobs))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert [len(places) for places in row["alternatives"]] == [4, 4]
+    assert found[0].texts != found[2].texts
+    with pytest.raises(ValueError, match="seeds lie between"):
+        next(answer(mini, requests, options=Options(**several, seed=2**32 - 5)))
+
+
+def test_the_best_answers_of_a_beam_search_are_the_requests_own(mini):
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    for one in answer(mini, TWO, batch_size=3, options=Options(**beams)):
+        begun = [one.request.begun]
+        assert one.texts == mini.generate([CIRCLE], [ASK], begun=begun, **beams).text

@@ -344,7 +344,7 @@ def test_traffic_of_a_product_that_is_summed_over_devices():
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
-        ("gpt-2", {}, "is no folder and none of Llama-3.2-11B-Vision"),
+        ("gpt-2", {}, "not a folder; .* known as Llama-3.2-11B-Vision"),
         ("blip2-opt-2.7b", {"tiles": 2}, "images of this model have no tiles"),
         ("Llama-3.2-11B-Vision", {"tiles": 5}, "an image has 1 to 4 tiles, got 5"),
         ("blip2-opt-2.7b", {"prompt": 3000}, "3000 prompt tokens and 128 new ones do not fit"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,12 @@ def make_plan(
     memory: int | None = None,
     fill: bool = False,
     tell: Callable[[int, int], None] = lambda batch, total: None,
+    ignore_config: Sequence[str] = (),
 ) -> Plan:
     """Plans a generation: `batch` prompts of `prompt` tokens with an image each, and `new_tokens`.
 
-    `model` is one of `families.PRESETS` or a folder, of which only config.json is read. The batch
-    is split over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for
+    `model` is one of `families.PRESETS` or a folder, of which only config.json is read, without
+    the keys `ignore_config`. The batch is split over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for
     Llama Vision (None: all four). `pruner` makes a method from the number of visual tokens and the
     model's sites.
 
@@ -65,7 +66,8 @@ def make_plan(
     Raises ValueError for sizes that make no sense or do not divide, and for a target without its
     compiler.
     """
-    config, number_type = find_config(model), parse_dtype(dtype) or np.dtype(np.float32)
+    config = find_config(model, ignore_config)
+    number_type = parse_dtype(dtype) or np.dtype(np.float32)
     sizes = parse_mesh(mesh)
     split = sizes["data"] * sizes["fsdp"]
     batch = split if batch is None else batch
