@@ -101,8 +101,8 @@ class Answer:
             row["logprobs"] = self._entries(answers.logprobs)
         if answers.alternatives is not None:
             row["alternatives"] = [
-                [[{"token": token, "logprob": logprob} for token, logprob in place] for place in one]
-                for one in self._entries(answers.alternatives)
+                [[{"token": token, "logprob": value} for token, value in place] for place in text]
+                for text in self._entries(answers.alternatives)
             ]
         return row if len(self.texts) > 1 else {key: value[0] for key, value in row.items()}
 

@@ -58,6 +58,9 @@ class Options:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, _frozen(value))
         for name in WHOLE:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -222,3 +225,8 @@ class Options:
             pad=jnp.asarray(pad, jnp.int32),
             strings=None if strings is None else jnp.asarray(strings),
         )
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples: what is equal is one record, however it was said."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -54,9 +54,9 @@ def make_plan(
     """Plans a generation: `batch` prompts of `prompt` tokens with an image each, and `new_tokens`.
 
     `model` is one of `families.PRESETS` or a folder, of which only config.json is read, without
-    the keys `ignore_config`. The batch is split over `data` and `fsdp` (None: one prompt each). `tiles` are those of an image, for
-    Llama Vision (None: all four). `pruner` makes a method from the number of visual tokens and the
-    model's sites.
+    the keys `ignore_config`. The batch is split over `data` and `fsdp` (None: one prompt each).
+    `tiles` are those of an image, for Llama Vision (None: all four). `pruner` makes a method from
+    the number of visual tokens and the model's sites.
 
     `target` is one of `targets.GPUS`, of which `hosts` have the same number each (None: 8, and any
     fewer are on one); without it JAX has to see as many devices as the mesh has places. `memory` is

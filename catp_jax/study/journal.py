@@ -16,14 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from catp_jax.lines import JsonLines, Row
-from catp_jax.study.plain import from_plain, shown, to_plain
-from catp_jax.study.records import FORMAT, KINDS, Header, Record
+from catp_jax.study.plain import Record, from_plain, shown, to_plain
+from catp_jax.study.records import FORMAT, KINDS, Header
 
 WHAT, OPENING = "a sweep's file", '{"row": "header"'
 WORDS = {kind: word for word, kind in KINDS.items()}
 
-R = TypeVar("R")
+R = TypeVar("R", bound=Record)
 
 
 class Journal:
@@ -78,7 +80,7 @@ class Journal:
     @property
     def digest(self) -> str:
         """A fingerprint of all records."""
-        rows = json.dumps(to_plain(self.records))
+        rows = json.dumps([to_plain(record) for record in self.records])
         return hashlib.sha256(rows.encode()).hexdigest()
 
     def check(self, **parts: Any) -> None:
@@ -86,7 +88,7 @@ class Journal:
         if self.header is None:
             return
         old, new = ({name: getattr(self.header, name) for name in parts}, parts)
-        faults = differences(to_plain(old), to_plain(new))
+        faults = differences(to_jsonable_python(old), to_jsonable_python(new))
         if faults:
             raise ValueError(
                 f"{self.path} is another sweep; it differs in {'; '.join(faults)} (there → here). "
@@ -102,11 +104,11 @@ class Journal:
 
     def append(self, record: R) -> R:
         """Adds a record and hands its line to the system at once; returns it as it is read back."""
-        word, row = WORDS[type(record)], to_plain(record)  # type: ignore[index]
+        word, row = WORDS[type(record)], to_plain(record)
         record = from_plain(type(record), row)
         if self._lines is not None:
             self._lines.append({"row": word, **row})
-        self.records.append(record)  # type: ignore[arg-type]
+        self.records.append(record)
         return record
 
     def claim(self) -> None:

@@ -5,12 +5,13 @@ with a default leaves older files readable; any other change is a new `FORMAT`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from catp_jax.generation.options import Options
-from catp_jax.study.plain import to_plain, unwritten
+from catp_jax.study.plain import Record, to_plain
 from catp_jax.study.tasks import QUESTION, fill
 
 FORMAT = 2
@@ -75,7 +76,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
+class Header(Record):
     """What every answer of a file depends on. `model` is the model's description of itself."""
 
     format: int
@@ -111,7 +112,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class SettingCost:
+class SettingCost(Record):
     """A setting's cost, found before its questions are asked; `pruners` as classes and fields."""
 
     setting: Setting
@@ -120,7 +121,7 @@ class SettingCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class Picture(Record):
     """An image as the model sees it, a PNG in base64, and question `number` about it."""
 
     number: int
@@ -153,7 +154,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class Answers(Record):
     """One batch under one setting. `ms` is a question's time, as a share of the batch's: its image,
     prefill and answer; None: not measured.
     """
@@ -165,7 +166,7 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Record):
     """How a setting did.
 
     `visual_tokens`: mean number kept. `accuracy`: mean score, `low` and `high` its bootstrap 95 %
@@ -191,7 +192,7 @@ class Result:
     pruners: tuple[dict[str, Any], ...]
     seed: int
     versions: dict[str, str]
-    answers: tuple[Answer, ...] = unwritten(default=())
+    answers: Annotated[tuple[Answer, ...], Field(exclude=True)] = ()
 
     def figures(self) -> dict[str, Any]:
         """Everything that is a figure, for JSON: no answers."""
@@ -210,8 +211,6 @@ class Result:
             if answer.map is not None
         }
 
-
-Record = Header | SettingCost | Picture | Answers | Result
 
 KINDS: dict[str, type[Record]] = {
     "header": Header,
