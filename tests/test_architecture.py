@@ -33,7 +33,7 @@ ROOMS = {
     "convert": BELOW_MODELS | {"strict_json", "models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,
     "readers": BELOW_GENERATION | {"strict_json", "generation"},
-    "study": BELOW_GENERATION | {"generation", "targets", "lines"},
+    "study": BELOW_GENERATION | {"generation", "targets", "lines", "strict_json"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "answers": BELOW_GENERATION | {"generation", "readers"},

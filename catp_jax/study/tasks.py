@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from catp_jax import strict_json
 from catp_jax.study.vqa_score import vqa_accuracy
 
 KEYS = ("image", "images", "question", "answer", "answers", "id")  # of one's own questions
@@ -125,7 +126,7 @@ def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]
 def read_json_lines(path: Path) -> list[Example]:
     """The questions of a JSON-lines file; see this module for its form."""
     examples, lines, faults, images, looked = [], {}, [], {}, {}
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -144,6 +145,15 @@ def read_json_lines(path: Path) -> list[Example]:
     return examples
 
 
+def _lines(path: Path) -> list[bytes]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _with_one_image(row: dict[str, Any]) -> dict[str, Any]:
     """A line that says `images` as one that says `image`, which a question has one of."""
     if "images" not in row:
@@ -158,14 +168,9 @@ def _with_one_image(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _example(
-    line: str, number: int, folder: Path, images: dict[Path, int], looked: dict[Path, str | None]
+    line: bytes, number: int, folder: Path, images: dict[Path, int], looked: dict[Path, str | None]
 ) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"an object is wanted, got {type(row).__name__}")
+    row = strict_json.parse(line)
     if unknown := [key for key in row if key not in KEYS]:
         raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; a line has {', '.join(KEYS)}")
     row = _with_one_image(row)
@@ -181,9 +186,9 @@ def _example(
         or not all(isinstance(answer, str) and answer.strip() for answer in answers)
     ):
         raise ValueError(f"answers are texts that are not empty, got {answers!r}")
-    own = row.get("id", f"line-{number}")
-    if not isinstance(own, str | int) or isinstance(own, bool):
-        raise ValueError(f"'id' is a text or a whole number, got {own!r}")
+    identity = row.get("id", f"line-{number}")
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        raise ValueError(f"'id' is a text or a whole number, got {identity!r}")
     image = folder / os.path.expanduser(row["image"])
     if image not in looked:
         looked[image] = image_fault(image)
@@ -193,7 +198,7 @@ def _example(
         image=image,
         question=row["question"],
         answer=answers[0],
-        id=str(own),
+        id=str(identity),
         image_id=images.setdefault(image, len(images)),
         answers=tuple(answers) if "answers" in row else (),
     )
@@ -210,23 +215,6 @@ def image_fault(path: Path) -> str | None:
             return None
     except Exception as error:  # decoders raise nearly anything on damaged data
         return f"image {str(path)!r} cannot be read: {error}"
-
-
-def read_json(path: Path, what: str) -> Any:
-    """A JSON file's content; `what` names the file in messages."""
-    try:
-        return json.loads(_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{what} {path} is no JSON file: {error}") from None
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from None
 
 
 def first_few(faults: Sequence[str]) -> str:
@@ -273,8 +261,8 @@ def digest(examples: Sequence[Example]) -> str:
 
 def exact_match(prediction: str, example: Example) -> float:
     """1.0 if it is an accepted answer but for case and the space around it, else 0.0."""
-    said = prediction.strip().lower()
-    return float(any(said == answer.strip().lower() for answer in example.accepted))
+    text = prediction.strip().lower()
+    return float(any(text == answer.strip().lower() for answer in example.accepted))
 
 
 def official_vqa(prediction: str, example: Example) -> float:

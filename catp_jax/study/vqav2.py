@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from catp_jax import strict_json
 from catp_jax.study.tasks import (
     Example,
     Task,
     first_few,
     image_fault,
     official_vqa,
-    read_json,
 )
 from catp_jax.study.vqa_score import PEOPLE
 
@@ -41,8 +41,8 @@ def vqav2_task(
         raise ValueError(f"fraction is above 0 and at most 1, got {fraction}")
     if not images.is_dir():
         raise ValueError(f"image folder {str(images)!r} is not a folder")
-    asked = _entries(read_json(questions, "question file"), "questions", questions)
-    answered = _entries(read_json(annotations, "annotation file"), "annotations", annotations)
+    asked = _entries(strict_json.read(questions), "questions", questions)
+    answered = _entries(strict_json.read(annotations), "annotations", annotations)
     splits = [str(file.get("data_subtype", "")) for file in (asked, answered)]
     if all(splits) and splits[0] != splits[1]:
         raise ValueError(
@@ -64,8 +64,8 @@ def vqav2_task(
         except Unfit as unfit:
             faults[unfit.kind].append(unfit.what)
     problems = [
-        f"{len(own)} of {len(chosen)} questions left out, {kind}: {first_few(own)}"
-        for kind, own in faults.items()
+        f"{len(entries)} of {len(chosen)} questions left out, {kind}: {first_few(entries)}"
+        for kind, entries in faults.items()
     ]
     if not examples:
         raise ValueError(

@@ -162,9 +162,10 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{oh", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("[1]", "an object is wanted, got list"),
+        ("{oh", "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "not a JSON object but list"),
+        ('{"image": "a.png", "image": "b.png"}', "is there twice"),
         ({"question": "what?", "answer": "cat"}, "'image' is a text"),
         ({**GOOD, "question": " "}, "'question' is a text"),
         ({**GOOD, "question": 3}, "'question' is a text"),
@@ -199,13 +200,13 @@ def test_ids_that_stand_twice_are_refused_with_both_lines(folder):
 
 
 def test_many_faults_are_counted(folder):
-    with pytest.raises(ValueError, match=r"line 5: no JSON .*; and 4 more"):
+    with pytest.raises(ValueError, match=r"line 5: it is not JSON.*; and 4 more"):
         jsonl_task(written(folder, *["{"] * 9))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is not a file"), (b"", "no questions"), (b"\xff\xfe\x00", "cannot be read as text")],
+    [(None, "is not a file"), (b"", "no questions"), (b"\xff\xfe\x00", "byte 0 is not UTF-8")],
 )
 def test_files_that_hold_no_questions_are_refused(folder, content, said):
     path = folder / "mine.jsonl"

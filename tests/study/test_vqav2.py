@@ -160,7 +160,7 @@ def test_swapped_files_are_recognised(files):
             lambda f: f.annotations["annotations"].append(annotation(11, 100)),
             "annotations.json has question ids twice: 11",
         ),
-        (lambda f: setattr(f, "questions", [1]), "no VQAv2 question file"),
+        (lambda f: setattr(f, "questions", [1]), "not a JSON object but list"),
     ],
 )
 def test_files_of_the_wrong_kind_are_refused(files, spoil, said):
@@ -180,7 +180,7 @@ def test_what_is_no_json_or_no_folder_is_refused(files, tmp_path):
         files.task(images=tmp_path / "nowhere")
     files.task()
     (tmp_path / "questions.json").write_text("{oh")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match=r"cannot be used .it is not JSON"):
         vqav2_task(tmp_path / "questions.json", tmp_path / "annotations.json", files.images)
     with pytest.raises(ValueError, match="is not a file"):
         vqav2_task(tmp_path / "nothing.json", tmp_path / "annotations.json", files.images)
