@@ -30,7 +30,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,13 @@ import numpy as np
 
 import convert
 from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.models.mllama import MllamaConfig
 from convert.families import family_of
 from convert.folders import forget, sync
-from convert.rules import sources
-from convert.writer import Spec, nbytes, split, write_index, write_safetensors
+from convert.shards import Shard, Tensor, write_shard
+from convert.weights import write_index
+from convert.writer import split
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FILE = 5.0 / 21.3  # of the whole: what the hub's files of 11B are cut at
@@ -82,30 +83,25 @@ def place(name: str) -> tuple[int, list[int]]:
     return part, [int(word) for word in name.split(".") if word.isdigit()]
 
 
-def write(folder: Path, shape: MllamaConfig) -> list[Spec]:
+def write(folder: Path, shape: MllamaConfig) -> list[Tensor]:
     """Writes a checkpoint of random numbers, named and cut into files as the hub's; its tensors."""
-    parameters = {
-        name: tuple(leaf.shape) for name, leaf in checkpoint.names(convert.abstract(shape)).items()
+    parameters = {name: tuple(x.shape) for name, x in named(convert.abstract(shape)).items()}
+    tensors = {
+        name: Tensor(name, folder, BFLOAT16, one.transform.source_shape(parameters[one.target]), 0)
+        for name, one in family_of(shape).wanted(parameters, shape).items()
     }
-    specs = [
-        (one.source, BFLOAT16, one.transform.source_shape(parameters[one.target]))
-        for one in sources(parameters, family_of(shape).rules(shape))
-    ]
-    specs.sort(key=lambda spec: (place(spec[0]), spec[0]))
-    files = split(specs, int(FILE * sum(map(nbytes, specs))))
+    sizes = {name: tensors[name].nbytes for name in sorted(tensors, key=lambda n: (place(n), n))}
     pool = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(BFLOAT16)
-
-    def values(inside: list[Spec]) -> Iterator[np.ndarray]:
-        for number, (_, _, tensor) in enumerate(inside):
-            yield np.resize(np.roll(pool, number), tensor)
-
     folder.mkdir()
-    for file, inside in files.items():
-        inside.sort()
-        write_safetensors(folder / file, inside, values(inside), {"format": "pt"})
-    write_index(folder, files)
+    shards = []
+    for file, names in split(sizes, int(FILE * sum(sizes.values()))).items():
+        inside = [dataclasses.replace(tensors[name], file=folder / file) for name in sorted(names)]
+        shards.append(Shard(folder / file, {"format": "pt"}, tuple(inside)))
+        values = (np.resize(np.roll(pool, n), one.shape) for n, one in enumerate(inside))
+        write_shard(shards[-1], values)
+    write_index(folder, shards)
     (folder / "config.json").write_text(json.dumps(convert.config_json(shape)))
-    return specs
+    return [tensor for shard in shards for tensor in shard.tensors]
 
 
 def copy(source: Path, out: Path) -> float:
@@ -148,7 +144,7 @@ def work(source: Path, out: Path, step: str) -> dict[str, Any]:
     if step.startswith("load"):
         model, _ = convert.load(source)
         if jax.default_backend() == "cpu":
-            held = sum(array.nbytes for array in checkpoint.names(model).values())
+            held = sum(array.nbytes for array in named(model).values())
     else:
         convert.to_orbax(source, out, **STEPS[step])
         sync(out)
@@ -172,8 +168,8 @@ def run(source: Path, out: Path, step: str) -> dict[str, Any]:
 def measure(folder: Path, size: str, rounds: int, steps: list[str]) -> dict[str, Any]:
     """All figures, from a checkpoint beneath `folder`."""
     source, converted, out = folder / "hf", folder / "converted", folder / "out"
-    specs = write(source, config(size))
-    total, largest = sum(map(nbytes, specs)), max(map(nbytes, specs))
+    sizes = [tensor.nbytes for tensor in write(source, config(size))]
+    total, largest = sum(sizes), max(sizes)
     copies: list[float] = []
     results: dict[str, list[dict[str, Any]]] = {step: [] for step in steps}
     if "load_converted" in steps:
@@ -211,7 +207,7 @@ def measure(folder: Path, size: str, rounds: int, steps: list[str]) -> dict[str,
     return {
         "bytes": total,
         "largest_tensor_bytes": largest,
-        "tensors": len(specs),
+        "tensors": len(sizes),
         "files": len(list(source.glob("*.safetensors"))),
         "copy_seconds": [round(one, 2) for one in copies],
         "copy_megabytes_per_s": total / statistics.median(copies) / 1e6,

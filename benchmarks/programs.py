@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.families import PRESETS
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
@@ -191,11 +191,11 @@ def tables(model: Any) -> int:
     """Bytes of the embedding tables of which a step takes a row each: not of one that is the head,
     too.
     """
-    named = checkpoint.names(model)
+    arrays = named(model)
     marks = ("embed_positions",)
-    if any("lm_head" in name for name in named):
+    if any("lm_head" in name for name in arrays):
         marks += ("embed_tokens", "shared.embedding")
-    return nbytes([leaf for name, leaf in named.items() if any(mark in name for mark in marks)])
+    return nbytes([leaf for name, leaf in arrays.items() if any(mark in name for mark in marks)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,17 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as orbax
 import orbax.checkpoint.experimental.v1 as ocp
-from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import type_handlers
+
+from catp_jax import leaves
 
 Tree = TypeVar("Tree")
 Shape = tuple[int, ...]
 
-LISTED = 20  # names of one kind that an error shows
 PIECE = 32 * 2**20  # bytes of an array that are stored, and read, as one
 PATTERN = re.compile(r"[*?\[\]\\]")  # a path with these Orbax globs, and finds another or nothing
-READ_AT_ONCE = 512 * 2**20  # bytes that are on their way from disk at a time
 
 
 def save(path: str | Path, tree: Any) -> None:
@@ -47,10 +46,9 @@ def save(path: str | Path, tree: Any) -> None:
     if the disk is full.
     """
     path = _new_folder(path)
-    leaves = _leaves(tree)
-    if not leaves:
+    arrays = {name: _array(leaf) for name, leaf in leaves.named(tree).items()}
+    if not arrays:
         raise ValueError(f"nothing to save to {path}: the tree has no arrays")
-    arrays = {name: _array(leaf) for name, leaf in leaves.items()}
     with _writing(path) as place, _options():
         ocp.save(str(place), arrays)
 
@@ -63,7 +61,7 @@ def save_runs(
     """Writes arrays, named as `save` would name them, as they come, some at a time.
 
     For trees larger than the memory of the host. `abstract` says what comes; a run is on the disk
-    when the next but one is asked for, or at an empty one. Errors are those of `save`.
+    when the next is asked for. Errors are those of `save`.
     """
     path = _new_folder(path)
     pieces = {name: orbax.SaveArgs(chunk_byte_size=PIECE) for name in abstract}
@@ -81,70 +79,8 @@ def save_runs(
             writer.save(place, orbax.args.Composite(pytree=tree))
 
 
-def restore(path: str | Path, abstract: Tree) -> Tree:
-    """Reads a checkpoint into a tree like `abstract`, whose leaves say shape, dtype and sharding.
-
-    A leaf without a sharding goes to the first device of this process; each process reads only the
-    pieces (of `PIECE` bytes) that its own shards lie in. A dtype other than the saved one converts.
-    Raises ValueError if `path` is no whole checkpoint, or if its names or shapes are not those of
-    `abstract`, listing all.
-    """
-    path = Path(path).absolute()
-    wanted = {name: _struct(leaf) for name, leaf in _leaves(abstract).items()}
-    _compare({name: shape for name, (shape, _) in contents(path).items()}, wanted, path)
-    arrays: dict[str, Any] = {}
-    for part in _parts(wanted):  # or several times the largest array would be in host memory
-        arrays |= jax.block_until_ready(_load(path, part))
-    return fill(abstract, arrays)
-
-
-def read(path: str | Path, leaves: Mapping[str, tuple[Shape, np.dtype]]) -> dict[str, np.ndarray]:
-    """Some of a checkpoint's arrays, by name, in host memory."""
-    wanted = {name: _Spec(shape, dtype) for name, (shape, dtype) in leaves.items()}
-    return _load(Path(path).absolute(), wanted)
-
-
-def fill(abstract: Tree, arrays: Mapping[str, Any]) -> Tree:
-    """A tree like `abstract` whose leaves are taken from `arrays`, by name."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_variable)
-    return jax.tree_util.tree_unflatten(
-        structure,
-        [
-            leaf.replace(arrays[_name(keys)]) if _is_variable(leaf) else arrays[_name(keys)]
-            for keys, leaf in leaves
-        ],
-    )
-
-
-def names(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by the names a checkpoint stores them under, variables unwrapped."""
-    return {
-        name: leaf.get_value() if _is_variable(leaf) else leaf
-        for name, leaf in _leaves(tree).items()
-    }
-
-
-def contents(path: str | Path) -> dict[str, tuple[Shape, np.dtype]]:
-    """Shape and dtype of every array in a checkpoint, by name, without reading them."""
-    path = Path(path).absolute()
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a checkpoint: there is no such folder")
-    if odd := [one for one in path.rglob("*") if not (one.is_file() or one.is_dir())]:
-        raise ValueError(  # Orbax would wait for a pipe
-            f"{path} is not a whole checkpoint: {odd[0]} is no file that can be read"
-        )
-    try:
-        with _quiet(), _plain(path) as plain:
-            tree: Any = ocp.metadata(str(plain)).metadata
-        return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in tree.items()}
-    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a whole Orbax checkpoint written by catp_jax ({_first_line(error)})"
-        ) from error
-
-
 class _Runs(type_handlers.NumpyHandler):
-    """Takes for the leaves of a tree the arrays of its runs, the next while the last is written.
+    """Takes for the leaves of a tree the arrays of its runs, one run after the other.
 
     Orbax's own way to save by parts opens the checkpoint for each, and merges them in a time that
     grows with parts × arrays².
@@ -158,48 +94,55 @@ class _Runs(type_handlers.NumpyHandler):
         self, values: Any, infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         places = {info.name: (info, arg) for info, arg in zip(infos, args or (), strict=True)}
-        under_way: Sequence[Any] = ()
         for run in self._runs:
-            started: Sequence[Any] = ()
-            if run:
-                wanted, how = zip(*(places.pop(name) for name in run), strict=True)
-                started = await super().serialize(list(run.values()), wanted, how)
-            for future in under_way:
+            wanted, how = zip(*(places.pop(name) for name in run), strict=True)
+            for future in await super().serialize(list(run.values()), wanted, how):
                 future.result()
-            under_way = started
         if places:
             raise RuntimeError(f"these arrays never came: {', '.join(places)}")
-        return under_way
+        return ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """Asks Orbax for an array in host memory."""
+def restore(path: str | Path, abstract: Tree) -> Tree:
+    """Reads a checkpoint into a tree like `abstract`, whose leaves say shape, dtype and sharding.
 
-    shape: Shape
-    dtype: np.dtype
-
-
-def _parts(
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """The arrays in groups of `READ_AT_ONCE` bytes, or of one that is larger."""
-    part: dict[str, jax.ShapeDtypeStruct] = {}
-    room = READ_AT_ONCE
-    for name, struct in wanted.items():
-        nbytes = struct.size * struct.dtype.itemsize
-        if part and nbytes > room:
-            yield part
-            part, room = {}, READ_AT_ONCE
-        part[name] = struct
-        room -= nbytes
-    yield part
+    A leaf without a sharding goes to the first device of this process; each process reads only the
+    pieces (of `PIECE` bytes) that its own shards lie in. A dtype other than the saved one converts.
+    Raises ValueError if `path` is no whole checkpoint, or if its names or shapes are not those of
+    `abstract`, listing all.
+    """
+    wanted = {name: _struct(leaf) for name, leaf in leaves.named(abstract).items()}
+    compare(contents(path), wanted, path)
+    arrays: dict[str, Any] = {}
+    for run in read_runs(path, wanted):
+        arrays |= run
+    return leaves.fill(abstract, arrays)
 
 
-def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read_runs(
+    path: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[dict[str, Any]]:
+    """`read`, some arrays at a time, as `leaves.runs` puts them together; a run is emptied when the
+    next is asked for.
+    """
+    for names in leaves.runs({name: leaves.nbytes(struct) for name, struct in wanted.items()}):
+        run = read(path, {name: wanted[name] for name in names})
+        yield run
+        run.clear()
+
+
+def read(path: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Arrays of a checkpoint, by name: on the devices that their sharding says, or in host memory
+    if they have none. Raises ValueError if it is damaged.
+    """
+    path = Path(path).absolute()
+    asked = {
+        name: struct if isinstance(struct.sharding, Sharding) else _Host(struct.shape, struct.dtype)
+        for name, struct in wanted.items()
+    }
     try:
         with _quiet(), _plain(path) as plain, _options():
-            return ocp.load(str(plain), dict(wanted))
+            return jax.block_until_ready(ocp.load(str(plain), asked))
     except (MemoryError, RuntimeError):  # the machine's, not the file's
         raise
     except Exception as error:  # Orbax raises bare Exceptions
@@ -209,56 +152,69 @@ def _load(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
-    named = {_name(keys): leaf for keys, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the tree have the same name; its keys contain dots")
-    return named
+def contents(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array in a checkpoint, by name and abstract: without reading them."""
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a checkpoint: there is no such folder")
+    for file in path.rglob("*"):
+        if not (file.is_file() or file.is_dir()):  # Orbax would wait for a pipe
+            raise ValueError(
+                f"{path} is not a whole checkpoint: {file} is no file that can be read"
+            )
+    try:
+        with _quiet(), _plain(path) as plain:
+            tree: Any = ocp.metadata(str(plain)).metadata
+        return {
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for name, leaf in tree.items()
+        }
+    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a whole Orbax checkpoint written by catp_jax ({_first_line(error)})"
+        ) from error
 
 
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+@dataclasses.dataclass(frozen=True)
+class _Host:
+    """Asks Orbax for an array in host memory."""
 
-
-def _name(keys: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator=".")
+    shape: Shape
+    dtype: np.dtype
 
 
 def _array(leaf: Any) -> np.ndarray | jax.Array:
-    value = leaf.get_value() if _is_variable(leaf) else leaf
-    return value if isinstance(value, np.ndarray | jax.Array) else jnp.asarray(value)
+    return leaf if isinstance(leaf, np.ndarray | jax.Array) else jnp.asarray(leaf)
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    value = leaf.get_value() if _is_variable(leaf) else leaf
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        value = jnp.asarray(value)
-    sharding = getattr(value, "sharding", None)
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        leaf = jnp.asarray(leaf)
+    sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, Sharding):
         sharding = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _compare(
-    have: Mapping[str, Shape], wanted: Mapping[str, jax.ShapeDtypeStruct], path: Path
+def compare(
+    stored: Mapping[str, jax.ShapeDtypeStruct],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    path: str | Path,
 ) -> None:
     """Raises ValueError with every name and shape in which a checkpoint differs from a tree."""
-    both = have.keys() & wanted.keys()
+    both = sorted(stored.keys() & wanted.keys())
     kinds = {
-        "missing": sorted(wanted.keys() - have.keys()),
-        "not asked for": sorted(have.keys() - wanted.keys()),
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "not asked for": sorted(stored.keys() - wanted.keys()),
         "of another shape": [
-            f"{name} (saved {have[name]}, wanted {wanted[name].shape})"
-            for name in sorted(both)
-            if have[name] != wanted[name].shape
+            f"{name} (saved {stored[name].shape}, wanted {wanted[name].shape})"
+            for name in both
+            if stored[name].shape != wanted[name].shape
         ],
     }
-    lines = []
-    for kind, found in kinds.items():
-        if found:
-            more = f", … and {len(found) - LISTED} more" if len(found) > LISTED else ""
-            lines.append(f"  {len(found)} {kind}: {', '.join(found[:LISTED])}{more}")
+    lines = [
+        f"  {len(names)} {kind}: {leaves.listed(names)}" for kind, names in kinds.items() if names
+    ]
     if lines:
         raise ValueError(
             f"the checkpoint {path} does not fit the tree it is restored into; "

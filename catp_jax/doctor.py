@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.families import find_config
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
@@ -355,7 +355,7 @@ def room(config: Any, mesh: str | None, folder: Path | None) -> Findings:
     if config is None:
         return
     abstract = abstract_model(config, jnp.bfloat16)
-    parameters = sum(math.prod(leaf.shape) for leaf in checkpoint.names(abstract).values())
+    parameters = sum(math.prod(leaf.shape) for leaf in named(abstract).values())
     sizes = choose(config, mesh)
     each = shard_bytes(place(abstract, make_mesh(sizes, kv_heads(abstract))))
     memory = device_memory()

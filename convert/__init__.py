@@ -8,18 +8,23 @@ to_hf("llama-orbax", "llama-again")                             # byte-equal ten
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jax.typing import DTypeLike
 
 from catp_jax.models.narrow import Weights, check
 from convert.adapter import alone
-from convert.converted import MANIFEST, load_converted, read_config, to_hf, to_orbax
 from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
-from convert.reader import Place, abstract, load_hf
+from convert.loading import Place, abstract
+from convert.manifest import MANIFEST, read_config
+from convert.reader import load_hf
 from convert.report import Report, table
 from convert.values import faults
 from convert.writer import write_hf
+
+if TYPE_CHECKING:
+    from convert.converted import load_converted, to_hf, to_orbax
 
 __all__ = [
     "Config",
@@ -40,6 +45,14 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    if name in ("load_converted", "to_hf", "to_orbax"):  # on first use: they import Orbax
+        from convert import converted
+
+        return getattr(converted, name)
+    raise AttributeError(f"module 'convert' has no attribute {name!r}")
+
+
 def load(
     folder: str | Path,
     dtype: DTypeLike | None = None,
@@ -58,15 +71,17 @@ def load(
     """
     check(weights)
     folder = _checked(folder)
-    if (folder / MANIFEST).exists():
-        if adapter is not None:
-            raise ValueError(
-                f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
-                "load the Hugging Face folder with it"
-            )
-        model = load_converted(folder, dtype, place, weights, ignore_config)
-    else:
-        model, _ = load_hf(folder, dtype, None, place, weights, ignore_config, adapter)
+    if not (folder / MANIFEST).exists():
+        model, _ = load_hf(folder, dtype, place, weights, ignore_config, adapter)
+        return model, model.config
+    if adapter is not None:
+        raise ValueError(
+            f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
+            "load the Hugging Face folder with it"
+        )
+    from convert.converted import load_converted
+
+    model = load_converted(folder, dtype, place, weights, ignore_config)
     return model, model.config
 
 

@@ -12,14 +12,15 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from catp_jax import strict_json
-from convert.rules import listed
-from convert.shards import Tensor, read_header
+from catp_jax.leaves import listed
+from convert.shards import Tensor, read_shard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 READ = {
@@ -37,14 +38,14 @@ KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "trainable_token_indices": "trained tokens"}
 
 LAYER = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-ODD = {
+OTHERS = {
     ".lora_embedding_": "LoRA on an embedding",
     ".lora_magnitude_vector": "DoRA",
     ".lora_B": "LoRA with a bias",
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Merged(Tensor):
     """A linear layer's weight with an adapter's product added: `down` is A, `up` is B."""
 
@@ -53,22 +54,14 @@ class Merged(Tensor):
     scale: float
     is_turned: bool
 
-    origin = "adapter merged"
-
-    def read(self, show: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """What `show` makes of the merged weight, as type `dtype`."""
-        wide = super().read(show, np.dtype(np.float32))
-        down, up = (one.read(lambda x: x, np.dtype(np.float32)) for one in (self.down, self.up))
+    def values(self) -> np.ndarray:
+        """The merged weight, in float32."""
+        base, down, up = (
+            np.asarray(values, np.float32)
+            for values in (super().values(), self.down.values(), self.up.values())
+        )
         change = up @ (down * np.float32(self.scale))
-        wide += show(change.T if self.is_turned else change)
-        return wide.astype(dtype, copy=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Replaced(Tensor):
-    """A tensor that the adapter brings whole."""
-
-    origin = "the adapter's"
+        return base + (change.T if self.is_turned else change)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +81,31 @@ class Adapter:
         problems = []
 
         def base(name: str) -> Tensor:
-            found = find(name)
-            return changed.get(found, tensors[found])
+            tensor_name = find(name)
+            return changed.get(tensor_name, tensors[tensor_name])
 
-        for name, own in self.whole.items():  # before anything is added to them
+        def replaced(name: str, tensor: Tensor) -> Tensor:
+            old = base(name)
+            if old.shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tensor.shape}, the base's {old.shape}")
+            return dataclasses.replace(tensor, name=old.name, origin="the adapter's")
+
+        def merged(module: str, pair: Mapping[str, Tensor]) -> Tensor:
+            tensor = base(f"{module}.weight")
+            if isinstance(tensor, Merged):
+                raise ValueError(f"{module} is adapted twice, under two names")
+            return self._merge(module, tensor, pair)
+
+        # whole tensors first: products may be added to them
+        changes = [partial(replaced, name, tensor) for name, tensor in self.whole.items()]
+        changes += [partial(merged, module, pair) for module, pair in self.pairs.items()]
+        for change in changes:
             try:
-                old = base(name)
+                tensor = change()
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if old.shape != own.shape:
-                problems.append(f"{name} has shape {own.shape}, the base's {old.shape}")
-            changed[old.name] = Replaced(old.name, own.file, own.dtype, own.shape, own.start)
-        for module, pair in self.pairs.items():
-            try:
-                merged = self._merge(module, base(f"{module}.weight"), pair)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            changed[merged.name] = merged
+            changed[tensor.name] = tensor
         if problems:
             raise ValueError(
                 f"the adapter {self.folder} does not fit the model; check that it was trained on "
@@ -129,8 +128,18 @@ class Adapter:
                 f"layers of rank {rank} are merged"
             )
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        parts = {field.name: getattr(base, field.name) for field in dataclasses.fields(Tensor)}
-        return Merged(**parts, down=down, up=up, scale=scale, is_turned=is_turned)
+        return Merged(
+            name=base.name,
+            file=base.file,
+            dtype=base.dtype,
+            shape=base.shape,
+            start=base.start,
+            origin="adapter merged",
+            down=down,
+            up=up,
+            scale=scale,
+            is_turned=is_turned,
+        )
 
 
 def find_adapter(folder: Path, adapter: Path | None) -> Adapter | None:
@@ -166,12 +175,12 @@ def read_adapter(folder: Path) -> Adapter:
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for tensor in read_header(folder / WEIGHTS).tensors:
+    for tensor in read_shard(folder / WEIGHTS).tensors:
         name = tensor.name.removeprefix("base_model.model.")
         if fit := LAYER.fullmatch(name):
             pairs.setdefault(fit[1], {})[fit[2]] = tensor
-        elif odd := next((kind for mark, kind in ODD.items() if mark in name), None):
-            raise ValueError(f"{folder} is no LoRA of linear layers alone: {name} is of {odd}")
+        elif kind := next((kind for mark, kind in OTHERS.items() if mark in name), None):
+            raise ValueError(f"{folder} is no LoRA of linear layers alone: {name} is of {kind}")
         else:
             whole[name.replace(".base_layer.", ".")] = tensor
     for module in settings.get("modules_to_save") or ():

@@ -9,140 +9,81 @@ out/
 
 import dataclasses
 import errno
-import hashlib
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from catp_jax import checkpoint, strict_json
-from catp_jax.models.narrow import Weights, with_scales
-from convert import families
-from convert.families import FAMILIES, Config, Model, family_of
+from catp_jax import checkpoint, leaves
+from catp_jax.models.narrow import Weights
+from convert.dtypes import cast, name_dtype, parse_dtype
+from convert.families import Config, Model, family_of
+from convert.family import wrapper_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
-from convert.names import check_weights_file
-from convert.reader import (
-    DTYPE_KEYS,
-    Pair,
-    Place,
-    Progress,
-    Source,
-    abstract,
-    by_position,
-    cast,
-    file_bytes,
-    narrowed,
-    one_dtype,
-    open_source,
-    parse_dtype,
-    read_part,
-    with_dtypes,
-)
-from convert.report import Report, Row
-from convert.rules import listed
-from convert.shards import DTYPES, INDEX, SINGLE, is_text_by_text
-from convert.streams import ahead, parts, trim
-from convert.writer import Spec, nbytes, write_index, write_safetensors
+from convert.loading import Place, Progress, abstract, counted, load_model
+from convert.manifest import MANIFEST, File, Manifest, config_digest, read_config
+from convert.reader import HfSource, open_hf
+from convert.report import Report, make_report
+from convert.rules import Match, Matching
+from convert.shards import Shard, Tensor, write_shard
+from convert.weights import INDEX, SINGLE, write_index
 
-MANIFEST, WEIGHTS = "catp_jax.json", "weights"
-FORMAT = 3  # 2 had no checksums, 1 the parts of BLIP-2's `qkv` one after the other
-FLOAT32 = np.dtype(np.float32)
-PART = 384 * 2**20  # bytes of tensors that are written, or read back, as one; or a larger tensor
+WEIGHTS = "weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """One safetensors file of the original: its metadata, its tensors in order of their bytes."""
+class Converted:
+    """A converted folder, its manifest checked; no weights have been read."""
 
-    metadata: dict[str, str]
-    tensors: tuple[str, ...]
+    folder: Path
+    manifest: Manifest
+    stored: dict[str, jax.ShapeDtypeStruct]
+    config: Config
+
+    def runs(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, Any]]:
+        """Parameters, some at a time, see `convert.loading.Source`."""
+        return checkpoint.read_runs(self.folder / WEIGHTS, wanted)
+
+    def changed(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
+        """The names of parameters that are not those that were converted."""
+        return different(arrays, self.manifest.checksums)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What catp_jax.json holds.
+def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted:
+    """Checks a converted folder without reading its weights. Raises ValueError."""
+    refuse_unfinished(folder)
+    manifest = Manifest.read(folder)
+    stored = checkpoint.contents(folder / WEIGHTS)
+    config = read_config(folder, ignore_config)
+    family = family_of(config)
+    own = family.with_own_head(config)
+    heads = leaves.named(abstract(own)).keys() - leaves.named(abstract(config)).keys()
+    has_own = bool(heads) and heads <= stored.keys()
+    return Converted(folder, manifest, stored, own if has_own else config)
 
-    `dtypes` are those of the original tensors; `checksums` are CRC-32 of the parameters as they are
-    stored, by their names; `config` is the SHA-256 of config.json, which is read without the keys
-    `ignore_config`.
+
+def load_converted(
+    folder: str | Path,
+    dtype: DTypeLike | None = None,
+    place: Place | None = None,
+    weights: Weights | None = None,
+    ignore_config: Sequence[str] = (),
+) -> Model:
+    """The model in a converted folder, its weights as `dtype` (None: as they are stored).
+
+    Number types, `place`, `weights` and `ignore_config` are as in `load_hf`. Raises ValueError if
+    the folder is damaged.
     """
-
-    model_type: str
-    layout: str
-    files: dict[str, File]
-    dtypes: dict[str, str]
-    ignored: tuple[str, ...]
-    checksums: dict[str, int]
-    config: str
-    ignore_config: tuple[str, ...]
-
-    def write(self, folder: Path) -> None:
-        """Writes it into a folder."""
-        content = {"format": FORMAT, **dataclasses.asdict(self)}
-        content["sha256"] = _digest(content)
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Reads it from a folder. Raises ValueError if it is of another version, or was changed."""
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
-        try:
-            content = strict_json.parse(path.read_bytes())
-            written, kind = content["format"], content["model_type"]
-            if written != FORMAT or kind not in FAMILIES:
-                raise ValueError(
-                    f"it is of format {written} and model type {kind}, this version reads format "
-                    f"{FORMAT} and {', '.join(FAMILIES)}"
-                )
-            if content["layout"] not in FAMILIES[kind].layouts:
-                raise ValueError(f"unknown layout {content['layout']!r}")
-            files = {
-                check_weights_file(name): File(file["metadata"], tuple(file["tensors"]))
-                for name, file in content["files"].items()
-            }
-            if not all(is_text_by_text(file.metadata) for file in files.values()):
-                raise ValueError("the metadata of its files are not objects of texts")
-            listed = [name for file in files.values() for name in file.tensors]
-            dtypes, known = content["dtypes"], {dtype.name for dtype in DTYPES.values()}
-            if len({*listed}) != len(listed) or {*listed} != dtypes.keys():
-                raise ValueError("its files and dtypes do not name the same tensors, each once")
-            if not known.issuperset(dtypes.values()):
-                raise ValueError(f"its dtypes are not all of {', '.join(sorted(known))}")
-            checksums, config = content["checksums"], content["config"]
-            if not isinstance(checksums, dict) or not isinstance(config, str):
-                raise ValueError("its checksums are none")
-            if content.pop("sha256", None) != _digest(content):
-                raise ValueError("it was changed after it was written")
-            return cls(
-                model_type=kind,
-                layout=content["layout"],
-                files=files,
-                dtypes=dtypes,
-                ignored=tuple(content["ignored"]),
-                checksums=checksums,
-                config=config,
-                ignore_config=tuple(content["ignore_config"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); convert again") from error
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """The SHA-256 of a manifest's content, order included."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def config_digest(folder: Path) -> str:
-    """The SHA-256 of a folder's config.json."""
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    source = open_converted(Path(folder), ignore_config)
+    wanted = leaves.named(abstract(source.config))
+    checkpoint.compare(source.stored, wanted, source.folder / WEIGHTS)
+    return load_model(source, dtype, place, weights)
 
 
 def to_orbax(
@@ -161,90 +102,65 @@ def to_orbax(
     comes out, too.
 
     Threads read while others write; host memory stays below twice the largest tensor and 1 GiB.
-    `verify` reads all back and compares checksums, in up to one such tensor more. Raises
-    ValueError if the input is damaged or unsupported, if `out` exists or cannot be written, or if
-    it reads back differently; nothing is left of it then.
+    `verify` reads all back and compares checksums. Raises ValueError if the input is damaged or
+    unsupported, if `out` exists or cannot be written, or if it reads back differently; nothing is
+    left of it then.
     """
     wanted = parse_dtype(dtype)
     check_new(Path(out))
     if (Path(hf_folder) / MANIFEST).exists():
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
-    source = open_source(Path(hf_folder), ignore_config, adapter)
-    matching = source.matching
-    dtypes = {match.target: source.stored(match, wanted) for match in matching.matches}
-    weights = checkpoint.names(with_dtypes(source.abstract, dtypes))
-    pairs = by_position(source)
-    done, total = 0, sum(map(file_bytes, pairs)) * (2 if verify else 1)
+    source = open_hf(Path(hf_folder), ignore_config, adapter)
+    family = family_of(source.config)
+    structs = {
+        name: struct.update(dtype=struct.dtype if wanted is None else cast(family, name, wanted))
+        for name, struct in source.stored.items()
+    }
+    sizes = {name: source.tensors[one.source].nbytes for name, one in source.filled.items()}
+    read = sum(sizes.values())
+    total = 2 * read if verify else read
     checksums: dict[str, int] = {}
-    under_way: list[Pair] = []  # the run that is being written
 
-    def read(pair: Pair) -> np.ndarray:
-        array = read_part(*pair, dtypes[pair[0].target])
-        checksums[pair[0].target] = checksum(array)
-        return array
-
-    def stored_bytes(pair: Pair) -> int:
-        match, tensor = pair
-        return tensor.nbytes // tensor.dtype.itemsize * dtypes[match.target].itemsize
-
-    def count(run: Sequence[Pair]) -> None:
-        nonlocal done
-        done += sum(map(file_bytes, run))
-        if progress is not None:
-            progress(done, total)
-
-    runs = parts(pairs, stored_bytes, PART)
-    runs.sort(key=len)  # a large tensor, alone, at first: at the end nothing goes on beside it
-
-    def stream() -> Iterator[dict[str, np.ndarray]]:
-        for found in ahead(runs, read, stored_bytes, behind=1):
-            run = {match.target: array for (match, _), array in found}
-            yield run
-            run.clear()
-            trim()
-            if under_way:
-                count(under_way)
-            under_way[:] = [pair for pair, _ in found]
+    def see(name: str, array: np.ndarray) -> None:
+        checksums[name] = checksum(array)
 
     with new_folder(Path(out)) as folder:
-        _refuse_full_disk(folder, sum(map(stored_bytes, pairs)))
-        checkpoint.save_runs(folder / WEIGHTS, weights, stream())
-        count(under_way)
+        _refuse_full_disk(folder, sum(map(leaves.nbytes, structs.values())))
+        runs = counted(source.runs(structs, see), sizes, progress, 0, total)
+        checkpoint.save_runs(folder / WEIGHTS, structs, runs)
         if verify:
-            _verify(folder, runs, checksums, count)
+            forget(folder)
+            back = checkpoint.read_runs(folder / WEIGHTS, structs)
+            _verify(counted(back, sizes, progress, read, total), checksums)
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
-        manifest = _manifest(source, checksums, config_digest(folder), tuple(ignore_config))
-        manifest.write(folder)
-    return source.report(dtypes)
+        _manifest(source, checksums, config_digest(folder), ignore_config).write(folder)
+    return source.report({name: struct.dtype for name, struct in structs.items()})
 
 
 def _manifest(
-    source: Source, checksums: dict[str, int], config: str, ignore_config: tuple[str, ...]
+    source: HfSource, checksums: Mapping[str, int], config: str, ignore_config: Sequence[str]
 ) -> Manifest:
     """What leads back from a converted folder to its source."""
     matching = source.matching
-    matched = {match.source for match in (*matching.matches, *matching.twins)}
+    matched = {one.source for one in (*matching.matches, *matching.twins)}
+    kept = [
+        (shard, [tensor for tensor in shard.tensors if tensor.name in matched])
+        for shard in source.shards
+    ]
     return Manifest(
         model_type=family_of(source.config).model_type,
-        layout=source.layout,
+        layout=source.layout.name,
         files={
-            shard.path.name: File(
-                shard.metadata, tuple(t.name for t in shard.tensors if t.name in matched)
-            )
-            for shard in source.shards
+            shard.path.name: File(shard.metadata, tuple(tensor.name for tensor in tensors))
+            for shard, tensors in kept
         },
-        dtypes={
-            tensor.name: tensor.dtype.name
-            for shard in source.shards
-            for tensor in shard.tensors
-            if tensor.name in matched
-        },
+        dtypes={tensor.name: tensor.dtype.name for _, tensors in kept for tensor in tensors},
         ignored=tuple(matching.ignored),
-        checksums={name: checksums[name] for name in sorted(checksums)},
+        checksums=dict(sorted(checksums.items())),
         config=config,
-        ignore_config=ignore_config,
+        ignore_config=tuple(ignore_config),
     )
 
 
@@ -258,95 +174,13 @@ def different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) ->
     return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
 
 
-def _verify(
-    folder: Path,
-    runs: Sequence[Sequence[Pair]],
-    checksums: Mapping[str, int],
-    count: Callable[[Sequence[Pair]], None],
-) -> None:
-    """Reads weights back from the disk. Raises ValueError if they are not those of the source."""
-    forget(folder)
-    stored = checkpoint.contents(folder / WEIGHTS)
-    wrong = []
-    for run in runs:
-        wanted = {match.target: stored[match.target] for match, _ in run}
-        wrong += different(checkpoint.read(folder / WEIGHTS, wanted), checksums)
-        trim()
-        count(run)
-    if wrong:
+def _verify(runs: Iterator[dict[str, np.ndarray]], checksums: Mapping[str, int]) -> None:
+    """Raises ValueError if weights that were read back are not those of the source."""
+    if wrong := [name for run in runs for name in different(run, checksums)]:
         raise ValueError(
             f"{len(wrong)} of the tensors read back differently from what was written: "
-            f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
+            f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
         )
-
-
-def name_dtype(path: Path, dtype: np.dtype) -> None:
-    """Makes a config.json name the number type of weights that were cast."""
-    content = json.loads(path.read_bytes())
-    for part in (content, *content.values()):
-        for key in DTYPE_KEYS:
-            if isinstance(part, dict) and part.get(key) is not None:
-                part[key] = dtype.name
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def load_converted(
-    folder: str | Path,
-    dtype: DTypeLike | None = None,
-    place: Place | None = None,
-    weights: Weights | None = None,
-    ignore_config: Sequence[str] = (),
-) -> Model:
-    """The model in a converted folder, its weights as `dtype` (None: as they are stored).
-
-    Number types, `place`, `weights` and `ignore_config` are as in `load_hf`, but that all is read
-    before the first kernel is narrowed. Raises ValueError if the folder is damaged.
-    """
-    wanted, folder = parse_dtype(dtype), Path(folder)
-    refuse_unfinished(folder)
-    Manifest.read(folder)
-    stored = checkpoint.contents(folder / WEIGHTS)
-    config = _config(folder, stored, ignore_config)
-    model, family = abstract(config), family_of(config)
-    wanted = wanted or one_dtype(
-        folder,
-        family,
-        {name: (dtype, nbytes((name, dtype, shape))) for name, (shape, dtype) in stored.items()},
-    )
-    dtypes = {
-        # `restore` lists what is missing
-        name: cast(family, name, wanted or (stored[name][1] if name in stored else FLOAT32))
-        for name in checkpoint.names(model)
-    }
-    model = with_dtypes(model, dtypes)
-    if place is not None:
-        model = place(model)
-    restored = checkpoint.restore(folder / WEIGHTS, model)
-    if weights is None:
-        return restored
-    arrays, wide = {}, checkpoint.names(restored)
-    del restored
-    for name in [*wide]:
-        arrays |= narrowed(name, wide.pop(name), weights)
-    return checkpoint.fill(with_scales(model, weights), arrays)
-
-
-def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
-    """The configuration in a folder, Hugging Face or converted, read without the keys `ignore`.
-
-    Raises ValueError listing everything in config.json that is not supported.
-    """
-    told = Manifest.read(folder).ignore_config if (folder / MANIFEST).exists() else ()
-    return families.read_config(folder, sorted({*told, *ignore}))
-
-
-def _config(folder: Path, stored: Container[str], ignore: Sequence[str] = ()) -> Config:
-    """The configuration of the parameters that are stored in a converted folder."""
-    config = read_config(folder, ignore)
-    family = family_of(config)
-    own = family.with_own_head(config)
-    heads = checkpoint.names(abstract(own)).keys() - checkpoint.names(abstract(config)).keys()
-    return own if heads and all(name in stored for name in heads) else config
 
 
 def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
@@ -356,85 +190,86 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
     they had. Raises ValueError if `converted` is damaged, or was changed since, or if `out` exists
     or cannot be written.
     """
-    folder = Path(converted)
     check_new(Path(out))
-    refuse_unfinished(folder)
-    manifest = Manifest.read(folder)
+    source = open_converted(Path(converted))
+    folder, manifest = source.folder, source.manifest
     if config_digest(folder) != manifest.config:
         raise ValueError(
             f"{folder / 'config.json'} was changed after the conversion, and the weights were not; "
             "put the original back, and change what comes out"
         )
-    stored = checkpoint.contents(folder / WEIGHTS)
-    config = _config(folder, stored)
-    family = family_of(config)
-    names = {name for file in manifest.files.values() for name in file.tensors}
-    matches = family.places(names, stored, config, family.layouts[manifest.layout])
-    if names != matches.keys() or {one.target for one in matches.values()} != stored.keys():
-        raise ValueError(
-            f"{folder}: {MANIFEST} lists {len(names)} tensors, {WEIGHTS} holds {len(stored)}, "
-            f"and they are not the same; convert again"
-        )
-    specs: dict[str, list[Spec]] = {
-        file: [
-            (name, dtype, matches[name].transform.source_shape(shape))
-            for name in content.tensors
-            for shape, dtype in [stored[matches[name].target]]
-        ]
-        for file, content in manifest.files.items()
-    }
-    total = sum(nbytes(spec) for inside in specs.values() for spec in inside)
-    done = 0
-
-    def values(inside: Sequence[Spec]) -> Iterator[np.ndarray]:
-        nonlocal done
-        for group in parts(inside, nbytes, PART):
-            ones = [matches[name] for name, _, _ in group]
-            arrays = checkpoint.read(
-                folder / WEIGHTS, {one.target: stored[one.target] for one in ones}
-            )
-            if wrong := different(arrays, manifest.checksums):
-                raise ValueError(f"{folder / WEIGHTS} is damaged: {listed(wrong)}; convert again")
-            for one, spec in zip(ones, group, strict=True):
-                yield one.transform.inverse(arrays[one.target])
-                done += nbytes(spec)
-                if progress is not None:
-                    progress(done, total)
-
+    matches = _matches(source)
     with new_folder(Path(out)) as target:
-        for file, inside in specs.items():
-            write_safetensors(target / file, inside, values(inside), manifest.files[file].metadata)
+        shards = [
+            Shard(target / name, file.metadata, tuple(_tensors(source, matches, target / name)))
+            for name, file in manifest.files.items()
+        ]
+        sizes = {tensor.name: tensor.nbytes for shard in shards for tensor in shard.tensors}
+        done, total = 0, sum(sizes.values())
+        for shard in shards:
+            mine = {tensor.name: tensor.nbytes for tensor in shard.tensors}
+            runs = counted(_read_back(source, matches, mine), sizes, progress, done, total)
+            write_shard(shard, (array for run in runs for array in run.values()))
+            done += sum(mine.values())
         copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
         is_cast = any(
-            dtype.name != manifest.dtypes[name]
-            for inside in specs.values()
-            for name, dtype, _ in inside
+            tensor.dtype.name != manifest.dtypes[tensor.name]
+            for shard in shards
+            for tensor in shard.tensors
         )
         # the old index counts other bytes, or names tensors that were left out
-        if (manifest.ignored or is_cast) and SINGLE not in specs:
-            write_index(target, specs)
+        if (manifest.ignored or is_cast) and SINGLE not in manifest.files:
+            write_index(target, shards)
         elif (folder / INDEX).exists():
             shutil.copyfile(folder / INDEX, target / INDEX)
         shutil.copyfile(folder / "config.json", target / "config.json")
-    return Report(
-        folder,
-        manifest.layout,
-        tuple(
-            Row(
-                source=name,
-                target=matches[name].target,
-                change=matches[name].transform.name,
-                file=file,
-                shape=shape,
-                dtype=manifest.dtypes[name],
-                stored_dtype=dtype.name,
-                nbytes=nbytes((name, dtype, shape)),
+    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    matching = Matching([matches[name] for name in tensors], [], {})
+    dtypes = {name: struct.dtype for name, struct in source.stored.items()}
+    return make_report(folder, manifest.layout, matching, tensors, dtypes)
+
+
+def _matches(source: Converted) -> dict[str, Match]:
+    """Which parameter is each tensor of the original, by its name. Raises ValueError."""
+    manifest, family = source.manifest, family_of(source.config)
+    names = [name for file in manifest.files.values() for name in file.tensors]
+    layout = family.layouts[manifest.layout]
+    layout = dataclasses.replace(layout, wrapper=wrapper_of(names))
+    matches = family.places(names, source.stored, source.config, layout)
+    if {*names} != matches.keys() or {one.target for one in matches.values()} != {*source.stored}:
+        raise ValueError(
+            f"{source.folder}: {MANIFEST} lists {len(names)} tensors, {WEIGHTS} holds "
+            f"{len(source.stored)}, and they are not the same; convert again"
+        )
+    return matches
+
+
+def _tensors(source: Converted, matches: Mapping[str, Match], file: Path) -> Iterator[Tensor]:
+    """The tensors of a file that is to be written."""
+    for name in source.manifest.files[file.name].tensors:
+        struct = source.stored[matches[name].target]
+        shape = matches[name].transform.source_shape(struct.shape)
+        yield Tensor(name, file, struct.dtype, shape, 0)
+
+
+def _read_back(
+    source: Converted, matches: Mapping[str, Match], sizes: Mapping[str, int]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors as they were, some at a time. Raises ValueError if their bytes have changed."""
+    for names in leaves.runs(sizes):
+        targets = {matches[name].target for name in names}
+        wanted = {target: source.stored[target] for target in targets}
+        arrays = checkpoint.read(source.folder / WEIGHTS, wanted)
+        if wrong := source.changed(arrays):
+            raise ValueError(
+                f"{source.folder / WEIGHTS} is damaged: {leaves.listed(wrong)}; convert again"
             )
-            for file, inside in specs.items()
-            for name, dtype, shape in inside
-        ),
-        (),
-    )
+        run = {
+            name: matches[name].transform.inverse(arrays[matches[name].target]) for name in names
+        }
+        del arrays
+        yield run
+        run.clear()
 
 
 def _refuse_full_disk(folder: Path, wanted: int) -> None:

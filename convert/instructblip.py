@@ -8,37 +8,17 @@ from functools import partial
 from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from convert import blip2
 from convert.blip2 import HEAD, NOT_FLOAT16, TWINS
-from convert.family import HUB, Family
+from convert.family import HUB, Family, Layout
 from convert.instructblip_config import read, write
-from convert.rules import TRANSPOSE, Ignore, Rule
+from convert.rules import Ignore
 
-RULES = [
-    *blip2.SHARED,
-    # What goes into the Q-Former.
-    Rule("qformer.embeddings.layernorm.weight", "qformer.layernorm.scale"),
-    Rule("qformer.embeddings.layernorm.bias", "qformer.layernorm.bias"),
-    Rule(
-        "qformer.embeddings.{word,position}_embeddings.weight",
-        "embeddings.{word,position}_embeddings.embedding",
+OURS = Layout(
+    "ours",
+    (
+        ("qformer.layernorm.", "qformer.embeddings.layernorm."),
+        ("embeddings.", "qformer.embeddings."),
     ),
-    # Llama.
-    Rule("language_model.model.embed_tokens.weight", "language_model.model.embed_tokens.embedding"),
-    Rule(
-        "language_model.model.layers.*.self_attn.{q,k,v,o}_proj.weight",
-        "language_model.model.layers.*.self_attn.{q,k,v,o}_proj.kernel",
-        TRANSPOSE,
-    ),
-    Rule(
-        "language_model.model.layers.*.mlp.{gate,up,down}_proj.weight",
-        "language_model.model.layers.*.mlp.{gate,up,down}_proj.kernel",
-        TRANSPOSE,
-    ),
-    Rule(
-        "language_model.model.layers.*.{input,post_attention}_layernorm.weight",
-        "language_model.model.layers.*.{input,post_attention}_layernorm.scale",
-    ),
-    Rule("language_model.model.norm.weight", "language_model.model.norm.scale"),
-]
+)
 
 IGNORES = [
     *blip2.IGNORES,
@@ -55,11 +35,12 @@ INSTRUCTBLIP = Family(
     read=read,
     write=write,
     build=lambda config, rngs: InstructBlip(config, rngs=rngs),
-    rules=lambda config: RULES,
+    rules=lambda config: blip2.RULES,
     ignores=IGNORES,
     hints=HINTS,
     layouts={HUB.name: HUB},
     detect=partial(blip2.detect, script="instructblip"),
+    ours=OURS,
     twins=TWINS,
     head=HEAD,
     with_own_head=blip2.with_own_head,

@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: where each tensor of a checkpoint goes, in the three ways it may be named.
 
-The table is written for the names on the Hugging Face hub, which is also what transformers saves;
-the other layouts are first renamed to it, prefix by prefix.
+What is said here of tensors is for their names on the Hugging Face hub, which is also what
+transformers saves; the other layouts differ from it in their prefixes.
 """
 
 from collections.abc import Iterable
@@ -11,98 +11,7 @@ from flax import nnx
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from convert.family import Family, Layout
 from convert.mllama_config import read, write
-from convert.rules import TRANSPOSE, Ignore, Rule, patches
-
-
-def rules(config: MllamaConfig) -> list[Rule]:
-    """The table: tensor name on the hub, parameter of `Mllama`, change of layout."""
-    return [
-        # Text decoder and head.
-        Rule(
-            "language_model.model.embed_tokens.weight",
-            "language_model.embed_tokens.embedding",
-        ),
-        Rule(
-            "language_model.model.layers.*.{self,cross}_attn.{q,k,v,o}_proj.weight",
-            "language_model.layers.*.{self,cross}_attn.{q,k,v,o}_proj.kernel",
-            TRANSPOSE,
-        ),
-        Rule(
-            "language_model.model.layers.*.cross_attn.{q,k}_norm.weight",
-            "language_model.layers.*.cross_attn.{q,k}_norm.scale",
-        ),
-        Rule(
-            "language_model.model.layers.*.cross_attn_{attn,mlp}_gate",
-            "language_model.layers.*.cross_attn_{attn,mlp}_gate",
-        ),
-        Rule(
-            "language_model.model.layers.*.mlp.{gate,up,down}_proj.weight",
-            "language_model.layers.*.mlp.{gate,up,down}_proj.kernel",
-            TRANSPOSE,
-        ),
-        Rule(
-            "language_model.model.layers.*.{input,post_attention}_layernorm.weight",
-            "language_model.layers.*.{input,post_attention}_layernorm.scale",
-        ),
-        Rule("language_model.model.norm.weight", "language_model.norm.scale"),
-        Rule("language_model.lm_head.weight", "lm_head.kernel", TRANSPOSE),
-        # Projector.
-        Rule("multi_modal_projector.weight", "multi_modal_projector.kernel", TRANSPOSE),
-        Rule("multi_modal_projector.bias", "multi_modal_projector.bias"),
-        # Vision tower: embeddings.
-        Rule(
-            "vision_model.patch_embedding.weight",
-            "vision_model.patch_embedding.kernel",
-            patches(config.vision.num_channels),
-        ),
-        Rule("vision_model.class_embedding", "vision_model.class_embedding"),
-        Rule(
-            "vision_model.gated_positional_embedding.{gate,embedding}",
-            "vision_model.gated_positional_embedding.{gate,embedding}",
-        ),
-        Rule(
-            "vision_model.gated_positional_embedding.tile_embedding.weight",
-            "vision_model.gated_positional_embedding.tile_embedding.embedding",
-        ),
-        Rule(
-            "vision_model.{pre,post}_tile_positional_embedding.gate",
-            "vision_model.{pre,post}_tile_positional_embedding.gate",
-        ),
-        Rule(
-            "vision_model.{pre,post}_tile_positional_embedding.embedding.weight",
-            "vision_model.{pre,post}_tile_positional_embedding.embedding.embedding",
-        ),
-        Rule("vision_model.layernorm_{pre,post}.weight", "vision_model.layernorm_{pre,post}.scale"),
-        Rule("vision_model.layernorm_{pre,post}.bias", "vision_model.layernorm_{pre,post}.bias"),
-        # Vision tower: layers.
-        Rule(
-            "vision_model.{transformer,global_transformer}.layers.*.self_attn.{q,k,v,o}_proj.weight",
-            "vision_model.{transformer,global_transformer}.layers.*.self_attn.{q,k,v,o}_proj.kernel",
-            TRANSPOSE,
-        ),
-        Rule(
-            "vision_model.{transformer,global_transformer}.layers.*.mlp.{fc1,fc2}.weight",
-            "vision_model.{transformer,global_transformer}.layers.*.mlp.{fc1,fc2}.kernel",
-            TRANSPOSE,
-        ),
-        Rule(
-            "vision_model.{transformer,global_transformer}.layers.*.mlp.{fc1,fc2}.bias",
-            "vision_model.{transformer,global_transformer}.layers.*.mlp.{fc1,fc2}.bias",
-        ),
-        Rule(
-            "vision_model.{transformer,global_transformer}.layers.*.{input,post_attention}_layernorm.weight",
-            "vision_model.{transformer,global_transformer}.layers.*.{input,post_attention}_layernorm.scale",
-        ),
-        Rule(
-            "vision_model.{transformer,global_transformer}.layers.*.{input,post_attention}_layernorm.bias",
-            "vision_model.{transformer,global_transformer}.layers.*.{input,post_attention}_layernorm.bias",
-        ),
-        Rule(
-            "vision_model.global_transformer.layers.*.gate_{attn,ffn}",
-            "vision_model.global_transformer.layers.*.gate_{attn,ffn}",
-        ),
-    ]
-
+from convert.rules import Ignore, Rule, patches
 
 ROTARY = "RoPE frequencies, which are computed from config.json"
 
@@ -118,23 +27,14 @@ HINTS = {
     )
 }
 
-
-HUB = Layout(
-    "hub",
-    tuple(
-        (prefix, prefix)
-        for prefix in (
-            "language_model.model.",
-            "language_model.lm_head.",
-            "vision_model.",
-            "multi_modal_projector.",
-        )
-    ),
+TEXT = (
+    ("language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
 )
 LAYOUTS = {
     layout.name: layout
     for layout in [
-        HUB,
+        Layout("hub"),
         Layout(  # transformers 5 with save_original_format=False
             "transformers 5",
             (
@@ -144,17 +44,25 @@ LAYOUTS = {
                 ("model.multi_modal_projector.", "multi_modal_projector."),
             ),
         ),
-        Layout(  # MllamaModel, likewise
-            "base class",
-            (
-                ("language_model.", "language_model.model."),
-                ("lm_head.", "language_model.lm_head."),
-                ("vision_model.", "vision_model."),
-                ("multi_modal_projector.", "multi_modal_projector."),
-            ),
-        ),
+        Layout("base class", TEXT),  # MllamaModel, likewise
     ]
 }
+
+
+def rules(config: MllamaConfig) -> list[Rule]:
+    """What does not go without saying of the parameters."""
+    vision = "vision_model."
+    return [
+        Rule(
+            f"{vision}patch_embedding.kernel",
+            f"{vision}patch_embedding.weight",
+            patches(config.vision.num_channels),
+        ),
+        Rule(  # a parameter of that name, not an embedding's
+            f"{vision}gated_positional_embedding.embedding",
+            f"{vision}gated_positional_embedding.embedding",
+        ),
+    ]
 
 
 def detect_layout(names: Iterable[str], where: str) -> Layout:
@@ -193,4 +101,5 @@ MLLAMA = Family(
     hints=HINTS,
     layouts=LAYOUTS,
     detect=detect_layout,
+    ours=Layout("ours", TEXT),
 )

@@ -1,6 +1,7 @@
 """What a conversion did with every tensor, as data and as a table to print."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,9 +53,7 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many tensors, how large, from which layout."""
-        changes: dict[str, int] = {}
-        for row in self.rows:
-            changes[row.change] = changes.get(row.change, 0) + 1
+        changes = Counter(row.change for row in self.rows)
         counts = ", ".join(f"{count} {change}" for change, count in sorted(changes.items()))
         return (
             f"{len(self.rows)} tensors, {readable(self.nbytes)}, in the {self.layout} layout: "

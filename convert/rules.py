@@ -1,20 +1,22 @@
-"""One table says where each tensor of a checkpoint goes; this file expands, matches and checks it.
+"""Which tensor of a checkpoint fills each parameter of a model; this file matches and checks them.
 
-    Rule("vision.layers.*.{q,k}_proj.weight", "vit.layers.*.{q,k}_proj.kernel", TRANSPOSE)
+    Rule("vit.layers.*.qkv.kernel", "vit.layers.*.qkv.weight", THREE)
 
-`*` is a number, the same in both names; `{q,k}` stands for one rule per word. Every tensor has to
-find exactly one rule or `Ignore`, and every parameter of the model exactly one tensor of the shape
-it wants, besides its `Twin`s. Whatever does not fit is collected, and one error lists it all.
+Modules have the paths that they have in the checkpoint, so that the last word of a parameter's name
+says nearly all (`GENERAL`); what differs stands before that, in a table of its family. `*` is a
+number and `**` anything, the same in both names. Every parameter must find the one tensor that it
+wants, of the shape it wants, and every tensor must be wanted, or a `Twin`, or an `Ignore`. Whatever
+does not fit is collected, and one error lists it all.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-LISTED = 20  # names of one kind that an error shows
+from catp_jax.leaves import listed
 
 Shape = tuple[int, ...]
 
@@ -59,11 +61,20 @@ THREE_BIASES = Transform("split in three", lambda x: x.reshape(3, -1), lambda x:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Tensors whose name fits `source` fill the parameters that `target` names."""
+    """Parameters whose name fits `target` are filled from the tensor that `source` names."""
 
-    source: str
     target: str
+    source: str
     transform: Transform = IDENTITY
+
+
+GENERAL = (
+    Rule("**.kernel", "**.weight", TRANSPOSE),
+    Rule("**.scale", "**.weight"),
+    Rule("**.embedding", "**.weight"),
+    Rule("**", "**"),
+)
+"""What holds for every family where none of its own rules does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Ignore:
 class Twin:
     """A second name, `source`, for the tensor named `of`, in models that share it.
 
-    Checkpoints hold it under one name or both. If `source` has a parameter of its own, it is no
+    Checkpoints hold it under one name or both. If a parameter wants `source` for itself, it is no
     twin there.
     """
 
@@ -95,26 +106,6 @@ class Match:
     transform: Transform
 
 
-def expand(rules: Sequence[Rule]) -> list[Rule]:
-    """The rules without braces: one for each word between them."""
-    done, todo = [], list(rules)
-    while todo:
-        rule = todo.pop(0)
-        braces = re.search(r"\{([\w,]+)\}", rule.source)
-        if braces is None:
-            done.append(rule)
-            continue
-        for word in braces[1].split(","):
-            todo.append(
-                dataclasses.replace(
-                    rule,
-                    source=rule.source.replace(braces[0], word, 1),
-                    target=rule.target.replace(braces[0], word, 1),
-                )
-            )
-    return done
-
-
 @dataclasses.dataclass(frozen=True)
 class Matching:
     """Where the tensors of a checkpoint go: one to each parameter, `twins` once more to some.
@@ -127,10 +118,33 @@ class Matching:
     ignored: dict[str, str]
 
 
+def tensor_of(parameter: str, rules: Iterable[Rule]) -> Match:
+    """The tensor that a parameter is filled from, by the first rule that fits."""
+    for rule in (*rules, *GENERAL):
+        if (words := _words(rule.target, parameter)) is not None:
+            return Match(_fill(rule.source, words), parameter, rule.transform)
+    raise RuntimeError(f"no rule fits {parameter!r}")
+
+
+def places(
+    names: Iterable[str], wanted: Mapping[str, Match], twins: Sequence[Twin]
+) -> dict[str, Match]:
+    """Where tensors of these names go; those that go nowhere are left out.
+
+    `wanted` are the tensors that a model's parameters are filled from, by their names.
+    """
+    found: dict[str, Match] = {}
+    for name in names:
+        firsts = [name, *(twin.of for twin in twins if twin.source == name)]
+        if first := next((first for first in firsts if first in wanted), None):
+            found[name] = dataclasses.replace(wanted[first], source=name)
+    return found
+
+
 def match(
     tensors: Mapping[str, Shape],
     parameters: Mapping[str, Shape],
-    rules: Sequence[Rule],
+    wanted: Mapping[str, Match],
     ignores: Sequence[Ignore],
     where: str,
     hints: Mapping[str, str] | None = None,
@@ -138,129 +152,61 @@ def match(
 ) -> Matching:
     """Pairs every tensor with its parameter.
 
-    `where` names the checkpoint in the error; `hints` says, for the name of a tensor, what it may
-    mean that it is missing. Raises ValueError with all that does not fit.
+    `wanted` is as in `places`. `where` names the checkpoint in the error; `hints` says, for the
+    name of a tensor, what it may mean that it is missing. Raises ValueError with all that does not
+    fit.
     """
-    rules = expand(rules)
-    matches: dict[str, list[Match]] = {name: [] for name in parameters}
-    again: dict[str, list[Match]] = {name: [] for name in parameters}
-    ignored: dict[str, str] = {}
-    unknown, doubled = [], []
-    for name in tensors:
-        reasons = [ignore.reason for ignore in ignores if _numbers(ignore.source, name) is not None]
-        found = _by_rules(name, rules)
-        if len(found) + len(reasons) > 1:
-            ways = [f"to {one.target}" for one in found] + [f"ignored: {r}" for r in reasons]
-            doubled.append(f"{name} ({'; '.join(ways)})")
-        elif reasons:
-            ignored[name] = reasons[0]
-        elif found and found[0].target in parameters:
-            matches[found[0].target].append(found[0])
-        elif (twin := _by_twins(name, parameters, rules, twins)) is not None:
-            again[twin.target].append(twin)
-        else:
-            unknown.append(name)
-
-    missing, misshaped = [], []
-    names = {one.target: one.source for one in sources(parameters, rules)}
-    for target, shape in parameters.items():
-        if not matches[target] and again[target]:
-            matches[target].append(again[target].pop(0))
-        if not matches[target]:
-            missing.append(names.get(target, target))
-        elif len(several := matches[target]) > 1:
-            doubled.append(f"{target} (from {' and '.join(one.source for one in several)})")
-        else:
-            for one in (*matches[target], *again[target]):
-                wanted = one.transform.source_shape(shape)
-                if tensors[one.source] != wanted:
-                    misshaped.append(f"{one.source} (has {tensors[one.source]}, wanted {wanted})")
-
+    found = places(tensors, wanted, twins)
+    filled: dict[str, Match] = {}
+    again: list[Match] = []
+    for name in sorted(found, key=lambda name: name not in wanted):  # a twin if need be
+        one = found[name]
+        if filled.setdefault(one.target, one) is not one:
+            again.append(one)
+    ignored = {
+        name: ignore.reason
+        for name in tensors
+        for ignore in ignores
+        if name not in found and _words(ignore.source, name) is not None
+    }
+    missing = [name for name, one in wanted.items() if one.target not in filled]
+    unknown = [name for name in tensors if name not in found and name not in ignored]
+    shapes = {
+        name: one.transform.source_shape(parameters[one.target]) for name, one in found.items()
+    }
     problems = {
         "missing": missing,
-        "unknown (no rule, or no such place with this config.json)": unknown,
-        "matched twice": doubled,
-        "of another shape than config.json says": misshaped,
+        "unknown (no such place with this config.json)": unknown,
+        "of another shape than config.json says": [
+            f"{name} (has {tensors[name]}, wanted {shape})"
+            for name, shape in shapes.items()
+            if tensors[name] != shape
+        ],
     }
     if any(problems.values()):
         lines = [
-            f"  {len(found)} {kind}: {listed(found)}" for kind, found in problems.items() if found
+            f"  {len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names
         ]
         lines += [f"  {hint}" for name, hint in (hints or {}).items() if name in missing]
         raise ValueError(
             f"{where}: the tensors do not fit the model that config.json describes; check that "
             "both are of the same checkpoint\n" + "\n".join(lines)
         )
-    return Matching(
-        [one for (one,) in matches.values()],
-        [one for several in again.values() for one in several],
-        ignored,
-    )
+    return Matching([filled[target] for target in parameters], again, ignored)
 
 
-def places(
-    names: Iterable[str], parameters: Container[str], rules: Sequence[Rule], twins: Sequence[Twin]
-) -> dict[str, Match]:
-    """Where tensors of these names go, by the names alone; those that go nowhere are left out."""
-    rules, found = expand(rules), {}
-    for name in names:
-        own = [one for one in _by_rules(name, rules) if one.target in parameters]
-        one = own[0] if own else _by_twins(name, parameters, rules, twins)
-        if one is not None:
-            found[name] = one
-    return found
-
-
-def sources(parameters: Iterable[str], rules: Sequence[Rule]) -> list[Match]:
-    """The tensors that fill the given parameters, by the rules alone; in the parameters' order."""
-    rules = expand(rules)
-    return [
-        Match(_fill(rule.source, numbers), target, rule.transform)
-        for target in parameters
-        for rule in rules
-        if (numbers := _numbers(rule.target, target)) is not None
-    ]
-
-
-def _by_rules(name: str, rules: Sequence[Rule]) -> list[Match]:
-    """Where the (expanded) rules put a tensor of this name."""
-    return [
-        Match(name, _fill(rule.target, numbers), rule.transform)
-        for rule in rules
-        if (numbers := _numbers(rule.source, name)) is not None
-    ]
-
-
-def _by_twins(
-    name: str, parameters: Container[str], rules: Sequence[Rule], twins: Sequence[Twin]
-) -> Match | None:
-    """Where a tensor goes whose name is a second one for another."""
-    for twin in twins:
-        if twin.source == name:
-            for one in _by_rules(twin.of, rules):
-                if one.target in parameters:
-                    return dataclasses.replace(one, source=name)
-    return None
-
-
-def _numbers(pattern: str, name: str) -> tuple[str, ...] | None:
-    """What stands for each `*` of a pattern; None if the name does not fit."""
+def _words(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What stands for each `*` and `**` of a pattern; None if the name does not fit."""
     fit = _compile(pattern).fullmatch(name)
     return None if fit is None else fit.groups()
 
 
 @functools.cache
 def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    escaped = re.escape(pattern).replace(r"\*\*", "(.+)")
+    return re.compile(escaped.replace(r"\*", r"(\d+)"))
 
 
-def _fill(pattern: str, numbers: tuple[str, ...]) -> str:
-    for number in numbers:
-        pattern = pattern.replace("*", number, 1)
-    return pattern
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some of the names, and how many more there are."""
-    more = f", … and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def _fill(pattern: str, words: tuple[str, ...]) -> str:
+    rest = iter(words)
+    return re.sub(r"\*+", lambda _: next(rest), pattern)

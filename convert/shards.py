@@ -1,27 +1,26 @@
-"""Finds every tensor of a Hugging Face folder: in which file, from which byte to which, how typed.
+"""Safetensors files, read and written: where each tensor lies, of which type and shape.
 
-Only the headers of the safetensors files are read here; a tensor's bytes are mapped when they are
-asked for. A safetensors file is 8 bytes of header length, a JSON header, and the tensors' bytes.
+Only headers are read here; a tensor's bytes are mapped when they are asked for. A file is 8 bytes
+of header length, a JSON header, and the tensors' bytes.
 
-Read here and not by the safetensors library because each process wants just the byte ranges of its
-own shards, in bfloat16 too, as views that cost nothing until they are read.
+Not by the safetensors library, because each process wants just the byte ranges of its own shards,
+in bfloat16 too, and writes tensor by tensor what no memory holds at once.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
 import dataclasses
+import json
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from catp_jax import strict_json
-from convert import strided
-from convert.names import check_weights_file
+from convert.streams import copy
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -33,36 +32,13 @@ DTYPES = {
 COUNTS = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
 """Those of buffers in old checkpoints, which no parameter is filled from."""
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 MOST_TENSORS = 50_000  # of a checkpoint; the largest that there are have 2,000
 COMPARED = 2**24  # bytes that are compared at a time
-FOREIGN = {
-    "PyTorch pickles": (".bin", ".pt", ".pth", ".ckpt"),
-    "GGUF, the quantised form of llama.cpp": (".gguf",),
-    "files of Flax, TensorFlow or ONNX": (".msgpack", ".h5", ".onnx"),
-}
-QUANTISED = {
-    ".qweight": "GPTQ or AWQ",
-    ".SCB": "bitsandbytes",
-    ".absmax": "bitsandbytes",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".weight_scale_inv": "FP8",
-    ".weight_packed": "compressed-tensors",
-}
-"""How names of tensors end that only quantised checkpoints have, and which."""
 UNQUANTISED = (
     "take the checkpoint that it was made of, in bf16, f16 or f32; weights='int8' (--weights int8) "
     "narrows that as it loads"
 )
-TO_SAFETENSORS = """make safetensors of them where torch and transformers are installed:
-
-    import json, transformers
-    name = json.load(open("FOLDER/config.json"))["architectures"][0]
-    model = getattr(transformers, name).from_pretrained("FOLDER", dtype="auto")
-    model.save_pretrained("NEW_FOLDER")
-
-then copy the tokenizer's and processor's files to NEW_FOLDER"""
 
 
 class NotRead(ValueError):
@@ -71,42 +47,25 @@ class NotRead(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies; `start` counts bytes from the beginning of the file."""
+    """A tensor of a file; `start` counts bytes from the beginning of the file."""
 
     name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-
-    origin: ClassVar[str] = ""
-    """Where its values come from, if not from the checkpoint alone."""
+    origin: str = ""  # where its values come from, if not from the checkpoint alone
 
     @property
     def nbytes(self) -> int:
         """Bytes it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, show: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """What `show` makes of the mapped tensor, which is a view of it, read as type `dtype`.
+    def values(self) -> np.ndarray:
+        """The tensor, mapped: of the file, only those pages are read that somebody touches.
 
-        Just these bytes are read, a few rows at a time: mapped pages would count as ours, and the
-        system reads more of them than are touched. Raises ValueError if the file is too short.
+        Raises ValueError if the file is too short.
         """
-        mapped = self.map()
-        part = show(mapped)
-        out = np.empty(part.shape, dtype)
-        if part.size == 0:
-            return out
-        if not np.may_share_memory(part, mapped):
-            raise RuntimeError(f"what is read of {self.name} is no view of it")
-        start = self.start + part.ctypes.data - mapped.ctypes.data
-        with self.file.open("rb") as file:
-            strided.read(file, start, part, out)
-        return out
-
-    def map(self) -> np.ndarray:
-        """The tensor, mapped: of the file, only those bytes are read that somebody touches."""
         if self.nbytes == 0:
             return np.zeros(self.shape, self.dtype)
         try:
@@ -116,6 +75,16 @@ class Tensor:
                 f"{self.file} ended within {self.name}; is it being changed?"
             ) from error
         return flat.reshape(self.shape).view(np.ndarray)
+
+    def equals(self, other: "Tensor") -> bool:
+        """Whether both are equal byte by byte; reads no further than to the first difference."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        one, two = (tensor.values().reshape(-1).view(np.uint8) for tensor in (self, other))
+        return all(
+            np.array_equal(one[start : start + COMPARED], two[start : start + COMPARED])
+            for start in range(0, one.size, COMPARED)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,61 +96,8 @@ class Shard:
     tensors: tuple[Tensor, ...]
 
 
-def find_shards(folder: Path) -> list[Shard]:
-    """The folder's weight files, headers read and checked.
-
-    Raises ValueError naming every file that is missing, truncated or corrupt.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if os.path.lexists(folder / SINGLE):  # transformers, too, looks for it first
-        shards = [read_header(folder / SINGLE)]
-    elif os.path.lexists(folder / INDEX):
-        shards = _find_listed(folder)
-    else:
-        raise ValueError(_no_weights(folder))
-    _refuse_quantised(folder, (tensor.name for shard in shards for tensor in shard.tensors))
-    return shards
-
-
-def _find_listed(folder: Path) -> list[Shard]:
-    """The weight files that an index names."""
-    listed = _read_index(folder / INDEX)
-    shards, problems = [], []
-    for name in sorted(set(listed.values())):
-        if not os.path.lexists(folder / name):
-            problems.append(f"{folder / name} is missing, though {INDEX} names it")
-            continue
-        try:
-            shards.append(read_header(folder / name))
-        except NotRead:
-            raise
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        here = {tensor.name for tensor in shards[-1].tensors}
-        there = {tensor for tensor, file in listed.items() if file == name}
-        problems += [
-            f"{folder / name} has no {tensor}, though {INDEX} says so"
-            for tensor in sorted(there - here)
-        ]
-        problems += [
-            f"{folder / name} has {tensor}, which {INDEX} puts "
-            + (f"in {listed[tensor]}" if tensor in listed else "nowhere")
-            for tensor in sorted(here - there)
-        ]
-    if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(
-            f"the weights in {folder} are not whole; download or copy them again\n  "
-            + "\n  ".join(problems[:20])
-            + more
-        )
-    return shards
-
-
-def read_header(path: Path) -> Shard:
-    """One file's header. Raises ValueError, naming the file, if it is truncated or corrupt."""
+def read_shard(path: Path) -> Shard:
+    """A file's header. Raises ValueError, naming the file, if it is truncated or corrupt."""
     if not path.is_file():
         raise ValueError(
             f"{path} is not a file that can be read, but {what(path)}; copy the file itself there"
@@ -228,15 +144,22 @@ def read_header(path: Path) -> Shard:
     return Shard(path, metadata, tuple(tensors))
 
 
-def have_same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal byte by byte; reads no further than to the first difference."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    first, second = (tensor.map().reshape(-1).view(np.uint8) for tensor in (one, other))
-    return all(
-        np.array_equal(first[start : start + COMPARED], second[start : start + COMPARED])
-        for start in range(0, first.size, COMPARED)
-    )
+def write_shard(shard: Shard, values: Iterable[np.ndarray]) -> None:
+    """Writes a file; `values` are its tensors', in their order. `start` says nothing yet."""
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    for tensor in shard.tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        kind = names[tensor.dtype]
+        header[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with shard.path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor, value in zip(shard.tensors, values, strict=True):
+            if (value.dtype, value.shape) != (tensor.dtype, tensor.shape):
+                raise RuntimeError(f"{tensor} cannot be written of {value.dtype} {value.shape}")
+            file.write(copy(value, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
 def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
@@ -267,39 +190,6 @@ def is_text_by_text(content: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name to file name."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file that can be read, but {what(path)}")
-    try:
-        listed = strict_json.parse(path.read_bytes())["weight_map"]
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError("its weight_map is empty")
-        if len(listed) > MOST_TENSORS:
-            raise ValueError(f"it lists {len(listed)} tensors; at most {MOST_TENSORS} are read")
-        for file in listed.values():
-            check_weights_file(file)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is corrupt: a weight_map is wanted ({error})") from error
-    return listed
-
-
-def _refuse_quantised(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        for ending, kind in QUANTISED.items():
-            if name.endswith(ending):
-                raise NotRead(f"{folder} is quantised ({kind}: it has {name}); {UNQUANTISED}")
-
-
-def _no_weights(folder: Path) -> str:
-    for kind, endings in FOREIGN.items():
-        files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in endings)
-        if files:
-            way = UNQUANTISED if ".gguf" in endings else TO_SAFETENSORS
-            return f"{folder} has weights only as {kind} ({', '.join(files[:3])}), not read; {way}"
-    return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"
 
 
 def what(path: Path) -> str:

@@ -3,21 +3,21 @@
 Both spare the lock that Python's threads share, so that some read while others write.
 """
 
-import ctypes
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-Item = TypeVar("Item")
+from catp_jax import leaves
+
 Result = TypeVar("Result")
 
-ROWS = 512  # rows of a file that are read, and changed to our layout, as one
-BLOCK = 128  # columns that are copied as one where rows are not padded
-AHEAD = 384 * 2**20  # bytes that are under way at a time, besides the largest tensor
+ROWS = 512  # rows of a matrix that are transposed as one
+AHEAD = 384 * 2**20  # bytes that are under way at a time, besides the largest run
 READERS = min(4, os.cpu_count() or 1)  # threads
 
 
@@ -29,88 +29,50 @@ def assign(out: np.ndarray, values: np.ndarray) -> None:
     out[...] = values
 
 
-def padded(rows: int, width: int, dtype: np.dtype) -> np.ndarray:
-    """A matrix to fill, a cache line between its rows: its columns are read twice as fast.
-
-    Where the rows' distance is a power of two, the numbers of a column push each other out of the
-    processor's cache.
-    """
-    return np.empty((rows, width + 64 // dtype.itemsize), dtype)[:, :width]
-
-
 def copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """What a transform shows, as an array of its own, contiguous and of type `dtype`.
 
-    A transposed matrix goes by blocks that fit a processor's cache: 4 × as fast as at one go.
+    A transposed matrix goes by some rows at a time, a cache line between them: where their distance
+    is a power of two, the numbers of a column push each other out of the processor's cache. A
+    matrix of 4096 × 14336 in bfloat16 takes 0.06 s, without that line 0.18.
     """
     out = np.empty(view.shape, dtype)
-    if view.ndim < 2 or view.flags.c_contiguous:
+    if view.ndim < 2 or view.strides[-1] == view.itemsize:
         assign(out, view)
         return out
-    for start in range(0, view.shape[-1], BLOCK):
-        block = slice(start, start + BLOCK)
-        assign(out[..., block], view[..., block])
+    *rest, columns = view.shape
+    width = math.prod(rest)
+    room = np.empty((min(ROWS, columns), width + 64 // view.itemsize), view.dtype)[:, :width]
+    for start in range(0, columns, ROWS):
+        rows = np.moveaxis(view[..., start : start + ROWS], -1, 0)
+        apart = room[: len(rows)].reshape(rows.shape)
+        assign(apart, rows)
+        assign(out[..., start : start + ROWS], np.moveaxis(apart, 0, -1))
     return out
 
 
-def parts(items: Sequence[Item], cost: Callable[[Item], int], limit: int) -> list[list[Item]]:
-    """The items in order, in runs that cost at most `limit`, or of one that costs more."""
-    runs: list[list[Item]] = []
-    room = 0
-    for item in items:
-        if not runs or cost(item) > room:
-            runs.append([])
-            room = limit
-        runs[-1].append(item)
-        room -= cost(item)
-    return runs
+def ahead(work: Callable[[str], Result], sizes: Mapping[str, int]) -> Iterator[dict[str, Result]]:
+    """Run by run, `work` done on the names by several threads, which go on with the next runs.
 
-
-def ahead(
-    runs: Sequence[Sequence[Item]],
-    work: Callable[[Item], Result],
-    cost: Callable[[Item], int],
-    behind: int = 0,
-) -> Iterator[list[tuple[Item, Result]]]:
-    """Run by run, `work` done on the items by several threads, which go on with the next runs.
-
-    What is under way or waits here, and what the caller has, costs no more in all than the dearest
-    run and `AHEAD`. The caller has the last run, and as many before it as `behind` says: a list is
-    emptied when it asks for the next, but it may still use the results. Where an empty list comes,
-    there is no room before it lets one more go.
+    What is under way or waits here, and what the caller has, is of no more bytes (`sizes`) in all
+    than the largest run and `AHEAD`: a run is emptied when the caller asks for the next.
     """
-    costs = deque(sum(map(cost, run)) for run in runs)
+    runs = leaves.runs(sizes)
+    costs = [sum(sizes[name] for name in run) for run in runs]
     limit = max(costs, default=0) + AHEAD
-    todo = deque(runs)
-    started: deque[tuple[int, Sequence[Item], list[Future[Result]]]] = deque()
-    used: deque[int] = deque()
-    held = 0
+    started: deque[dict[str, Future[Result]]] = deque()
+    begun = held = 0
     pool = ThreadPoolExecutor(READERS, "convert")
     try:
-        while todo or started:
-            while todo and held + costs[0] <= limit:
-                run, price = todo.popleft(), costs.popleft()
-                held += price
-                started.append((price, run, [pool.submit(work, item) for item in run]))
-            done, price = [], 0
-            if started:
-                price, run, futures = started.popleft()
-                done = [(item, futures.pop(0).result()) for item in run]
+        for cost in costs:
+            while begun < len(runs) and held + costs[begun] <= limit:
+                started.append({name: pool.submit(work, name) for name in runs[begun]})
+                held += costs[begun]
+                begun += 1
+            futures = started.popleft()
+            done = {name: futures.pop(name).result() for name in [*futures]}
             yield done
-            done.clear()  # or what the caller still names would be held besides the next
-            used.append(price)
-            if len(used) > behind:
-                held -= used.popleft()
+            done.clear()
+            held -= cost
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def trim() -> None:
-    """Gives the system back what is free between arrays; nothing where malloc is not glibc's.
-
-    Arrays that come and go in several threads leave holes. Of 5.3 GB that were converted and read
-    back, 2.4 GB were in memory at the peak; without this, 2.75.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)

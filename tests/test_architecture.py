@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # room: the rooms it may import, besides itself. A room is a module or package of catp_jax, or
 # `convert`; "catp_jax" is the package's own __init__, which everything else lies below.
-BELOW_MODELS = {"struct", "contract"}
+BELOW_MODELS = {"struct", "contract", "leaves"}
 BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"}
 BELOW_API = BELOW_GENERATION | {
     *("generation", "readers", "study", "training", "convert", "terminal"),
@@ -21,6 +21,7 @@ BELOW_API = BELOW_GENERATION | {
 CLI = {"cli_cluster", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
+    "leaves": set(),
     "lines": set(),
     "strict_json": set(),
     "terminal": set(),
@@ -28,7 +29,7 @@ ROOMS = {
     "models": BELOW_MODELS,
     "pruning": BELOW_MODELS,
     "sharding": {"struct"},
-    "checkpoint": {"struct", "sharding"},
+    "checkpoint": {"leaves"},
     "targets": {"struct"},
     "convert": BELOW_MODELS | {"strict_json", "models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from catp_jax import checkpoint
+from catp_jax import checkpoint, leaves
+from catp_jax.leaves import named
 from catp_jax.struct import pytree
 
 
@@ -71,7 +72,7 @@ def test_leaves_say_dtype_and_sharding(tmp_path: Path):
 
 @pytest.mark.parametrize("limit", [1, 40])
 def test_an_array_of_more_than_is_read_at_once_is_restored(tmp_path: Path, monkeypatch, limit: int):
-    monkeypatch.setattr(checkpoint, "READ_AT_ONCE", limit)
+    monkeypatch.setattr(leaves, "RUN", limit)
     before = {"x": np.arange(40.0, dtype=np.float32), "y": np.ones(3, np.float32), "z": np.zeros(5)}
     save_runs(tmp_path / "a", before)
     mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
@@ -88,22 +89,15 @@ def test_an_array_of_more_than_is_read_at_once_is_restored(tmp_path: Path, monke
             np.testing.assert_array_equal(after[name], array)
 
 
-def runs_of(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """One array at a time, and empty runs between."""
-    for name, array in arrays.items():
-        yield {name: array}
-        yield {}
-
-
 def save_runs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    checkpoint.save_runs(path, abstract, runs_of(arrays))
+    checkpoint.save_runs(path, abstract, ({name: x} for name, x in arrays.items()))
 
 
 def test_runs_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Path, capfd):
     path = tmp_path / "a"
     model = Small(nnx.Rngs(0))
-    arrays = {name: np.asarray(array) for name, array in checkpoint.names(model).items()}
+    arrays = {name: np.asarray(array) for name, array in named(model).items()}
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
 
     def runs() -> Iterator[dict[str, np.ndarray]]:
@@ -113,7 +107,7 @@ def test_runs_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Pa
 
     checkpoint.save_runs(path, abstract, runs())
     assert_equal(checkpoint.restore(path, model), model)
-    assert checkpoint.contents(path)["layers.2.kernel"] == ((4, 8), np.dtype(np.float32))
+    assert checkpoint.contents(path)["layers.2.kernel"] == jax.ShapeDtypeStruct((4, 8), np.float32)
     assert capfd.readouterr() == ("", "")  # Orbax has much to say
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import catp_jax
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.models.layers import Linear, linear
 from catp_jax.models.narrow import _program, check, narrow
 from catp_jax.study.tasks import easy_vqa
@@ -85,7 +85,7 @@ def test_the_language_models_layers_are_narrow_and_nothing_else(mini: str):
         for name in linears
         if name.startswith("language_model.") and not name.endswith("lm_head")
     }
-    before, after = checkpoint.names(wide), checkpoint.names(model)
+    before, after = named(wide), named(model)
     assert after.keys() - before.keys() == {f"{name}.kernel_scale" for name in layers}
     for name, array in before.items():
         if name.removesuffix(".kernel") in layers and name.endswith(".kernel"):
@@ -122,7 +122,7 @@ def test_narrow_weights_from_a_converted_folder_and_on_a_mesh_are_the_same(tmp_p
         for one, two in zip(alone.network.arrays, other.network.arrays, strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
     name = "language_model.decoder.block.0.layer.2.DenseReluDense.wi_0.kernel"
-    kernel = checkpoint.names(other.network.thaw())[name]
+    kernel = named(other.network.thaw())[name]
     assert kernel.dtype == jnp.int8
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     images, prompts = [ASSETS / "blue-circle.png"] * 2, ["what color is the shape?"] * 2

@@ -7,7 +7,7 @@ import pytest
 
 import convert
 from catp_jax import strict_json
-from convert import shards
+from convert import weights
 from tests.convert.folders import hf_folder
 
 BAD = {
@@ -34,12 +34,12 @@ def test_a_byte_order_mark_is_passed_over():
     assert strict_json.parse(b"\xef\xbb\xbf" + '{"ä": [1.5, 2]}'.encode()) == {"ä": [1.5, 2]}
 
 
-FILES = ("config.json", shards.INDEX, "catp_jax.json", shards.SINGLE)
+FILES = ("config.json", weights.INDEX, "catp_jax.json", weights.SINGLE)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_of_a_folder_says_anything_twice(tmp_path: Path, name: str):
-    folder = hf_folder(tmp_path / "hf", "sharded" if name == shards.INDEX else "hub")
+    folder = hf_folder(tmp_path / "hf", "sharded" if name == weights.INDEX else "hub")
     if name == "catp_jax.json":
         convert.to_orbax(folder, tmp_path / "converted")
         folder = tmp_path / "converted"

@@ -28,7 +28,7 @@ from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets import devices_of, find_gpu
 from catp_jax.targets.gpus import Gpu
 from catp_jax.targets.products import matrix_flops
-from convert.reader import parse_dtype
+from convert.dtypes import parse_dtype
 
 HOST = 8  # GPUs
 MEMORY = 80_000_000_000  # of a device that is not named

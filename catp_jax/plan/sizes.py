@@ -7,16 +7,17 @@ import jax
 import numpy as np
 
 import convert
-from catp_jax import checkpoint, families
+from catp_jax import families
+from catp_jax.leaves import named
 from catp_jax.models.blocks import Block
 from convert.families import family_of
-from convert.reader import cast, with_dtypes
+from convert.dtypes import cast, with_dtypes
 
 
 def abstract_model(config: Any, dtype: Any) -> Any:
     """The abstract model in the number types that a load at `dtype` gives."""
     model, family = convert.abstract(config), family_of(config)
-    names = checkpoint.names(model)
+    names = named(model)
     return with_dtypes(model, {name: cast(family, name, np.dtype(dtype)) for name in names})
 
 

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from tests.convert.folders import SIDE_FILES, hf_folder
 
 SECONDS = 20
@@ -167,7 +167,7 @@ def outcome(folder: Path, wanted: Any, out: Path) -> tuple[str, str]:
         if (folder / "catp_jax.json").exists():
             convert.to_hf(folder, out)
             model, _ = convert.load(out)
-        one, other = checkpoint.names(model), checkpoint.names(wanted)
+        one, other = named(model), named(wanted)
         same = (model.config, one.keys()) == (wanted.config, other.keys()) and all(
             np.array_equal(array, other[name]) for name, array in one.items()
         )

@@ -18,10 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 import catp_jax
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.families import find_config
 from convert import configs
-from convert.shards import SINGLE
+from convert.weights import SINGLE
 from tests.command import catp_jax as command
 from tests.convert.folders import edit_config, edit_tensors, hf_folder, tensors_of
 from tests.convert.test_reader import assert_same
@@ -159,8 +159,8 @@ def of_type(dtype: torch.dtype) -> Callable[[Path], None]:
     return change
 
 
-def named(ending: str, dtype: torch.dtype) -> Callable[[Path], None]:
-    name = f"language_model.model.layers.0.mlp.up_proj{ending}"
+def ending(end: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    name = f"language_model.model.layers.0.mlp.up_proj{end}"
     return lambda folder: edit_tensors(folder, **{name: torch.zeros(2, dtype=dtype)})
 
 
@@ -171,10 +171,10 @@ OTHERS = {
     "FP8": (of_type(torch.float8_e4m3fn), r"F8_E4M3 \(FP8: only F32, F16, BF16"),
     "FP8, the other": (of_type(torch.float8_e5m2), "F8_E5M2"),
     "eight bits": (of_type(torch.int8), "of type I8"),
-    "GPTQ's tensors": (named(".qweight", torch.int32), "quantised .GPTQ or AWQ"),
-    "bitsandbytes' tensors": (named(".weight.absmax", torch.float32), "quantised .bitsandbytes"),
-    "FP8's scales": (named(".weight_scale_inv", torch.float32), "quantised .FP8"),
-    "an adapter inside": (named(".lora_A.weight", torch.float32), "merge_and_unload"),
+    "GPTQ's tensors": (ending(".qweight", torch.int32), "quantised .GPTQ or AWQ"),
+    "bitsandbytes' tensors": (ending(".weight.absmax", torch.float32), "quantised .bitsandbytes"),
+    "FP8's scales": (ending(".weight_scale_inv", torch.float32), "quantised .FP8"),
+    "an adapter inside": (ending(".lora_A.weight", torch.float32), "merge_and_unload"),
     "GGUF": (only("model-Q4_K_M.gguf"), "only as GGUF"),
     "pickles": (only("pytorch_model.bin", "training_args.bin"), "only as PyTorch pickles"),
     "a pickle of Meta": (only("consolidated.00.pth"), "only as PyTorch pickles"),
@@ -220,7 +220,7 @@ def test_weights_of_several_types_are_read_as_transformers_does(tmp_path: Path, 
     convert.to_orbax(folder, tmp_path / "out")
     for place in (folder, tmp_path / "out"):
         model, _ = convert.load(place)
-        arrays = checkpoint.names(model)
+        arrays = named(model)
         assert {array.dtype for array in arrays.values()} == {jnp.dtype(jnp.bfloat16)}
         norm = theirs.model.language_model.norm.weight
         assert norm.dtype == torch.bfloat16

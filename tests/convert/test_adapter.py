@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 import catp_jax
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from tests.command import catp_jax as command
 from tests.convert.folders import hf_folder
 from tests.convert.test_reader import assert_same, on_mesh
@@ -74,9 +74,9 @@ def test_merged_weights_are_those_of_peft(tmp_path: Path, name: str, settings: d
     model = adapted(base_of(name), **settings)
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    wanted = checkpoint.names(convert.load(tmp_path / "merged")[0])
-    plain = checkpoint.names(convert.load(folder)[0])
-    got = checkpoint.names(convert.load(folder, adapter=tmp_path / "adapter")[0])
+    wanted = named(convert.load(tmp_path / "merged")[0])
+    plain = named(convert.load(folder)[0])
+    got = named(convert.load(folder, adapter=tmp_path / "adapter")[0])
     assert got.keys() == wanted.keys()
     for key, array in wanted.items():
         np.testing.assert_allclose(got[key], array, atol=2e-6, err_msg=key)
@@ -111,8 +111,8 @@ def test_an_adapter_beside_the_weights_is_merged_by_loading_and_converting(made,
 def test_a_merged_model_is_split_over_a_mesh_and_cast_like_any_other(made: Path):
     whole, _ = convert.load(made / "both")
     assert_same(convert.load(made / "both", place=on_mesh)[0], whole)
-    narrow = checkpoint.names(convert.load(made / "both", dtype="bfloat16")[0])
-    for key, array in checkpoint.names(whole).items():
+    narrow = named(convert.load(made / "both", dtype="bfloat16")[0])
+    for key, array in named(whole).items():
         np.testing.assert_array_equal(narrow[key], array.astype(jnp.bfloat16))
 
 

@@ -15,10 +15,11 @@ from transformers import Blip2Config as HfConfig
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Model
 
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.retrieval import RetrievalConfig
 from convert.blip2 import BLIP2
+from convert.family import HUB
 from convert.families import config_json
 from tests.convert.folders import SIDE_FILES, edit_config, edit_tensors, hf_folder, tensors_of
 from tests.convert.test_reader import assert_same
@@ -54,8 +55,8 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     if count is not None:
         assert len(shapes) == count
     model = convert.abstract(config)
-    ours = {name: leaf.shape for name, leaf in checkpoint.names(model).items()}
-    _, found = BLIP2.match(shapes, ours, config, preset)
+    ours = {name: leaf.shape for name, leaf in named(model).items()}
+    found = BLIP2.match(shapes, ours, config, HUB, preset)
     assert {one.target for one in found.matches} == ours.keys()
     assert {one.source for one in found.twins} == twins
     assert len(found.matches) == len(ours) == len(shapes) - len(twins)
@@ -223,7 +224,7 @@ def test_qformer_stays_float32(tmp_path: Path, name: str, dtype: str):
         "cast later": convert.load(tmp_path / "converted", dtype=dtype)[0],
     }
     for model in loaded.values():
-        for parameter, array in checkpoint.names(model).items():
+        for parameter, array in named(model).items():
             wide = parameter.startswith(("qformer.", "query_tokens"))
             assert array.dtype == (jnp.float32 if wide else jnp.dtype(dtype)), parameter
     for row in report.rows:

@@ -16,8 +16,9 @@ import torch
 from transformers import MllamaForConditionalGeneration
 
 import convert
-from catp_jax import checkpoint
-from convert import converted, folders, streams, writer
+from catp_jax import checkpoint, leaves
+from catp_jax.leaves import named
+from convert import folders, streams, writer
 from convert.report import table
 from tests.convert.folders import (
     SAVES,
@@ -149,7 +150,7 @@ def test_host_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch):
         },
     )
     one = large * 24 * 4
-    monkeypatch.setattr(converted, "PART", 2 * one)
+    monkeypatch.setattr(leaves, "RUN", 2 * one)
     monkeypatch.setattr(streams, "AHEAD", one)
     for step, into in [(convert.to_orbax, "converted"), (convert.to_hf, "again")]:
         source = folder if into == "converted" else tmp_path / "converted"
@@ -228,7 +229,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch):
         if done > total / 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(converted, "PART", 1000)
+    monkeypatch.setattr(leaves, "RUN", 1000)
     with pytest.raises(KeyboardInterrupt):
         convert.to_orbax(hf_folder(tmp_path / "hf"), tmp_path / "out", progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -236,8 +237,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch):
 
 KILLED = """
 import os, signal, convert
-from convert import converted
-converted.PART = 5000
+from catp_jax import leaves
+leaves.RUN = 5000
 def die(done, total):
     if done {when} total:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -328,7 +329,7 @@ def test_threads_and_parts_change_no_byte(tmp_path: Path, monkeypatch, verify: b
     folder = hf_folder(tmp_path / "hf", "sharded", torch.bfloat16)
     monkeypatch.setattr(streams, "READERS", 4)
     monkeypatch.setattr(streams, "AHEAD", 3000)
-    monkeypatch.setattr(converted, "PART", 3000)
+    monkeypatch.setattr(leaves, "RUN", 3000)
     calls: list[tuple[int, int]] = []
     report = convert.to_orbax(
         folder,
@@ -344,9 +345,9 @@ def test_threads_and_parts_change_no_byte(tmp_path: Path, monkeypatch, verify: b
     assert dones[-1] == total
     assert len(dones) > 5
     whole, _ = convert.load(tmp_path / "out")
-    for name, array in checkpoint.names(tiny("gqa")[1]).items():
+    for name, array in named(tiny("gqa")[1]).items():
         wanted = array.astype(jnp.bfloat16).astype(jnp.float32)
-        np.testing.assert_array_equal(checkpoint.names(whole)[name], wanted)
+        np.testing.assert_array_equal(named(whole)[name], wanted)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -450,11 +451,10 @@ def test_model_and_config_to_be_written_must_fit(tmp_path: Path):
 
 
 def test_files_are_cut_where_they_would_grow_too_large():
-    specs = [(name, np.dtype(np.float32), (size,)) for name, size in [("a", 5), ("b", 1), ("c", 9)]]
-    files = writer.split(specs, max_shard_bytes=24)
-    assert [[name for name, _, _ in file] for file in files.values()] == [["a", "b"], ["c"]]
-    assert list(files) == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    assert list(writer.split(specs, 1000)) == ["model.safetensors"]
+    files = writer.split({"a": 20, "b": 4, "c": 36}, max_shard_bytes=24)
+    assert [*files.values()] == [["a", "b"], ["c"]]
+    assert [*files] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert [*writer.split({"a": 20}, 1000)] == ["model.safetensors"]
 
 
 def test_checkpoint_of_ours_is_what_weights_hold(tmp_path: Path):

@@ -13,8 +13,8 @@ import pytest
 
 import catp_jax
 import convert
-from convert import converted, reader, shards
-from convert.shards import INDEX, SINGLE
+from convert import reader, weights
+from convert.weights import INDEX, SINGLE
 from tests.command import catp_jax as command
 from tests.convert.folders import edit_config, hf_folder
 from tests.convert.test_shards import write
@@ -111,14 +111,14 @@ def test_a_header_of_too_many_tensors_says_so(tmp_path: Path):
     }
     write(tmp_path / SINGLE, json.dumps(header).encode())
     with pytest.raises(ValueError, match="has 50001 tensors; at most 50000 are read"):
-        shards.find_shards(tmp_path)
+        weights.find_shards(tmp_path)
 
 
 def test_an_index_of_too_many_tensors_says_so(tmp_path: Path):
     listed = {f"x{n}": "model-1.safetensors" for n in range(50_001)}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": listed}))
     with pytest.raises(ValueError, match="lists 50001 tensors; at most 50000 are read"):
-        shards.find_shards(tmp_path)
+        weights.find_shards(tmp_path)
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         pytest.fail("weights were looked at")
 
-    monkeypatch.setattr(shards, "read_header", read)
-    monkeypatch.setattr(reader, "read_part", read)
+    monkeypatch.setattr(weights, "read_shard", read)
+    monkeypatch.setattr(reader, "copy", read)
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -169,7 +169,7 @@ def test_too_little_memory_is_one_line(folder: Path, tmp_path: Path, monkeypatch
     def exhausted(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(converted, "read_part", exhausted)
+    monkeypatch.setattr(reader, "copy", exhausted)
     done = command("convert", folder, tmp_path / "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "catp-jax: the host's memory is full; use a machine with more\n"

@@ -15,9 +15,10 @@ from transformers import InstructBlipConfig as HfConfig
 from transformers import InstructBlipForConditionalGeneration
 
 import convert
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.models.instructblip import InstructBlipConfig
 from convert.families import config_json, parse_config
+from convert.family import HUB
 from convert.instructblip import INSTRUCTBLIP
 from tests.convert.folders import edit_config, edit_tensors
 from tests.convert.test_reader import assert_same
@@ -45,8 +46,8 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     with torch.device("meta"):
         hf = InstructBlipForConditionalGeneration(HfConfig.from_dict(config_json(config)))
     shapes = {name: tuple(tensor.shape) for name, tensor in hf.state_dict().items()}
-    ours = {name: leaf.shape for name, leaf in checkpoint.names(convert.abstract(config)).items()}
-    _, found = INSTRUCTBLIP.match(shapes, ours, config, preset)
+    ours = {name: leaf.shape for name, leaf in named(convert.abstract(config)).items()}
+    found = INSTRUCTBLIP.match(shapes, ours, config, HUB, preset)
     assert {one.target for one in found.matches} == ours.keys()
     assert {one.source for one in found.twins} == twins
     assert len(found.matches) == len(ours) == len(shapes) - len(twins)
@@ -101,7 +102,7 @@ def test_only_query_tokens_stay_float32_as_in_transformers(tmp_path: Path):
     folder = saved(tmp_path / "hf", "vicuna")
     assert InstructBlipForConditionalGeneration._keep_in_fp32_modules == ["query_tokens"]
     model, config = convert.load(folder, dtype="bfloat16")
-    wide = {name for name, leaf in checkpoint.names(model).items() if leaf.dtype == jnp.float32}
+    wide = {name for name, leaf in named(model).items() if leaf.dtype == jnp.float32}
     assert wide == {"query_tokens"}
     inputs = Prompts(config, 0).ours("right")
     logits = jax.eval_shape(lambda model, inputs: model(inputs), model, inputs)

@@ -7,7 +7,7 @@ import torch
 from transformers import MllamaConfig as HfConfig
 from transformers import MllamaForConditionalGeneration
 
-from catp_jax import checkpoint
+from catp_jax.leaves import named
 from catp_jax.models.mllama import MllamaConfig
 from convert import abstract
 from convert.families import config_json, parse_config
@@ -41,16 +41,18 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     assert len(shapes) == count
     if parameters is not None:
         assert sum(tensor.numel() for tensor in state.values()) == parameters
-    ours = {name: leaf.shape for name, leaf in checkpoint.names(abstract(config)).items()}
+    ours = {name: leaf.shape for name, leaf in named(abstract(config)).items()}
     assert len(ours) == count
 
-    layout, found = MLLAMA.match(shapes, ours, config, preset)
+    layout = MLLAMA.layout_of(shapes, preset)
+    found = MLLAMA.match(shapes, ours, config, layout, preset)
     assert (layout.name, found.twins, found.ignored) == ("transformers 5", [], {})
     assert {one.source for one in found.matches} == shapes.keys()
     assert {one.target for one in found.matches} == ours.keys()
 
     hub = {to_hub(name): shape for name, shape in shapes.items()}
-    layout, on_hub = MLLAMA.match(hub, ours, config, preset)
+    layout = MLLAMA.layout_of(hub, preset)
+    on_hub = MLLAMA.match(hub, ours, config, layout, preset)
     assert layout.name == "hub"
     assert {one.target: one.source for one in on_hub.matches} == {
         one.target: to_hub(one.source) for one in found.matches

@@ -16,7 +16,7 @@ import catp_jax
 import convert
 from convert.names import check_weights_file
 from convert.report import Ignored, Report, table
-from convert.shards import INDEX
+from convert.weights import INDEX
 from tests.command import catp_jax as command
 from tests.convert.folders import edit_tensors, hf_folder
 from tests.convert.test_reader import assert_same

@@ -1,4 +1,4 @@
-"""convert.shards: headers read as safetensors reads them; damaged files are named."""
+"""convert.shards, convert.weights: headers read as safetensors reads them; damage is named."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convert.shards import INDEX, SINGLE, find_shards, read_header
+from convert.shards import read_shard
+from convert.weights import INDEX, SINGLE, find_shards
 from tests.convert.folders import hf_folder, tensors_of
 
-FLOAT32 = np.dtype(np.float32)
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 
 
@@ -29,7 +29,7 @@ def test_bytes_are_those_that_safetensors_reads(tmp_path: Path, dtype: torch.dty
     assert shard.metadata == {"format": "pt"}
     assert {tensor.name for tensor in shard.tensors} == set(tensors)
     for tensor in shard.tensors:
-        mapped = tensor.map()
+        mapped = tensor.values()
         assert mapped.dtype == NUMPY[dtype]
         assert mapped.shape == tuple(tensors[tensor.name].shape)
         np.testing.assert_array_equal(
@@ -37,36 +37,12 @@ def test_bytes_are_those_that_safetensors_reads(tmp_path: Path, dtype: torch.dty
         )
 
 
-@pytest.mark.parametrize("wanted", [FLOAT32, np.dtype(ml_dtypes.bfloat16)])
-@pytest.mark.parametrize("dtype", NUMPY)
-def test_tensor_is_read_as_any_type(tmp_path: Path, dtype: torch.dtype, wanted):
-    tensors = {
-        "matrix": torch.randn(11, 5).to(dtype),
-        "image": torch.randn(9, 3, 2, 2).to(dtype),
-        "scalar": torch.tensor(2.5, dtype=dtype),
-        "empty": torch.zeros(0, 4, dtype=dtype),
-        "vector": torch.randn(7).to(dtype),
-    }
-    save_file(tensors, tmp_path / SINGLE)
-    for tensor in find_shards(tmp_path)[0].tensors:
-        out = tensor.read(lambda mapped: mapped.T, wanted)
-        assert out.flags.c_contiguous
-        np.testing.assert_array_equal(out, tensor.map().astype(wanted).T)
-
-
-def test_only_a_view_is_read(tmp_path: Path):
-    save_file({"x": torch.randn(11, 5)}, tmp_path / SINGLE)
-    ((tensor,),) = [shard.tensors for shard in find_shards(tmp_path)]
-    with pytest.raises(RuntimeError, match="no view"):
-        tensor.read(lambda mapped: mapped + 1, FLOAT32)
-
-
 def test_file_that_shrinks_meanwhile_is_named(tmp_path: Path):
     save_file({"x": torch.randn(11, 5)}, tmp_path / SINGLE)
     ((tensor,),) = [shard.tensors for shard in find_shards(tmp_path)]
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors ended within x"):
-        tensor.read(lambda mapped: mapped, FLOAT32)
+        tensor.values()
 
 
 def test_shards_make_one_checkpoint(tmp_path: Path):
@@ -77,7 +53,7 @@ def test_shards_make_one_checkpoint(tmp_path: Path):
     reference = tensors_of(tmp_path / "hf")
     assert found.keys() == reference.keys()
     for name, tensor in found.items():
-        np.testing.assert_array_equal(tensor.map(), reference[name].numpy())
+        np.testing.assert_array_equal(tensor.values(), reference[name].numpy())
 
 
 def write(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
@@ -118,7 +94,7 @@ def test_damaged_file_is_named(tmp_path: Path, damage, message: str):
     path = tmp_path / SINGLE
     damage(path)
     with pytest.raises(ValueError, match=message) as error:
-        read_header(path)
+        read_shard(path)
     assert str(path) in str(error.value)
 
 

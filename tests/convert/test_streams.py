@@ -2,15 +2,15 @@
 
 import threading
 import time
-from collections import deque
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from catp_jax import leaves
 from convert import streams
 from convert.rules import IDENTITY, THREE, THREE_BIASES, TRANSPOSE, patches
-from convert.streams import ahead, copy, padded, parts
+from convert.streams import ahead, copy
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -19,89 +19,80 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 @pytest.mark.parametrize("wanted", [np.float32, BFLOAT16])
 def test_copy_is_what_numpy_copies(dtype: np.dtype, wanted: np.dtype):
     matrix = np.random.default_rng(0).standard_normal((300, 5)).astype(dtype)
-    for view in (matrix, matrix.T, matrix[::2].T, matrix[:, 0], matrix[0, 0, None][0:1]):
+    large = np.resize(matrix, (1100, 24))
+    views = (matrix, matrix.T, matrix[::2].T, matrix[:, 0], matrix[0, 0, None][0:1], matrix[:0].T)
+    forwards = (TRANSPOSE.forward, THREE.forward, lambda x: x.T[:, 500:1030], lambda x: x.T[3:9])
+    square = np.resize(matrix, (1536, 24))
+    for view in (*views, *(f(large) for f in forwards[2:]), *(f(square) for f in forwards)):
         found = copy(view, np.dtype(wanted))
         assert found.dtype == wanted
         assert found.flags.c_contiguous
         np.testing.assert_array_equal(found, view.astype(wanted))
 
 
-def test_rows_are_padded():
-    matrix = padded(3, 512, BFLOAT16)
-    assert matrix.shape == (3, 512)
-    assert matrix.strides == (1024 + 64, 2)
-
-
-def test_runs_cost_no_more_than_the_limit():
-    assert parts([3, 3, 3, 9, 1, 1, 1, 1], lambda item: item, 6) == [[3, 3], [3], [9], [1, 1, 1, 1]]
-    assert parts([], lambda item: item, 6) == []
-
-
 def test_results_come_in_order_and_are_let_go(monkeypatch):
-    monkeypatch.setattr(streams, "AHEAD", 100)
-    runs = [[1, 2], [3], [], [4, 5, 6]]
-    before: list = []
+    monkeypatch.setattr(leaves, "RUN", 3)
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 1}
+    before: dict = {}
     found = []
-    for run in ahead(runs, lambda item: (time.sleep(0.02 / item), -item)[1], lambda item: item):
-        assert before == []
-        found.append(list(run))
+    for run in ahead(lambda name: (time.sleep(0.02 / sizes[name]), name.upper())[1], sizes):
+        assert before == {}
+        found.append(dict(run))
         before = run
-    assert found == [[(item, -item) for item in run] for run in runs]
+    assert found == [{"a": "A", "b": "B"}, {"c": "C"}, {"d": "D"}, {"e": "E"}]
 
 
-@pytest.mark.parametrize("behind", [0, 1, 2])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_what_is_under_way_is_bounded(monkeypatch, threads: int, behind: int):
+def test_what_is_under_way_is_bounded(monkeypatch, threads: int):
     """Counted where it happens: begun by a thread, and not yet given back by the caller."""
     monkeypatch.setattr(streams, "READERS", threads)
     monkeypatch.setattr(streams, "AHEAD", 10)
+    monkeypatch.setattr(leaves, "RUN", 1)
     costs = [*np.random.default_rng(0).integers(1, 8, 60).tolist(), 50, 50, 3, 3, 50]
+    sizes = {str(number): cost for number, cost in enumerate(costs)}
     lock, now, highest, most = threading.Lock(), 0, 0, 0
 
-    def work(cost: int) -> int:
+    def work(name: str) -> int:
         nonlocal now, highest
         with lock:
-            now += cost
+            now += sizes[name]
             highest = max(highest, now)
         time.sleep(0.001)
-        return cost
+        return sizes[name]
 
-    had: deque[int] = deque()
     results = []
-    for run in ahead([[cost] for cost in costs], work, lambda cost: cost, behind):
-        assert all(cost == same for cost, same in run)
-        had.append(sum(cost for cost, _ in run))
-        results += [cost for cost, _ in run]
-        most = max(most, now - sum(had))
+    for run in ahead(work, sizes):
+        (cost,) = run.values()
+        results.append(cost)
+        most = max(most, now - cost)
         time.sleep(0.001)
-        if len(had) > behind:
-            with lock:
-                now -= had.popleft()
+        with lock:
+            now -= cost
     assert results == costs
-    assert now == sum(had)
     assert highest <= 50 + 10
     assert most > 0  # others were begun while the caller had one
 
 
 def test_several_threads_work_at_a_time(monkeypatch):
     monkeypatch.setattr(streams, "READERS", 3)
+    monkeypatch.setattr(leaves, "RUN", 1)
     together = threading.Barrier(3, timeout=20)
-    runs = [[0], [1], [2]]
-    assert len(list(ahead(runs, lambda item: together.wait(), lambda item: 1))) == 3
+    assert len(list(ahead(lambda name: together.wait(), dict.fromkeys("abc", 1)))) == 3
 
 
 def test_error_of_a_thread_is_raised_and_the_rest_left_undone(monkeypatch):
     monkeypatch.setattr(streams, "READERS", 1)
     monkeypatch.setattr(streams, "AHEAD", 2)
+    monkeypatch.setattr(leaves, "RUN", 1)
     begun = []
 
-    def work(item: int) -> None:
-        begun.append(item)
-        if item == 3:
+    def work(name: str) -> None:
+        begun.append(name)
+        if name == "3":
             raise ValueError("damaged")
 
     with pytest.raises(ValueError, match="damaged"):
-        list(ahead([[item] for item in range(50)], work, lambda item: 1))
+        list(ahead(work, {str(number): 1 for number in range(50)}))
     assert len(begun) < 10
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import convert
-from catp_jax import checkpoint
 from catp_jax.doctor import weights
+from catp_jax.leaves import named
 from tests.convert.folders import edit_config, edit_tensors, hf_folder, tensors_of
 from tests.convert.test_converted import flip_a_byte
 from tests.convert.test_names import edit_manifest
@@ -137,6 +137,5 @@ def test_checksums_are_kept_without_being_asked_for(made: Path):
     content = json.loads((made / "converted" / "catp_jax.json").read_text())
     model, _ = convert.load(made / "converted")
     assert content["checksums"] == {
-        name: zlib.crc32(np.asarray(array).tobytes())
-        for name, array in checkpoint.names(model).items()
+        name: zlib.crc32(np.asarray(array).tobytes()) for name, array in named(model).items()
     }
