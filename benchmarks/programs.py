@@ -14,10 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from catp_jax.leaves import named
 from catp_jax.families import PRESETS
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
+from catp_jax.leaves import named
 from catp_jax.models import one_row
 from catp_jax.models.narrow import Weights, with_scales
 from catp_jax.plan import abstract_model, inputs_of

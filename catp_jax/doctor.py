@@ -23,8 +23,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
-from catp_jax.leaves import named
 from catp_jax.families import find_config
+from catp_jax.leaves import named
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.models.blocks import Block, KeysValues, Read

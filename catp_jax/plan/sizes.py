@@ -10,8 +10,8 @@ import convert
 from catp_jax import families
 from catp_jax.leaves import named
 from catp_jax.models.blocks import Block
-from convert.families import family_of
 from convert.dtypes import cast, with_dtypes
+from convert.families import family_of
 
 
 def abstract_model(config: Any, dtype: Any) -> Any:

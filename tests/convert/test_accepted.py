@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 import catp_jax
 import convert
-from catp_jax.leaves import named
 from catp_jax.families import find_config
+from catp_jax.leaves import named
 from convert import configs
 from convert.weights import SINGLE
 from tests.command import catp_jax as command

@@ -19,8 +19,8 @@ from catp_jax.leaves import named
 from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.retrieval import RetrievalConfig
 from convert.blip2 import BLIP2
-from convert.family import HUB
 from convert.families import config_json
+from convert.family import HUB
 from tests.convert.folders import SIDE_FILES, edit_config, edit_tensors, hf_folder, tensors_of
 from tests.convert.test_reader import assert_same
 from tests.parity.tiny_blip2 import CONFIGS, RETRIEVING, tiny
