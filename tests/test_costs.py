@@ -131,10 +131,10 @@ def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
         inputs(),
     )
     assert len(out.cache.cross[0].blocks) == len(TEXT.cross_attention_layers)
-    (own,), (cross,), tail = out.cache.own, out.cache.cross, out.cache.tail
+    (text,), (cross,), tail = out.cache.text, out.cache.cross, out.cache.tail
     depth = TEXT.num_hidden_layers - len(TEXT.cross_attention_layers)
-    assert len(own.blocks) == len(tail.blocks) == depth
-    for part, slots in ((own, ROWS), (tail, 5), (cross, keep)):
+    assert len(text.blocks) == len(tail.blocks) == depth
+    for part, slots in ((text, ROWS), (tail, 5), (cross, keep)):
         for layer in part.blocks:
             assert layer.keys.shape == layer.values.shape == (BATCH, KV_HEADS, slots, CHANNELS)
     assert cross.numbers.shape == cross.valid.shape == (BATCH, keep)

@@ -117,7 +117,7 @@ def test_prefill_and_steps_give_what_generate_gives():
     assert cache.tail.next_slot.tolist() == [NEW] * 5
     lengths = [len(tokens) + NEW for tokens in PROMPTS]
     assert cache.tail.next_position.tolist() == lengths
-    assert cache.own[0].valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
+    assert cache.text[0].valid.sum(axis=1).tolist() == [len(tokens) for tokens in PROMPTS]
 
 
 def test_step_reuses_the_memory_of_the_cache():
@@ -210,7 +210,7 @@ def test_several_samples_of_a_prompt_share_its_cache_and_are_those_of_as_many_pr
         block.keys.shape[0]
         for block in (
             *carry.cache.cross[0].blocks,
-            *carry.cache.own[0].blocks,
+            *carry.cache.text[0].blocks,
             *carry.cache.tail.blocks,
         )
     } == {5}

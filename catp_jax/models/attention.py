@@ -238,8 +238,8 @@ def _by_products(
     total = jnp.zeros((rows, heads), jnp.float32)
     out = jnp.zeros((rows, heads, channels), jnp.float32)
     for part, read in zip(logits, reads, strict=True):
-        batch, kv, own, group, _ = part.shape
-        highest = top.reshape(batch, own, kv, group).transpose(0, 2, 1, 3)
+        batch, kv, each, group, _ = part.shape
+        highest = top.reshape(batch, each, kv, group).transpose(0, 2, 1, 3)
         weights = jnp.exp(part - highest[..., None])
         total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
         out += _summed(weights, read.block.values)
@@ -247,22 +247,22 @@ def _by_products(
 
 
 def _summed(
-    weights: Float[Array, "b kv own group slots"], values: Float[Array, "b kv slots d"]
+    weights: Float[Array, "b kv each group slots"], values: Float[Array, "b kv slots d"]
 ) -> Float[Array, "r h d"]:
     """What rows take of a block's values, in float32."""
-    batch, kv, own, group, _ = weights.shape
+    batch, kv, each, group, _ = weights.shape
     summed = jnp.einsum(
         "bkmgn,bknd->bkmgd",
         weights.astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
     )
-    return summed.transpose(0, 2, 1, 3, 4).reshape(batch * own, kv * group, -1)
+    return summed.transpose(0, 2, 1, 3, 4).reshape(batch * each, kv * group, -1)
 
 
 def _logits(
     queries: Float[Array, "r one h d"], read: Read, scale: float
-) -> Float[Array, "b kv own group slots"]:
+) -> Float[Array, "b kv each group slots"]:
     (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
     grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
     # the barrier keeps XLA from merging the products of two blocks, for which it transposes both,

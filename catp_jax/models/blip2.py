@@ -68,12 +68,12 @@ class Blip2(QueryingModel):
     def read_images(self, inputs: Blip2Inputs) -> tuple[Float[Array, "b q d"], Evidence]:
         """The last hidden states of each prompt's queries, and how they came about."""
         visual, evidence = self.encode(jnp.asarray(inputs.pixels))
-        own = jnp.asarray(inputs.image_index)
+        index = jnp.asarray(inputs.image_index)
 
         def of_prompts(attention: Attention) -> Attention:
-            return Attention(queries=attention.queries[own], keys=attention.keys[own])
+            return Attention(queries=attention.queries[index], keys=attention.keys[index])
 
-        return visual[own], Evidence(
+        return visual[index], Evidence(
             cross=tuple(of_prompts(layer) for layer in evidence.cross),
             among=tuple(of_prompts(layer) for layer in evidence.among),
             vision=of_prompts(evidence.vision),

@@ -256,13 +256,13 @@ class Tail:
     def opened(self) -> "Tail":
         """The tail with a slot for every row's next token, which its layers are yet to write."""
         (batch, slots), rows = self.positions.shape, self.seen.shape[0]
-        own = self.next_slot[:, None] + jnp.arange(rows // batch, dtype=jnp.int32)[None]
-        is_own = own[:, :, None] == jnp.arange(slots, dtype=jnp.int32)[None, None]
-        places = jnp.where(is_own, self.next_position.reshape(batch, -1, 1), 0)
+        new = self.next_slot[:, None] + jnp.arange(rows // batch, dtype=jnp.int32)[None]
+        is_new = new[:, :, None] == jnp.arange(slots, dtype=jnp.int32)[None, None]
+        places = jnp.where(is_new, self.next_position.reshape(batch, -1, 1), 0)
         return replace(
             self,
-            positions=jnp.where(is_own.any(axis=1), places.sum(axis=1), self.positions),
-            seen=self.seen | is_own.reshape(rows, slots),
+            positions=jnp.where(is_new.any(axis=1), places.sum(axis=1), self.positions),
+            seen=self.seen | is_new.reshape(rows, slots),
         )
 
     def pasts(self, prompts: Sequence[PromptLayer | None]) -> list[Past]:

@@ -123,11 +123,11 @@ class Branches:
 
 @pytree
 class CrossCache(Cache):
-    """`own`: the self-attention layers. `cross`: the cross-attention layers, of which new tokens
+    """`text`: the self-attention layers. `cross`: the cross-attention layers, of which new tokens
     take `branches`; none if no sample of the batch has an image.
     """
 
-    own: tuple[Prompt, ...]
+    text: tuple[Prompt, ...]
     cross: tuple[Prompt, ...] = ()
     branches: Branches | None = None
 
@@ -295,7 +295,7 @@ class CrossDecoder(nnx.Module):
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
         if (keep := select(front.view)) is not None and visual is not None and first is not None:
             visual, first = visual.keep(keep), replace(first, made=first.made.keep(keep))
-        own = dict(enumerate(front.before))
+        layers = dict(enumerate(front.before))
         cross = {} if first is None else {self.first_cross: first}
         rope, mask = self._rope(text.positions), causal_mask(text, text)
         seen = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
@@ -303,20 +303,20 @@ class CrossDecoder(nnx.Module):
             layer = self.layers[number]
             if isinstance(layer, SelfLayer):
                 x, queries, made = layer(x, rope, mask)
-                own[number] = Shown(queries=queries, made=cast(KeysValues, made))
+                layers[number] = Shown(queries=queries, made=cast(KeysValues, made))
             elif visual is not None and seen is not None:
                 cross[number] = layer.shown(x, visual.features)
                 x = layer(x, cross[number].made, *seen)
         length = text.valid.sum(axis=1, dtype=jnp.int32)
         prompt = cached(
-            own,
+            layers,
             select,
             num_visual=0,
             numbers=jnp.full_like(text.positions, -1),
             sees=mask & text.valid[:, :, None],
             read=text.valid,
         )
-        cache = CrossCache(tail=Tail.empty(prompt, length, new_slots), own=prompt)
+        cache = CrossCache(tail=Tail.empty(prompt, length, new_slots), text=prompt)
         if visual is not None and seen is not None:
             last = jnp.maximum(length - 1, 0)[:, None]
             images = cached(
@@ -341,7 +341,7 @@ class CrossDecoder(nnx.Module):
         rows = tail.seen.shape[0] // tail.positions.shape[0]
         branches = jax.tree.map(lambda taken: jnp.repeat(taken, rows, axis=0), cache.branches)
         cross = iter(by_layer(cache.cross, select))
-        pasts = iter(tail.pasts(by_layer(cache.own, select)))
+        pasts = iter(tail.pasts(by_layer(cache.text, select)))
         for layer in self.layers:
             if isinstance(layer, SelfLayer):
                 x, _, block = layer(x, rope, None, next(pasts))

@@ -81,18 +81,18 @@ class InstructBlip(QueryingModel):
     def read_images(self, inputs: InstructBlipInputs) -> tuple[Float[Array, "b q d"], Evidence]:
         """The last hidden states of each prompt's queries, and how they came about."""
         image, vision = self.vision_model(jnp.asarray(inputs.pixels))
-        own, batch = jnp.asarray(inputs.image_index), inputs.tokens.shape[0]
+        index, batch = jnp.asarray(inputs.image_index), inputs.tokens.shape[0]
         queries = self.query_tokens[...].astype(jnp.float32)
         number = queries.shape[1]
         queries = jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
         x = jnp.concatenate([queries, self.embeddings(jnp.asarray(inputs.instruction))], axis=1)
         valid = jnp.concatenate([jnp.ones((batch, number), bool), inputs.instruction_valid], axis=1)
-        x, among, cross = self.qformer(x, number, image[own], valid)
+        x, among, cross = self.qformer(x, number, image[index], valid)
         return x[:, :number], Evidence(
             cross=cross,
             among=tuple(
                 Attention(queries=layer.queries[:, :number], keys=layer.keys) for layer in among
             ),
-            vision=Attention(queries=vision.queries[own], keys=vision.keys[own]),
+            vision=Attention(queries=vision.queries[index], keys=vision.keys[index]),
             among_valid=valid,
         )

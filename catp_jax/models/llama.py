@@ -98,12 +98,12 @@ class AttentionProjections(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         width, head = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        own: dict[str, Any] = {"heads": self.kv_heads, "rngs": rngs}
-        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **own)
-        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **own)
-        own = {"heads": self.heads, "rngs": rngs}
-        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), **own)
-        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), **own)
+        options: dict[str, Any] = {"heads": self.kv_heads, "rngs": rngs}
+        self.k_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **options)
+        self.v_proj = linear(width, self.kv_heads * head, ("embed", "kv_heads"), **options)
+        options = {"heads": self.heads, "rngs": rngs}
+        self.q_proj = linear(width, self.heads * head, ("embed", "heads"), **options)
+        self.o_proj = linear(self.heads * head, width, ("heads", "embed"), **options)
 
 
 class SelfAttention(AttentionProjections):

@@ -80,9 +80,9 @@ def with_scales(model: Any, weights: Weights) -> Any:
     ]
     for path, module in linears:
         if is_narrowed(".".join(map(str, (*path, "kernel")))):
-            own, shape = module.kernel.get_metadata(), module.kernel.shape
+            metadata, shape = module.kernel.get_metadata(), module.kernel.shape
             module.kernel = module.kernel.replace(jax.ShapeDtypeStruct(shape, DTYPES[weights]))
             scale = jax.ShapeDtypeStruct(shape[1:], jnp.float32)
-            axes = {"axes": own["axes"][1:], "heads": own.get("heads")}
+            axes = {"axes": metadata["axes"][1:], "heads": metadata.get("heads")}
             module.kernel_scale = nnx.Param(scale, **axes)
     return model

@@ -63,14 +63,14 @@ def attend(
 ) -> Float[Array, "r one h d"]:
     """`attention.attend_blocks`; interpreted: on any device, with any numbers, slowly."""
     (rows, one, heads, channels), (batch, kv, _, _) = queries.shape, reads[0].block.keys.shape
-    own, group = rows // batch, heads // kv
-    grouped = queries.reshape(batch, own, kv, group, channels).transpose(0, 2, 1, 3, 4)
-    operands = [grouped.reshape(batch, kv, own * group, channels)]
+    each, group = rows // batch, heads // kv
+    grouped = queries.reshape(batch, each, kv, group, channels).transpose(0, 2, 1, 3, 4)
+    operands = [grouped.reshape(batch, kv, each * group, channels)]
     for read in reads:
-        added = _added(read.seen, read.bias, batch, kv, own, group)
+        added = _added(read.seen, read.bias, batch, kv, each, group)
         operands += [read.block.keys, read.block.values, added]
     out = _on_any_mesh(operands, scale, is_interpreted)
-    out = out.reshape(batch, kv, own, group, channels).transpose(0, 2, 1, 3, 4)
+    out = out.reshape(batch, kv, each, group, channels).transpose(0, 2, 1, 3, 4)
     return out.reshape(rows, one, heads, channels)
 
 
@@ -79,7 +79,7 @@ def _added(
     bias: Float[Array, "others h slots"] | None,
     batch: int,
     kv: int,
-    own: int,
+    each: int,
     group: int,
 ) -> Float[Array, "b _ _ slots"]:
     """What is added to a block's logits, by key-value head and row, or for all of them."""
@@ -92,8 +92,8 @@ def _added(
     plus = jnp.zeros((), jnp.float32)
     if bias is not None:
         plus = bias.astype(jnp.float32).reshape(batch, -1, kv, group, slots)
-        plus = jnp.broadcast_to(plus, (batch, own, kv, group, slots)).transpose(0, 2, 1, 3, 4)
-        plus = plus.reshape(batch, kv, own * group, slots)
+        plus = jnp.broadcast_to(plus, (batch, each, kv, group, slots)).transpose(0, 2, 1, 3, 4)
+        plus = plus.reshape(batch, kv, each * group, slots)
     return jnp.where(seen, plus, LOWEST)
 
 

@@ -203,8 +203,8 @@ class QFormer(nnx.Module):
             mask = jnp.broadcast_to(valid[:, None], (*valid.shape, valid.shape[1]))
         among, cross = [], []
         for layer in self.encoder.layer:
-            x, own, seen = layer(x, queries, mask, image)
-            among.append(own)
+            x, attended, seen = layer(x, queries, mask, image)
+            among.append(attended)
             if seen is not None:
                 cross.append(seen)
         return x, tuple(among), tuple(cross)

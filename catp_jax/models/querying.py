@@ -66,9 +66,9 @@ class QueryingInputs:
 
     def alone(self, row: int) -> Any:
         """One prompt and its image."""
-        own = jax.tree.map(lambda array: array[row : row + 1], self)
+        prompt = jax.tree.map(lambda array: array[row : row + 1], self)
         pixels = self.pixels[self.image_index[row]][None]
-        return replace(own, pixels=pixels, image_index=jnp.zeros(1, jnp.int32))
+        return replace(prompt, pixels=pixels, image_index=jnp.zeros(1, jnp.int32))
 
 
 @pytree

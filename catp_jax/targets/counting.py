@@ -70,7 +70,7 @@ class Counting:
 
     def run(self, name: str, times: int) -> Counts:
         """Everything a computation does when it runs so often."""
-        own = self.computations[name]
+        computation = self.computations[name]
         kernels: list[Kernel] = []
         exchanged: list[Collective] = []
         loops: list[str] = []
@@ -80,7 +80,7 @@ class Counting:
             exchanged.extend(counts[1])
             loops.extend(counts[2])
 
-        for one in own.instructions.values():
+        for one in computation.instructions.values():
             if one.opcode in MOVES_NOTHING or one.opcode.endswith("-done"):
                 continue
             if one.opcode == "while":
@@ -97,19 +97,19 @@ class Counting:
             elif one.opcode == "async-start":
                 add(self.run(one.named("calls"), times))
             else:
-                read, written = self.moves(own, one)
+                read, written = self.moves(computation, one)
                 kernel = Kernel(
-                    one.name, self.kind(one), times, read, written, self.flops(own, one)
+                    one.name, self.kind(one), times, read, written, self.flops(computation, one)
                 )
                 kernels.append(kernel)
                 if kernel.kind == "collective":
-                    exchanged.append(self.collective(own, one, times))
+                    exchanged.append(self.collective(computation, one, times))
         return tuple(kernels), tuple(exchanged), tuple(loops)
 
-    def moves(self, own: Computation, one: Instruction) -> tuple[int, int]:
+    def moves(self, computation: Computation, one: Instruction) -> tuple[int, int]:
         """Bytes that a kernel reads and writes."""
-        result = self.result(own, one)
-        operands = [own.instructions[name] for name in dict.fromkeys(one.operands)]
+        result = self.result(computation, one)
+        operands = [computation.instructions[name] for name in dict.fromkeys(one.operands)]
         full = sum(operand.nbytes for operand in operands)
         opcode = one.opcode.removesuffix("-start")
         if opcode == "fusion":
@@ -118,12 +118,14 @@ class Counting:
             for name, nbytes in zip(one.operands, self.reads(fused), strict=True):
                 taken[name] += nbytes
             # an operand given twice is there once
-            read = sum(min(nbytes, own.instructions[name].nbytes) for name, nbytes in taken.items())
+            read = sum(
+                min(nbytes, computation.instructions[name].nbytes) for name, nbytes in taken.items()
+            )
             return read, self.writes(fused)
         if opcode in TAKES:
             return result + full - operands[0].nbytes, result
         if opcode in PUTS:
-            put = own.operand(one, 1 if opcode == "dynamic-update-slice" else -1).nbytes
+            put = computation.operand(one, 1 if opcode == "dynamic-update-slice" else -1).nbytes
             return full - operands[0].nbytes, put
         if opcode == "custom-call":
             if one.target == "AllocateBuffer":
@@ -131,12 +133,12 @@ class Counting:
             return full, result
         return full, result
 
-    def result(self, own: Computation, one: Instruction) -> int:
+    def result(self, computation: Computation, one: Instruction) -> int:
         """Bytes of what an instruction, or the pair it starts, leaves in memory to be read."""
         if one.opcode.endswith("-start"):
             done = [
                 other
-                for other in own.instructions.values()
+                for other in computation.instructions.values()
                 if other.opcode.endswith("-done") and one.name in other.operands
             ]
             return done[0].nbytes if done else one.nbytes
@@ -236,25 +238,25 @@ class Counting:
             if each.opcode == "fusion":
                 yield from self.inside(each)
 
-    def flops(self, own: Computation, one: Instruction) -> int:
+    def flops(self, computation: Computation, one: Instruction) -> int:
         """FLOPs of the matrix products and convolutions in one run of a kernel."""
         if one.opcode in {"fusion", "fusion-start"}:
             fused = self.computations[one.named("calls")]
             return sum(self.flops(fused, each) for each in fused.instructions.values())
         if one.opcode == "dot":
-            return product_flops(own, one, "lhs_contracting_dims")
+            return product_flops(computation, one, "lhs_contracting_dims")
         if one.opcode == "convolution" or one.target.startswith("__cudnn$conv"):
-            return convolution_flops(own, one)
+            return convolution_flops(computation, one)
         if one.target.startswith("__cublas"):
-            return product_flops(own, one, "lhs_contracting_dimensions")
+            return product_flops(computation, one, "lhs_contracting_dimensions")
         if one.target.startswith("__cudnn$fmha"):
-            return attention_flops(own, one)
+            return attention_flops(computation, one)
         return 0
 
-    def collective(self, own: Computation, one: Instruction, times: int) -> Collective:
-        kind, result = one.opcode.removesuffix("-start"), self.result(own, one)
+    def collective(self, computation: Computation, one: Instruction, times: int) -> Collective:
+        kind, result = one.opcode.removesuffix("-start"), self.result(computation, one)
         groups = groups_in(one.attributes) or [[*range(self.devices)]]
-        sums = sum(own.instructions[name].nbytes for name in one.operands)
+        sums = sum(computation.instructions[name].nbytes for name in one.operands)
         data, size = result if kind == "all-gather" else sums, len(groups[0])
         each = self.devices // self.hosts
         hosts = max(len({device // each for device in group}) for group in groups)
@@ -311,21 +313,21 @@ def kind_of_call(one: Instruction) -> str:
     return one.target
 
 
-def product_flops(own: Computation, one: Instruction, attribute: str) -> int:
-    sizes = own.operand(one).shapes[0][1]
+def product_flops(computation: Computation, one: Instruction, attribute: str) -> int:
+    sizes = computation.operand(one).shapes[0][1]
     inner = math.prod(sizes[axis] for axis in one.numbers(attribute))
     return 2 * inner * math.prod(one.shapes[0][1])
 
 
-def convolution_flops(own: Computation, one: Instruction) -> int:
+def convolution_flops(computation: Computation, one: Instruction) -> int:
     """Each result is a sum over a kernel's window and the inputs that it sees."""
     labels = re.search(r"dim_labels=\w+_(\w+)->", one.attributes)
-    kernel = own.operand(one, 1).shapes[0][1]
+    kernel = computation.operand(one, 1).shapes[0][1]
     made = kernel[labels[1].index("o")] if labels else 1
     return 2 * math.prod(one.shapes[0][1]) * math.prod(kernel) // made
 
 
-def attention_flops(own: Computation, one: Instruction) -> int:
+def attention_flops(computation: Computation, one: Instruction) -> int:
     """Two products, over the logits that cuDNN never writes; heads are as wide as the queries'.
 
     0 where it is told as it runs how many rows and columns there are: they may be few.
@@ -335,7 +337,7 @@ def attention_flops(own: Computation, one: Instruction) -> int:
     )
     if logits is None or re.search(r'"mask_type": ?"PADDING', one.attributes):
         return 0
-    width = own.operand(one).shapes[0][1][-1]
+    width = computation.operand(one).shapes[0][1][-1]
     return 4 * width * math.prod(int(size) for size in re.findall(r"\d+", logits[1]))
 
 

@@ -61,8 +61,8 @@ class Computation:
 
     @property
     def parameters(self) -> list[Instruction]:
-        own = [one for one in self.instructions.values() if one.opcode == "parameter"]
-        return sorted(own, key=lambda one: one.number)
+        parameters = [one for one in self.instructions.values() if one.opcode == "parameter"]
+        return sorted(parameters, key=lambda one: one.number)
 
     def operand(self, one: Instruction, index: int = 0) -> Instruction:
         return self.instructions[one.operands[index]]

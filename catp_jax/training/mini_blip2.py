@@ -260,7 +260,7 @@ def main(
     text = make_text(tokenizer, config)
     composer = Composer(train_set, config.vision, seed)
     model = initialise(config, seed)
-    shared, own = work / "shared_log.jsonl", work / f"{which}_log.jsonl"
+    shared, apart = work / "shared_log.jsonl", work / f"{which}_log.jsonl"
 
     def stage(name: str, steps: int, loss: Any, batches: Any, peak: float) -> Stage:
         return Stage(
@@ -314,11 +314,11 @@ def main(
             return composer.questions(step, batch // QUESTIONS, QUESTIONS, text, is_plain)
 
         next_stage = stage(name, steps, answer_loss(graph), questions, 2e-3)
-        params = train(next_stage, params, work / f"{which}_{name}", own, frozen=frozen)
+        params = train(next_stage, params, work / f"{which}_{name}", apart, frozen=frozen)
         model = nnx.merge(graph, frozen, params)
 
     log = work / f"{which}_whole_log.jsonl"
-    log.write_text(shared.read_text() + own.read_text())
+    log.write_text(shared.read_text() + apart.read_text())
     figures = report(model, text, train_set, test_set)
     figures["minutes of training"] = minutes(log)
     typer.echo(json.dumps(figures, indent=2))

@@ -160,11 +160,12 @@ class Photos:
         Seven of eight "is there a red shape?" are answered no; drawn evenly, a model is long
         content to say so unseen. With `is_plain`, none has a "no" or "not" in it.
         """
-        own = [q for q in photo.questions if not (is_plain and is_negated(q[0]))]
-        rarity = np.array([self.rarity[pair] for pair in own])
-        chosen = rng.choice(len(own), size=each, p=rarity / rarity.sum())
+        usable = [q for q in photo.questions if not (is_plain and is_negated(q[0]))]
+        rarity = np.array([self.rarity[pair] for pair in usable])
+        chosen = rng.choice(len(usable), size=each, p=rarity / rarity.sum())
         return [
-            (careless(rng, question), answer) for question, answer in map(own.__getitem__, chosen)
+            (careless(rng, question), answer)
+            for question, answer in map(usable.__getitem__, chosen)
         ]
 
 

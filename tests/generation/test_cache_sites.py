@@ -129,7 +129,7 @@ def generate(kind: str, pruners: tuple[Any, ...], num_beams: int = 0) -> program
 
 def prompts_of(cache: Any) -> list[Prompt]:
     """The parts of a cache that hold visual tokens."""
-    parts = (*cache.own, *cache.cross) if hasattr(cache, "own") else cache.prompts
+    parts = (*cache.text, *cache.cross) if hasattr(cache, "text") else cache.prompts
     return [part for part in parts if part.num_visual]
 
 

@@ -62,7 +62,7 @@ def test_caches_and_logits_have_the_dtype_of_the_weights(dtype):
         assert logits.dtype == dtype
         assert {
             leaf.dtype
-            for part in (*cache.own, *cache.cross, cache.tail)
+            for part in (*cache.text, *cache.cross, cache.tail)
             for leaf in jax.tree.leaves(part.blocks)
         } == {jnp.dtype(dtype)}
 

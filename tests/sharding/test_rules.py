@@ -105,7 +105,7 @@ def test_axes_are_read_from_the_annotations():
     whole = Prompt(numbers=x((2, 3), int), valid=x((2, 3), bool), **options)
     by_head = Prompt(numbers=x((2, 1, 3), int), valid=x((2, 1, 3), bool), **options)
     branches = Branches(attends=x((2, 1), bool), feeds=x((2, 1), bool))
-    cache = CrossCache(own=(whole,), cross=(by_head,), branches=branches, tail=tail)
+    cache = CrossCache(text=(whole,), cross=(by_head,), branches=branches, tail=tail)
     found = list(named_leaves(cache))
     keys, slots, heads = ("b", "kv", "slots", "d"), ("b", "slots"), ("b", "kv", "slots")
     tails = [keys, keys, slots, ("r", "slots"), ("b",), ("r",)]
