@@ -12,65 +12,62 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from catp_jax import cli_options as opts
 from catp_jax.terminal import printable
 
 GPUS = "h100, h200, a100, b200"
 
-MeshOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Spread the model over all devices: sizes of data, fsdp and tensor, whose product is "
-        "their number (data=2,tensor=4). `catp-jax plan` says what fits.",
-        metavar="SIZES",
-    ),
-]
-
-
-IgnoreConfig = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Read config.json as if it had not this key (text_config.KEY for one of a part); "
-        "repeat it for several.",
-        metavar="KEY",
-    ),
-]
-
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="A folder with a config.json, or a published checkpoint's name.")
-    ],
+    model: opts.ModelOrPreset,
     mesh: Annotated[
-        str, typer.Option(help="Sizes of data, fsdp and tensor.", metavar="SIZES")
+        str,
+        typer.Option(
+            help="The sizes of data, fsdp and tensor (data=2,tensor=4); the devices need not "
+            "exist.",
+            metavar="SIZES",
+        ),
     ] = "tensor=1",
     batch: Annotated[
         int | None,
         typer.Option(
-            help="Prompts at a time, with an image each; one for data × fsdp, if not given."
+            help="How many prompts at a time, with an image each; data × fsdp of them, if not "
+            "given."
         ),
     ] = None,
     tiles: Annotated[
-        int | None, typer.Option(help="Llama Vision: tiles of an image; all, if not given.")
+        int | None,
+        typer.Option(help="Llama Vision: how many tiles an image has; all, if not given."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="How many text tokens a prompt has.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="How many tokens an answer has.")] = 128,
     prune: Annotated[
         str | None,
-        typer.Option(help="A pruning method; the model's first, if only --keep is given."),
+        typer.Option(
+            help="A pruning method; the model's first, if only --keep is given.", metavar="METHOD"
+        ),
     ] = None,
-    keep: Annotated[str | None, typer.Option(help="Visual tokens to keep.", metavar="N|P%")] = None,
-    dtype: Annotated[str, typer.Option(help="Number type of the weights.")] = "bfloat16",
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="How many visual tokens it keeps: a count, or a percentage.", metavar="N|P%"
+        ),
+    ] = None,
+    dtype: Annotated[
+        opts.DtypeName, typer.Option(help="The number type of the weights.")
+    ] = "bfloat16",
+    ignore_config: opts.IgnoreConfig = None,
     target: Annotated[
         str | None,
         typer.Option(
             help=f"Compile for a GPU that need not exist, of {GPUS}: bytes moved, the "
-            "least time of a prefill and a token, temporaries. Takes JAX's CUDA compiler.",
+            "least time of a prefill and a token, temporaries. It takes JAX's CUDA compiler.",
             metavar="GPU",
         ),
     ] = None,
     hosts: Annotated[
         int | None,
-        typer.Option(help="Hosts that the target's GPUs are on; 8 are on one, if not given."),
+        typer.Option(help="How many hosts the target's GPUs are on; 8 share one, if not given."),
     ] = None,
     largest_batch: Annotated[
         bool,
@@ -82,25 +79,25 @@ def plan(
     memory: Annotated[
         float | None,
         typer.Option(
-            help="Memory of a device, in GB of 10⁹ bytes; the target's, or 80, if not given."
+            help="The memory of a device, in GB of 10⁹ bytes; the target's, or 80, if not given."
         ),
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    json_output: opts.Json = False,
 ) -> None:
-    """What each device of a mesh would hold, compute and send; nothing of the model is loaded."""
+    """Say what each device of a mesh would hold, compute and send, without loading any weights."""
     if prune is not None and keep is None:
-        raise typer.BadParameter("--prune wants --keep")
+        raise typer.BadParameter("--prune requires --keep")
     if memory is not None and not 0 < memory < math.inf:
-        raise typer.BadParameter(f"--memory is a size above 0, got {memory:g}")
+        raise typer.BadParameter(f"--memory must be a size above 0, got {memory:g}")
     if target is None and (largest_batch or hosts is not None):
-        raise typer.BadParameter("--largest-batch and --hosts want --target")
+        raise typer.BadParameter("--largest-batch and --hosts require --target")
     from catp_jax import plan as planning
     from catp_jax.families import find_config
     from catp_jax.pruning import budget, make, methods_for
     from catp_jax.sharding.mesh import parse_mesh
     from catp_jax.targets import devices_of, find_gpu
 
-    find_config(model)
+    find_config(model, ignore_config or ())
     with wrong_call():
         places = math.prod(parse_mesh(mesh).values())
         gpu = None if target is None else find_gpu(target)
@@ -130,6 +127,7 @@ def plan(
             memory=None if memory is None else int(memory * 1e9),
             fill=largest_batch,
             tell=tell,
+            ignore_config=ignore_config or (),
         )
     if json_output:
         print(json.dumps(made.as_json()))
@@ -139,7 +137,7 @@ def plan(
 
 @contextlib.contextmanager
 def wrong_call() -> Iterator[None]:
-    """What is refused inside was asked for wrongly: exit code 2."""
+    """What is refused inside is a wrong call: exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -147,16 +145,17 @@ def wrong_call() -> Iterator[None]:
 
 
 def doctor(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A folder with a config.json, or a published checkpoint's name."),
-    ] = None,
-    mesh: MeshOption = None,
-    ignore_config: IgnoreConfig = None,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    model: opts.OptionalModelOrPreset = None,
+    dtype: opts.Dtype = None,
+    mesh: opts.Mesh = None,
+    ignore_config: opts.IgnoreConfig = None,
+    json_output: opts.Json = False,
 ) -> None:
-    """Examine versions, devices, hosts, mesh, kernels, memory; exit code 1 if something fails."""
-    from catp_jax import doctor as practice
+    """Examine versions, devices, hosts, mesh, kernels, memory and weights.
+
+    The exit code is 1 if something fails.
+    """
+    from catp_jax.doctor import examine
     from catp_jax.sharding.distributed import gathered
 
     console, levels = Console(highlight=False, soft_wrap=True), set()
@@ -170,11 +169,11 @@ def doctor(
             level = f"[{colours[one['level']]}]{one['level']:4}[/]"
             console.print(f"{level}  {one['subject']:9}  {escape(printable(one['text']))}")
 
-    found = []
-    for one in practice.examine(model, mesh, ignore_config or ()):
-        found.append(dataclasses.asdict(one))
-        show(found[-1])
-    for process, others in enumerate(gathered(json.dumps(found))[1:], start=1):
+    findings = []
+    for one in examine(model, mesh, ignore_config or (), dtype):
+        findings.append(dataclasses.asdict(one))
+        show(findings[-1])
+    for process, others in enumerate(gathered(json.dumps(findings))[1:], start=1):
         for one in json.loads(others):  # the first process speaks for all
             if one["level"] != "ok":
                 show(one | {"text": f"process {process}: {one['text']}"})

@@ -1,61 +1,309 @@
-"""What commands say of generation's options, `generate` and `study` alike. The options themselves,
-and the rules among them, are `generation.options.Options`.
+"""What the options of the commands are called, take, and say in --help: each stands here once.
+
+Options that go together are the fields of one class, and `with_options` gives a command all of
+them. Their meaning, and the rules among them, are Python's: `api.load`, `generation.options`,
+`pruning.named`.
 """
 
 import dataclasses
-from typing import Any
+import functools
+import inspect
+import os
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-NAMES = {
-    "num_beams": "beams",
-    "bad_words": "bad_word",
-    "suppress_tokens": "suppress_token",
-    "begin_suppress_tokens": "begin_suppress_token",
-    "stop_strings": "stop",
-}
-"""Options that commands call otherwise than Python does."""
-
-MAX_NEW_TOKENS = typer.Option(help="Longest answer, in tokens.")
-MIN_NEW_TOKENS = typer.Option(help="Shortest answer, in tokens.")
-BEAMS = typer.Option(help="Search this many answers at a time for the likeliest; 1: no search.")
-LENGTH_PENALTY = typer.Option(
-    help="Beam search: above 0 favours long answers, 0 does not look at length."
-)
-EARLY_STOPPING = typer.Option(
-    help="Beam search ends when no better answer is likely, with the first --beams answers, or "
-    "when none could be better."
-)
-TEMPERATURE = typer.Option(help="0 is greedy; above, answers vary.")
-TOP_K = typer.Option(help="Draw from this many tokens; 0: all.")
-TOP_P = typer.Option(help="Draw from this share of probability.")
-SEED = typer.Option(help="Prompt or line i draws with seed + i, from 0.")
-REPETITION_PENALTY = typer.Option(
-    help="Above 1, what the prompt or the answer has already is less likely."
-)
-NO_REPEAT_NGRAM_SIZE = typer.Option(
-    help="Of this many tokens in succession none stand twice; 0: they may."
-)
-BAD_WORD = typer.Option(help="A word that is not written; repeat it for several.")
-SUPPRESS_TOKEN = typer.Option(help="The number of a token that is not written; repeat it.")
-BEGIN_SUPPRESS_TOKEN = typer.Option(help="The same, of a token that no answer begins with.")
-STOP = typer.Option(help="A text that ends an answer; repeat it for several.")
-LOGPROBS = typer.Option(
-    help="With --json: the log-probability of each token, and of so many likely ones beside it."
-)
-GENERATION_CONFIG = typer.Option(
-    "--generation-config/--no-generation-config",
-    help="Options that are not given are those of the checkpoint's generation_config.json, which "
-    "may ask for sampling.",
-)
+METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random"
+MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
 
-def given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The options among a command's parameters, by their names in Python, where they are given."""
-    from catp_jax.generation.options import Options  # here, so that --help does not wait for it
+def path(text: str) -> Path:
+    """A path, with `~` for the home directory wherever it stands (`--out=~/x`)."""
+    return Path(os.path.expanduser(text))
 
-    values = {
-        field.name: parameters.get(NAMES.get(field.name, field.name))
-        for field in dataclasses.fields(Options)
-    }
-    return {name: value for name, value in values.items() if value not in (None, (), [])}
+
+def folder(text: str) -> Path:
+    """A model's folder, by its path or its name, org/name, in the local Hugging Face cache."""
+    from catp_jax.readers.hub import find_folder
+
+    try:
+        return find_folder(text)
+    except ValueError as error:  # which the command line would frame as a wrong call
+        raise FileNotFoundError(str(error)) from None
+
+
+def file_option(help: str) -> Any:
+    """An option that takes a path."""
+    return typer.Option(help=help, parser=path, metavar="PATH")
+
+
+def _model_option(help: str, **options: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=MODEL_PANEL, **options)
+
+
+def generation_option(*names: str, help: str, **options: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=GENERATION_PANEL, **options)
+
+
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="A Hugging Face folder, one made by `catp-jax convert`, or the name of a model that "
+        "Hugging Face's tools have downloaded (org/name).",
+        parser=folder,
+        metavar="MODEL",
+    ),
+]
+_PRESET = typer.Argument(
+    help="A model's folder, of which plan reads config.json alone; the name of one that Hugging "
+    "Face's tools have downloaded (org/name); or of a published checkpoint (blip2-opt-2.7b).",
+    metavar="MODEL",
+)
+ModelOrPreset = Annotated[str, _PRESET]
+OptionalModelOrPreset = Annotated[str | None, _PRESET]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    DtypeName | None,
+    _model_option("Cast the weights to this type; as they are stored, if not given."),
+]
+IgnoreConfig = Annotated[
+    list[str] | None,
+    _model_option(
+        "Read config.json as if it did not have this key (text_config.KEY for one of a part). "
+        "Repeat it for several.",
+        metavar="KEY",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    _model_option(
+        "Merge the LoRA adapter in this folder; one beside the weights is always merged.",
+        parser=folder,
+        metavar="DIR|NAME",
+    ),
+]
+Processor = Annotated[
+    Path | None,
+    _model_option(
+        "Take the tokenizer and the image processor from another folder.",
+        parser=folder,
+        metavar="DIR|NAME",
+    ),
+]
+Mesh = Annotated[
+    str | None,
+    _model_option(
+        "Spread the model over all devices: sizes of data, fsdp and tensor, whose product is their "
+        "number (data=2,tensor=4). `catp-jax plan` says what fits.",
+        metavar="SIZES",
+    ),
+]
+GenerationConfig = Annotated[
+    bool,
+    generation_option(
+        "--generation-config/--no-generation-config",
+        help="Take options that are not given from the checkpoint's generation_config.json, which "
+        "may ask for sampling.",
+    ),
+]
+Chat = Annotated[
+    bool,
+    generation_option("--chat", help="Put each prompt through the checkpoint's chat template."),
+]
+Begun = Annotated[
+    str,
+    generation_option(help="The text that each answer begins with; the model continues it."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+PRUNE = (
+    f"Pruning methods, of {METHODS}. Options follow a method after colons; several methods, "
+    "separated by commas, apply in order (catp:layers=first,fastv)."
+)
+KEEP = (
+    "How many visual tokens each of these methods keeps: a count, or a percentage of each prompt's "
+    "own tokens (50%,8)."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded: keywords of `api.load`."""
+
+    dtype: Dtype = None
+    weights: Annotated[
+        Literal["int8", "float8"] | None,
+        _model_option("Narrow the layers of the language model to 8 bits as they load."),
+    ] = None
+    mesh: Mesh = None
+    adapter: Adapter = None
+    processor: Processor = None
+    ignore_config: IgnoreConfig = None
+    vision_mode: Annotated[
+        Literal["meta", "hf"] | None,
+        _model_option(
+            "Llama Vision: take the states of the vision tower as Meta's code does (meta) or as "
+            "transformers does (hf); as config.json says, if not given."
+        ),
+    ] = None
+    mask_mode: Annotated[
+        Literal["meta", "hf"] | None,
+        _model_option(
+            "Llama Vision: text that sees no image attends to none (meta, if not given), or to all "
+            "as in transformers (hf)."
+        ),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Those of `api.load`."""
+        return vars(self) | {"ignore_config": tuple(self.ignore_config or ())}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How answers are generated: fields of `generation.options.Options`."""
+
+    max_new_tokens: Annotated[
+        int | None, generation_option(help="The longest answer, in tokens.")
+    ] = None
+    min_new_tokens: Annotated[
+        int | None, generation_option(help="The shortest answer, in tokens.")
+    ] = None
+    num_beams: Annotated[
+        int | None,
+        generation_option(
+            "--beams", help="Search for the likeliest answer with so many beams; 1 does not search."
+        ),
+    ] = None
+    length_penalty: Annotated[
+        float | None,
+        generation_option(
+            help="Beam search: above 0 favours long answers, below 0 short ones; 0 does not look "
+            "at the length."
+        ),
+    ] = None
+    early_stopping: Annotated[
+        Literal["heuristic", "first", "never"] | None,
+        generation_option(
+            help="Beam search ends when no better answer is likely (heuristic), with the first "
+            "--beams answers (first), or when none can be better (never)."
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, generation_option(help="Draw answers at this temperature; 0 is greedy.")
+    ] = None
+    top_k: Annotated[
+        int | None,
+        generation_option(help="Draw from this many of the likeliest tokens; 0 is all."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        generation_option(
+            help="Draw from the likeliest tokens that have this share of the probability."
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        generation_option(
+            help="Above 1, tokens that the prompt or the answer already has are less likely."
+        ),
+    ] = None
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        generation_option(help="No sequence of this many tokens stands twice; 0 allows it."),
+    ] = None
+    bad_words: Annotated[
+        list[str] | None,
+        generation_option("--bad-word", help="Never write this word. Repeat it for several."),
+    ] = None
+    suppress_tokens: Annotated[
+        list[int] | None,
+        generation_option(
+            "--suppress-token",
+            help="Never write the token of this number. Repeat it for several.",
+            metavar="ID",
+        ),
+    ] = None
+    begin_suppress_tokens: Annotated[
+        list[int] | None,
+        generation_option(
+            "--begin-suppress-token",
+            help="Begin no answer with the token of this number. Repeat it for several.",
+            metavar="ID",
+        ),
+    ] = None
+    forced_eos_token_id: Annotated[
+        list[int] | None,
+        generation_option(
+            "--forced-eos-token",
+            help="End an answer of --max-new-tokens with the token of this number. Repeat it for "
+            "several.",
+            metavar="ID",
+        ),
+    ] = None
+    stop_strings: Annotated[
+        list[str] | None,
+        generation_option("--stop", help="End an answer with this text. Repeat it for several."),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        return given(vars(self))
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value not in (None, (), [])}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of its parameters that are dataclasses."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    classes: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not dataclasses.is_dataclass(hints[name]):
+            parameters.append(_parameter(name, hints[name], parameter.default))
+            continue
+        classes[name] = hints[name]
+        types = typing.get_type_hints(hints[name], include_extras=True)
+        fields = dataclasses.fields(hints[name])
+        parameters += [_parameter(one.name, types[one.name], one.default) for one in fields]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, kind in classes.items():
+            fields = [one.name for one in dataclasses.fields(kind)]
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+    )
+
+
+def once(option: str, values: Sequence[str] | None) -> str | None:
+    """The value of an option that makes no sense twice. Raises BadParameter."""
+    if values and len(values) > 1:
+        raise typer.BadParameter(
+            f"give {option} once, with commas between what applies in order "
+            f"({option} {','.join(values)})"
+        )
+    return values[0] if values else None
+
+
+def name_of(folder: Path) -> str:
+    """The name of a model in a folder; of one in the Hugging Face cache its own."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name

@@ -6,7 +6,7 @@ before one is loaded.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,15 +14,16 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from catp_jax import cli_options as words
+from catp_jax import cli_options as opts
 from catp_jax.terminal import say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.study.records import Setting
+    from catp_jax.study.records import Conditions, Setting
     from catp_jax.study.tasks import Task
 
 RUN = "run"
-LEVELS = "50%,25%,12.5%"
+LEVELS = ("50%", "25%", "12.5%")
+MAX_NEW_TOKENS = 10
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
@@ -41,149 +42,146 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compare pruning methods on a task: `study MODEL …` runs (`study run --help` lists its "
-    "options), `study report FILE` draws.",
+    help="Compare pruning methods on a task: `study MODEL …` runs a study (`study run --help` "
+    "lists its options), and `study report FILE …` draws it.",
 )
-
-Seed = Annotated[
-    int,
-    typer.Option(help="Draws the fraction, what random methods keep, and the bootstrap."),
-]
 
 
 @app.command(RUN)
+@opts.with_options
 def run(
-    model: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder, or one made by `catp-jax convert`.")
-    ],
+    model: opts.ModelFolder,
+    loading: opts.Loading,
+    generation: opts.Generation,
     task: Annotated[
         Literal["easy-vqa", "vqav2", "jsonl"], typer.Option(help="Where the questions come from.")
     ] = "easy-vqa",
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Pruning methods, separated by commas, options after colons "
-            "(catp,catp:layers=first,random). Without it: all that fit the model."
-        ),
-    ] = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            help="Visual tokens to keep, separated by commas: counts, or percentages of each "
-            "prompt's own.",
-            metavar="N|P%,…",
-        ),
-    ] = LEVELS,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file to write; an interrupted study goes on in it, and more methods and "
-            "budgets can be added. Without it: runs/MODEL-TASK.jsonl."
-        ),
-    ] = None,
-    questions: Annotated[Path | None, typer.Option(help="vqav2: the question file.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="vqav2: the annotation file.")] = None,
-    images: Annotated[Path | None, typer.Option(help="vqav2: the folder of images.")] = None,
+    questions: Annotated[Path | None, opts.file_option("vqav2: the question file.")] = None,
+    annotations: Annotated[Path | None, opts.file_option("vqav2: the annotation file.")] = None,
+    images: Annotated[Path | None, opts.file_option("vqav2: the folder of images.")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="vqav2: the share of the questions, drawn at random.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="jsonl: the file of questions.")] = None,
+    data: Annotated[Path | None, opts.file_option("jsonl: the file of questions.")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many questions, at even distances.")
+        int | None, typer.Option(help="Ask only so many questions, at even distances.")
     ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
-            help='What is asked, with "{question}" in it. Without it: the question alone, and '
-            '"Question: {question} Short answer:" for vqav2.'
+            help='What is asked, with "{question}" where the question goes. If not given: the '
+            'question alone, and "Question: {question} Short answer:" for vqav2.'
         ),
     ] = None,
-    seed: Seed = 42,
-    batch_size: Annotated[int, typer.Option(help="Questions answered at a time.")] = 32,
-    max_new_tokens: Annotated[int, words.MAX_NEW_TOKENS] = 10,
-    beams: Annotated[int, words.BEAMS] = 1,
-    length_penalty: Annotated[float, words.LENGTH_PENALTY] = 1.0,
-    min_new_tokens: Annotated[int, words.MIN_NEW_TOKENS] = 0,
-    early_stopping: Annotated[
-        Literal["heuristic", "first", "never"], words.EARLY_STOPPING
-    ] = "heuristic",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Cast the weights: float32, bfloat16 or float16.", metavar="TYPE"),
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{opts.PRUNE} Repeat it to compare; all methods that fit the model, if not "
+            "given.",
+            metavar="METHOD,…",
+        ),
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{opts.KEEP} Repeat it to compare: each --prune meets each --keep of as many "
+            f"budgets. If not given: {', '.join(LEVELS)}.",
+            metavar="N|P%,…",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        opts.file_option(
+            "The file to write. An interrupted study resumes in it, and methods and budgets can "
+            "be added to it. If not given: runs/MODEL-TASK.jsonl."
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Draws the fraction, what random methods keep, answers above temperature 0, and "
+            "the bootstrap."
+        ),
+    ] = 42,
+    batch_size: Annotated[
+        int, typer.Option(help="How many questions are answered at a time.")
+    ] = 32,
     timed: Annotated[
-        bool, typer.Option("--timed", help="Measure times, too, which takes programs of its own.")
+        bool, typer.Option("--timed", help="Measure times too, which takes programs of its own.")
     ] = False,
-    mesh: Annotated[
-        str | None,
-        typer.Option(help="Spread the model over all devices: data=2,tensor=4.", metavar="SIZES"),
-    ] = None,
+    chat: opts.Chat = False,
+    begun: opts.Begun = "",
+    generation_config: opts.GenerationConfig = False,
 ) -> None:
-    """Answer a task's questions unpruned and pruned; the figures go to a file."""
+    """Answer the questions of a task unpruned and pruned, and write the figures to a file.
+
+    Answers are greedy, of at most 10 new tokens, if options do not say otherwise.
+    """
+    from catp_jax.families import family_of
     from catp_jax.generation.options import Options
+    from catp_jax.readers.generation_config import sets_defaults
     from catp_jax.sharding.distributed import gathered, is_first
-    from catp_jax.sharding.mesh import find_devices
+    from catp_jax.sharding.mesh import find_devices, parse_mesh
     from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions
     from catp_jax.study.sweep import known_parts
     from catp_jax.study.tasks import check_prompt, spread
+    from convert import load_config
 
-    budgets = _budgets(keep)
-    specs = _methods(methods)
+    settings = _settings(prune, keep)
     _check_numbers(batch_size, seed)
+    parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        length_penalty=length_penalty,
-        min_new_tokens=min_new_tokens,
-        early_stopping=early_stopping,
+    family = family_of(load_config(model, loading.ignore_config or ()), model)
+    defaults = family.defaults(model)[0] if generation_config else Options()
+    options = defaults.over(
+        **{"max_new_tokens": MAX_NEW_TOKENS} | generation.given(), num_return_sequences=1
     )
     if prompt is not None:
         check_prompt(prompt)
-    if not model.is_dir():
-        raise ValueError(f"model {str(model)!r} is not a folder")
-    name = model.resolve().name
+    name = opts.name_of(model)
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
     if len({*gathered(journal.digest)}) > 1:
         raise ValueError(
-            f"{out} is not the same on every host, and the study would go on where it was; put it "
+            f"{out} is not the same on every host, and the study would resume from it; put it "
             "on a file system that all share, or give a new --out"
         )
 
-    given = {"questions": questions, "annotations": annotations, "images": images, "data": data}
-    found = _task(task, given, fraction, seed)
-    for problem in found.problems:
+    files = {"questions": questions, "annotations": annotations, "images": images, "data": data}
+    chosen = _task(task, files, fraction, seed)
+    for problem in chosen.problems:
         say(problem)
-    examples = spread(found.examples, limit)
+    examples = spread(chosen.examples, limit)
     conditions = Conditions(
-        task=found.name,
-        source=found.source,
-        prompt=prompt or found.prompt,
-        left_out=found.left_out,
+        task=chosen.name,
+        source=chosen.source,
+        left_out=chosen.left_out,
+        prompt=prompt or chosen.prompt,
+        is_chat=chat,
+        begun=begun,
         batch=batch_size,
         options=options,
         seed=seed,
+        loading=_loading_settings(loading),
     )
     journal.check(**known_parts(conditions, examples))
 
     from catp_jax import api
-    from catp_jax.pruning import make, methods_for
-    from catp_jax.readers.generation_config import sets_defaults
-    from catp_jax.study.records import Setting
 
     journal.claim()  # now, and not once a model is loaded
     try:
-        loaded = api.load(model, dtype, mesh=mesh, generation_config=False)
-        if sets_defaults(model, loaded.reader.has_generation_config):
-            say("a study asks by its own options: generation_config.json is left aside")
-        specs = specs or methods_for(loaded.sites)
-        for spec in specs:
-            make(spec, 1, loaded.sites)
-        settings = [Setting(spec, budget) for spec in specs for budget in budgets]
+        is_read = family.reader.has_generation_config
+        if not generation_config and sets_defaults(model, is_read):
+            say(
+                "a study generates by its own options: generation_config.json is left aside "
+                "(--generation-config takes it)"
+            )
+        loaded = api.load(model, **loading.keywords(), generation_config=False)
+        settings = settings or _all_that_fit(loaded, keep)
+        _check_fit(settings, loaded)
         with interruptible():
-            _sweep(loaded, found, examples, settings, conditions, journal, name, timed)
+            _sweep(loaded, chosen, examples, settings, conditions, journal, name, timed)
     finally:
         journal.release()
     print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
@@ -192,16 +190,21 @@ def run(
 @app.command()
 def report(
     files: Annotated[
-        list[Path], typer.Argument(help="What `catp-jax study` wrote, of each model.")
+        list[Path],
+        typer.Argument(
+            help="The files that `catp-jax study` has written, one a model.",
+            parser=opts.path,
+            metavar="FILE…",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    out: Annotated[Path, opts.file_option("The folder for the report.")] = Path("report"),
 ) -> None:
-    """Draw a study: Markdown table, CSV, curves with intervals, pictures of what was kept."""
+    """Draw a study: a Markdown table, CSV, curves with intervals, pictures of what was kept."""
     from catp_jax.study.report import write_report
 
-    written, said = write_report(files, out)
-    for line in said:
-        say(line)
+    written, messages = write_report(files, out)
+    for message in messages:
+        say(message)
     print(f"written: {', '.join(map(str, written))}")
 
 
@@ -210,7 +213,7 @@ def _sweep(
     task: "Task",
     examples: Any,
     settings: "list[Setting]",
-    conditions: Any,
+    conditions: "Conditions",
     journal: Any,
     name: str,
     is_timed: bool,
@@ -257,7 +260,7 @@ def _sweep(
                 )
             )
     except KeyboardInterrupt:
-        say(f"{journal.path} holds what was answered; the same command goes on from there")
+        say(f"{journal.path} has what was answered; the same command resumes")
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))
@@ -278,58 +281,100 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _task(name: str, given: dict[str, Path | None], fraction: float | None, seed: int) -> "Task":
-    """The task, with the files that it wants and no others."""
+def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed: int) -> "Task":
+    """The task, with the files that it takes and no others."""
     from catp_jax.study.tasks import easy_vqa_task, jsonl_task
     from catp_jax.study.vqav2 import vqav2_task
 
-    wanted = {"easy-vqa": [], "vqav2": ["questions", "annotations", "images"], "jsonl": ["data"]}
-    missing = [f"--{key}" for key in wanted[name] if given[key] is None]
+    takes = {"easy-vqa": [], "vqav2": ["questions", "annotations", "images"], "jsonl": ["data"]}
+    missing = [f"--{key}" for key in takes[name] if files[key] is None]
     if missing:
-        raise typer.BadParameter(f"--task {name} wants {', '.join(missing)} too")
-    extra = [f"--{key}" for key, value in given.items() if value and key not in wanted[name]]
+        raise typer.BadParameter(f"--task {name} requires {', '.join(missing)} too")
+    extra = [f"--{key}" for key, value in files.items() if value and key not in takes[name]]
     if fraction is not None and name != "vqav2":
         extra.append("--fraction")
     if extra:
         raise typer.BadParameter(f"--task {name} does not take {', '.join(extra)}")
-    files = [path for key in wanted[name] if (path := given[key]) is not None]
+    paths = [path for key in takes[name] if (path := files[key]) is not None]
     if name == "easy-vqa":
         return easy_vqa_task()
     if name == "jsonl":
-        return jsonl_task(*files)
-    return vqav2_task(*files, fraction=1.0 if fraction is None else fraction, seed=seed)
+        return jsonl_task(*paths)
+    return vqav2_task(*paths, fraction=1.0 if fraction is None else fraction, seed=seed)
 
 
-def _methods(text: str | None) -> list[str]:
-    """The methods by name, checked as far as that goes without a model; none: all that fit."""
-    from catp_jax.contract import Site
-    from catp_jax.pruning import make
+def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]":
+    """Each --prune with each --keep of as many budgets, checked as far as that goes without a
+    model; none if that decides which methods there are.
 
-    if text is None:
-        return []
-    specs = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not specs:
-        raise typer.BadParameter("--methods names none; give some, or leave it out for all")
-    for spec in specs:
-        make(spec, 1, frozenset(Site))
-    return specs
+    Raises BadParameter for one that meets no other, and ValueError for what is no method or budget.
+    """
+    from catp_jax.pruning.named import AUTO, listed, named
+    from catp_jax.study.records import Setting
+
+    methods = {",".join(words): len(words) for words in map(listed, prune or [])}
+    budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
+    if any(AUTO in some for some in budgets):
+        raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
+    asked = {f"--prune {method}": count for method, count in methods.items()}
+    asked |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
+    counts = {*methods.values()} if prune else {1}
+    shared = counts & {len(some) for some in budgets}
+    if alone := [words for words, count in asked.items() if count not in shared]:
+        raise typer.BadParameter(
+            f"{alone[0]} meets nothing: what commas separate applies in order, one budget for each "
+            "method (--prune l2,fastv --keep 50%,8); to compare, repeat --prune and --keep"
+        )
+    settings = [
+        Setting(method, some[0] if count == 1 else ",".join(map(str, some)))
+        for method, count in methods.items()
+        for some in budgets
+        if len(some) == count
+    ]
+    for setting in settings:
+        named(setting.method, setting.keep)
+    return settings
 
 
-def _budgets(text: str) -> list[int | str]:
-    """Counts and percentages."""
+def _budget(text: str) -> int | str:
+    """A count, a percentage as it is said in one way, or auto."""
     from catp_jax.pruning import budget
+    from catp_jax.pruning.named import AUTO
 
-    found: list[int | str] = []
-    for part in text.split(","):
-        parsed = budget.parse(part)
-        found.append(f"{parsed.percent:g}%" if parsed.number is None else parsed.number)
-    return list(dict.fromkeys(found))
+    if text == AUTO:
+        return text
+    parsed = budget.parse(text)
+    return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
+
+
+def _all_that_fit(model: Any, keep: list[str] | None) -> "list[Setting]":
+    from catp_jax.pruning import methods_for
+
+    return _settings(methods_for(model.sites), keep)
+
+
+def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
+    """Raises ValueError for a method that prunes what the model does not have."""
+    from catp_jax.pruning import make
+    from catp_jax.pruning.named import listed
+
+    for spec in dict.fromkeys(spec for setting in settings for spec in listed(setting.method)):
+        make(spec, 1, model.sites)
+
+
+def _loading_settings(loading: opts.Loading) -> dict[str, Any]:
+    """How the model is loaded, as far as its own description does not tell: dtype and weights."""
+    return {
+        name: opts.name_of(value) if isinstance(value, Path) else value
+        for name, value in opts.given(loading.keywords()).items()
+        if name not in ("dtype", "weights", "mesh")
+    }
 
 
 def _check_numbers(batch_size: int, seed: int) -> None:
     """Raises BadParameter for a number out of range."""
     for option, value, bound in (("--batch-size", batch_size, 1), ("--seed", seed, 0)):
         if value < bound:
-            raise typer.BadParameter(f"{option} is at least {bound}, got {value}")
+            raise typer.BadParameter(f"{option} must be at least {bound}, got {value}")
     if seed >= SEEDS:
-        raise typer.BadParameter(f"--seed is below {SEEDS}, got {seed}")
+        raise typer.BadParameter(f"--seed must be below {SEEDS}, got {seed}")

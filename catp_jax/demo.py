@@ -34,7 +34,13 @@ def settings_for(model: api.Model) -> list[Setting]:
     return [Setting(method, keep) for method in methods for keep in budgets]
 
 
-def run(folders: Sequence[Path], out: Path, questions: int, console: Console) -> None:
+def run(
+    folders: Sequence[Path],
+    out: Path,
+    questions: int,
+    console: Console,
+    ignore_config: Sequence[str] = (),
+) -> None:
     """Answers `questions` of easy-VQA's test set with each model and writes the figures to `out`.
 
     Raises ValueError if `out` is a file or a model cannot be loaded.
@@ -44,7 +50,10 @@ def run(folders: Sequence[Path], out: Path, questions: int, console: Console) ->
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
         names = [str(folder) for folder in folders]
-    models = {name: api.load(folder) for name, folder in zip(names, folders, strict=True)}
+    models = {
+        name: api.load(folder, ignore_config=ignore_config)
+        for name, folder in zip(names, folders, strict=True)
+    }
     examples = spread_out(list(tasks.easy_vqa("test")), questions)
 
     results: dict[str, list[Result]] = {}

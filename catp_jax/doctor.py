@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import shutil
@@ -23,13 +22,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
-from catp_jax.families import find_config
-from catp_jax.leaves import named
+from catp_jax.families import PRESETS, find_config
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.models.blocks import Block, KeysValues, Read
 from catp_jax.plan import abstract_model, shard_bytes
 from catp_jax.pruning.scores import keep_best
+from catp_jax.readers import hub
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place
 from convert.report import readable
@@ -58,29 +57,48 @@ class Finding:
 Findings = Iterator[Finding]
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The model that is looked at: its configuration, its folder if it has one, and its abstract
+    parameters in the number types that a load would give.
+    """
+
+    config: Any
+    folder: Path | None
+    abstract: Any
+
+
 def examine(
-    model: str | Path | None = None, mesh: str | None = None, ignore_config: Sequence[str] = ()
+    model: str | Path | None = None,
+    mesh: str | None = None,
+    ignore_config: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> Findings:
     """All findings, in order. A check that itself breaks is a finding that fails.
 
-    A folder's config.json is read without the keys `ignore_config`.
+    `model`, `dtype` and `ignore_config` are as in `api.load`; a model may also be one of
+    `families.PRESETS`, in bfloat16 if no `dtype` is given.
     """
-    config = None
+    checkpoint = None
     if model is not None:
         try:
             config = find_config(model, ignore_config)
-        except (ValueError, OSError) as error:
+            abstract = abstract_model(config, jnp.dtype(dtype or jnp.bfloat16))
+            checkpoint = Checkpoint(config, None, abstract)  # should its weights not do
+            if str(model) not in PRESETS:
+                folder = hub.find_folder(model)
+                checkpoint = Checkpoint(config, folder, abstract_of(folder, dtype, ignore_config))
+        except (ValueError, TypeError, OSError) as error:
             yield Finding("fail", "model", str(error))
-    folder = None if model is None or config is None or not Path(model).is_dir() else Path(model)
     checks: dict[str, Callable[[], Findings]] = {
         "versions": lambda: versions(installed()),
         "devices": devices,
         "processes": lambda: processes(os.environ),
-        "mesh": lambda: meshes(config, mesh),
-        "attention": lambda: backends(head_sizes(config)),
+        "mesh": lambda: meshes(checkpoint, mesh),
+        "attention": lambda: backends(heads(checkpoint)),
         "top-k": top_k,
-        "room": lambda: room(config, mesh, folder),
-        "weights": lambda: weights(folder, ignore_config),
+        "room": lambda: room(checkpoint, mesh),
+        "weights": lambda: weights(checkpoint and checkpoint.folder, ignore_config),
     }
     for subject, check in checks.items():
         try:
@@ -88,6 +106,22 @@ def examine(
         except Exception as error:  # whatever it is, the other lines are wanted too
             text = (str(error).strip() or type(error).__name__).replace("\n", " ")
             yield Finding("fail", subject, text)
+
+
+class _Planned(Exception):
+    """Ends a load before it reads weights; its argument is the model that would be filled."""
+
+
+def abstract_of(folder: Path, dtype: str | None, ignore_config: Sequence[str] = ()) -> Any:
+    """The abstract model that a load of the folder would fill. Raises ValueError as `load` does."""
+
+    def place(abstract: Any) -> Any:
+        raise _Planned(abstract)
+
+    try:
+        return convert.load(folder, dtype, place, ignore_config=ignore_config)
+    except _Planned as planned:
+        return planned.args[0]
 
 
 def installed() -> dict[str, str]:
@@ -207,28 +241,27 @@ def processes(environment: Mapping[str, str]) -> Findings:
     yield Finding("ok", "processes", "one, by itself")
 
 
-def meshes(config: Any, mesh: str | None) -> Findings:
+def meshes(checkpoint: Checkpoint | None, mesh: str | None) -> Findings:
     """The mesh that was asked for, or the one that would be made, and whether it divides."""
-    sizes = choose(config, mesh)
-    if config is None:
+    sizes = choose(checkpoint, mesh)
+    if checkpoint is None:
         make_mesh(sizes, 1)
         yield Finding("ok", "mesh", f"{in_words(sizes)}; name a model to see whether it divides")
         return
-    abstract = convert.abstract(config)
-    place(abstract, make_mesh(sizes, kv_heads(abstract)))
+    place(checkpoint.abstract, make_mesh(sizes, kv_heads(checkpoint.abstract)))
     yield Finding("ok", "mesh", f"{in_words(sizes)} divides the model")
 
 
-def choose(config: Any, mesh: str | None) -> dict[str, int]:
+def choose(checkpoint: Checkpoint | None, mesh: str | None) -> dict[str, int]:
     """The mesh that was asked for; else of all devices, with the largest `tensor` that the model
     allows.
     """
     number = jax.device_count()
     if mesh is not None:
         return parse_mesh(mesh)
-    if config is None:
+    if checkpoint is None:
         return parse_mesh({"data": number})
-    abstract, sizes = convert.abstract(config), parse_mesh({"data": number})
+    abstract, sizes = checkpoint.abstract, parse_mesh({"data": number})
     for tensor in sorted((n for n in range(1, number + 1) if number % n == 0), reverse=True):
         sizes = parse_mesh({"data": number // tensor, "tensor": tensor})
         with contextlib.suppress(ValueError):
@@ -242,18 +275,22 @@ def in_words(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] > 1) or "tensor=1"
 
 
-def head_sizes(config: Any) -> set[int]:
-    """Channels of an attention head in each part of a model; two common ones without a model."""
-    if config is None:
-        return {64, 128}
-    abstract = convert.abstract(config)
-    leaves = jax.tree.leaves(abstract, is_leaf=lambda node: isinstance(node, nnx.Variable))
+def heads(checkpoint: Checkpoint | None) -> set[tuple[int, str]]:
+    """Channels of an attention head and number type in each part of a model; two common ones
+    without a model.
+    """
+    if checkpoint is None:
+        return {(64, "bfloat16"), (128, "bfloat16")}
     return {
-        leaf.get_value().shape[-1] // own["heads"]
-        for leaf in leaves
-        for own in [leaf.get_metadata()]
-        if own.get("heads") and own["axes"][-1].endswith("heads")
+        (leaf.get_value().shape[-1] // names["heads"], str(leaf.get_value().dtype))
+        for leaf in _variables(checkpoint.abstract)
+        for names in [leaf.get_metadata()]
+        if names.get("heads") and names["axes"][-1].endswith("heads")
     }
+
+
+def _variables(abstract: Any) -> list[nnx.Variable[Any]]:
+    return jax.tree.leaves(abstract, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def textbook(
@@ -265,54 +302,13 @@ def textbook(
     return np.einsum("bhsn,bnhd->bshd", weights / weights.sum(axis=-1, keepdims=True), values)
 
 
-def backends(sizes: set[int]) -> Findings:
-    """Which kernels compute attention as NumPy does, for heads of these sizes."""
-    for size in sorted(sizes):
-        rng = np.random.default_rng(size)
-        queries, keys, values = (
-            rng.normal(size=(2, 16, 4, size)).astype(np.float32) for _ in range(3)
-        )
-        arrays = [jnp.asarray(x, jnp.bfloat16) for x in (queries, keys, values)]
-        # two heads read one, and each row what stands before it
-        shared, seen = (keys[:, :, ::2], values[:, :, ::2]), np.tri(16, dtype=bool)
-        grouped = (
-            arrays[0],
-            *(jnp.asarray(x, jnp.bfloat16) for x in shared),
-            jnp.broadcast_to(jnp.asarray(seen), (2, 16, 16)),
-        )
-        expected = textbook(queries, keys, values, np.ones((16, 16), bool))
-        by_head = [x.repeat(2, axis=2) for x in shared]
-        masked = textbook(queries, by_head[0], by_head[1], seen)
-
-        def state(computed: Callable[[], jax.Array], right: np.ndarray = expected) -> str:
-            try:
-                out = np.asarray(computed(), np.float32)
-            except Exception as error:  # no such kernel, or none for this size
-                said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                return f"does not work ({said})"
-            return "works" if np.abs(out - right).max() < 0.1 else "is wrong"
-
-        unused: str | None = None
-        kernels = {"XLA's": state(functools.partial(xla, *arrays, None))}
-        if jax.devices()[0].platform == "gpu":
-            refused = cudnn_refuses(arrays[0], arrays[1])
-            all_real = jnp.full(2, 16, jnp.int32)
-            if refused:
-                kernels["cuDNN's"] = f"is not taken ({refused})"
-            else:
-                kernels["cuDNN's"] = state(functools.partial(attend, *arrays, None))
-                tiles = functools.partial(attend_padded, *arrays, all_real)
-                kernels["cuDNN's for tiles"] = state(tiles)
-                kernels["cuDNN's with a mask"] = state(functools.partial(attend, *grouped), masked)
-            # one that nothing uses unless it is asked for, so it may fail
-            pair = KeysValues(keys=arrays[1], values=arrays[2])
-            reads = [Read(block=Block.of(pair), seen=jnp.ones((2, 16), bool))]
-            last = functools.partial(one_row.attend, arrays[0][:, -1:], reads, size**-0.5)
-            unused = state(last, expected[:, -1:])
-        good = all(word == "works" or word.startswith("is not taken") for word in kernels.values())
-        if unused is not None:
-            kernels["the kernel for new tokens (off)"] = unused
-        text = ", ".join(f"{name} {word}" for name, word in kernels.items())
+def backends(kinds: set[tuple[int, str]]) -> Findings:
+    """Which kernels compute attention as NumPy does, for heads of these sizes and number types."""
+    for size, dtype in sorted(kinds):
+        kernels, unused = _kernels(size, dtype)
+        states = kernels.values()
+        good = all(state == "works" or state.startswith("is not taken") for state in states)
+        text = ", ".join(f"{name} {state}" for name, state in (kernels | unused).items())
         advice = (
             ""
             if good
@@ -321,7 +317,51 @@ def backends(sizes: set[int]) -> Findings:
                 "without cuDNN"
             )
         )
-        yield Finding("ok" if good else "fail", "attention", f"heads of {size}: {text}{advice}")
+        level = "ok" if good else "fail"
+        yield Finding(level, "attention", f"heads of {size} in {dtype}: {text}{advice}")
+
+
+def _kernels(size: int, dtype: str) -> tuple[dict[str, str], dict[str, str]]:
+    """How each kernel does by its name; then those that nothing uses unless it is asked to, which
+    may fail.
+    """
+    rng = np.random.default_rng(size)
+    queries, keys, values = (rng.normal(size=(2, 16, 4, size)).astype(np.float32) for _ in range(3))
+    arrays = [jnp.asarray(x, dtype) for x in (queries, keys, values)]
+    every = textbook(queries, keys, values, np.ones((16, 16), bool))
+
+    def state(compute: Callable[[], jax.Array], expected: np.ndarray = every) -> str:
+        try:
+            out = np.asarray(compute(), np.float32)
+        except Exception as error:  # no such kernel, or none for this size
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"does not work ({message})"
+        # as far apart as rounding takes them, in float32 that of a GPU's matrix units
+        bound = 0.01 if dtype == "float32" else 0.1
+        return "works" if np.abs(out - expected).max() < bound else "is wrong"
+
+    kernels = {"XLA's": state(functools.partial(xla, *arrays, None))}
+    if jax.devices()[0].platform != "gpu":
+        return kernels, {}
+    if refused := cudnn_refuses(arrays[0], arrays[1]):
+        kernels["cuDNN's"] = f"is not taken ({refused})"
+    else:
+        kernels["cuDNN's"] = state(functools.partial(attend, *arrays, None))
+        tiles = functools.partial(attend_padded, *arrays, jnp.full(2, 16, jnp.int32))
+        kernels["cuDNN's for tiles"] = state(tiles)
+        # two heads read one, and each row what stands before it
+        shared, seen = (keys[:, :, ::2], values[:, :, ::2]), np.tri(16, dtype=bool)
+        by_head = [x.repeat(2, axis=2) for x in shared]
+        masked = textbook(queries, by_head[0], by_head[1], seen)
+        grouped = [jnp.asarray(x, dtype) for x in shared]
+        mask = jnp.broadcast_to(jnp.asarray(seen), (2, 16, 16))
+        kernels["cuDNN's with a mask"] = state(
+            functools.partial(attend, arrays[0], grouped[0], grouped[1], mask), masked
+        )
+    pair = KeysValues(keys=arrays[1], values=arrays[2])
+    reads = [Read(block=Block.of(pair), seen=jnp.ones((2, 16), bool))]
+    last = functools.partial(one_row.attend, arrays[0][:, -1:], reads, size**-0.5)
+    return kernels, {"the kernel for new tokens (off)": state(last, every[:, -1:])}
 
 
 def top_k() -> Findings:
@@ -350,16 +390,17 @@ def top_k() -> Findings:
         yield Finding("ok", "top-k", f"the same tokens as NumPy's, devices: {number}")
 
 
-def room(config: Any, mesh: str | None, folder: Path | None) -> Findings:
-    """Whether a model's weights, in bfloat16, go into memory and a converted copy onto the disk."""
-    if config is None:
+def room(checkpoint: Checkpoint | None, mesh: str | None) -> Findings:
+    """Whether a model's weights go into memory and a converted copy of them onto the disk."""
+    if checkpoint is None:
         return
-    abstract = abstract_model(config, jnp.bfloat16)
-    parameters = sum(math.prod(leaf.shape) for leaf in named(abstract).values())
-    sizes = choose(config, mesh)
-    each = shard_bytes(place(abstract, make_mesh(sizes, kv_heads(abstract))))
+    values = [leaf.get_value() for leaf in _variables(checkpoint.abstract)]
+    parameters = sum(value.size for value in values)
+    types = " and ".join(sorted({str(value.dtype) for value in values}))
+    sizes = choose(checkpoint, mesh)
+    each = shard_bytes(place(checkpoint.abstract, make_mesh(sizes, kv_heads(checkpoint.abstract))))
     memory = device_memory()
-    text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in bfloat16"
+    text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in {types}"
     if memory is None:
         yield Finding("warn", "memory", f"{text}; JAX does not say how much memory there is")
     elif each * (len(jax.local_devices()) if jax.devices()[0].platform == "cpu" else 1) > memory:
@@ -367,11 +408,11 @@ def room(config: Any, mesh: str | None, folder: Path | None) -> Findings:
         yield Finding("fail", "memory", f"{text}, but it has {readable(memory)}: {advice}")
     else:
         yield Finding("ok", "memory", f"{text}, of {readable(memory)}; see catp-jax plan for all")
-    where = folder or Path.cwd()
+    where = checkpoint.folder or Path.cwd()
+    copy = sum(value.size * value.dtype.itemsize for value in values)
     free = shutil.disk_usage(where).free
-    copy = readable(2 * parameters)
-    text = f"{readable(free)} free in {where.resolve()}, a converted copy takes {copy}"
-    if free < 2 * parameters:
+    text = f"{readable(free)} free in {where.resolve()}, a converted copy takes {readable(copy)}"
+    if free < copy:
         yield Finding("warn", "disk", f"{text}: load the Hugging Face folder as it is")
     else:
         yield Finding("ok", "disk", text)

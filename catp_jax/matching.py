@@ -104,19 +104,21 @@ def load_matcher(
     folder: str | Path,
     dtype: str | None = None,
     *,
+    adapter: str | Path | None = None,
     processor: str | Path | None = None,
+    ignore_config: Sequence[str] = (),
     fetch: Fetch | None = None,
 ) -> Matcher:
-    """Loads a folder of `Blip2ForImageTextRetrieval`, as `load` does.
+    """Loads a folder of `Blip2ForImageTextRetrieval`, as `load` does, whose keywords these are.
 
     Raises ValueError if it is none.
     """
     folder = hub.find_folder(folder)
-    own = folder if processor is None else hub.find_folder(processor)
+    processor_folder = folder if processor is None else hub.find_folder(processor)
     find_devices()
-    config = convert.load_config(folder)
+    config = convert.load_config(folder, ignore_config)
     if not isinstance(config, RetrievalConfig):
         raise ValueError(f"{folder} generates text; load it with load")
-    reader = RetrievalReader.load(own, config)
-    network, _ = convert.load(folder, dtype)
+    reader = RetrievalReader.load(processor_folder, config)
+    network, _ = convert.load(folder, dtype, ignore_config=ignore_config, adapter=adapter)
     return Matcher(network=freeze(network), reader=reader, fetch=fetch)

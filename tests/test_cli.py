@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from catp_jax import cli, cli_cluster, cli_options
+from catp_jax import api as catp_jax_api
+from catp_jax import cli, cli_cluster, cli_generate, cli_options, cli_study
 from catp_jax.generation.options import Options
+from catp_jax.matching import load_matcher
 from catp_jax.pruning import METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
 from catp_jax.targets import GPUS
@@ -147,7 +149,16 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--prune", "nonesuch", "--keep", "4"], ["nonesuch", "trimmed_llama, fastv"]),
         (["--prune", "fastv:k_ratio=0.5", "--keep", "4"], ["k_ratio=0.5", "layer=…"]),
         (["--prune", "trimmed_llama:k_ratio=x", "--keep", "4"], ["k_ratio", "'x'"]),
-        (["--prune", "trimmed_llama"], ["each --prune wants its --keep"]),
+        (["--prune", "trimmed_llama"], ["--prune and --keep go together"]),
+        (["--keep", "4"], ["--prune and --keep go together"]),
+        (["--prune", "k_norm,random", "--keep", "4"], ["got 2 methods and 1 budgets"]),
+        (["--prune", "k_norm", "--keep", "50%,4"], ["got 1 methods and 2 budgets"]),
+        (["--prune", "k_norm,", "--keep", "50%,4"], ["unknown pruning method ''"]),
+        (
+            ["--prune", "k_norm", "--prune", "random", "--keep", "4"],
+            ["give --prune once, with commas", "--prune k_norm,random"],
+        ),
+        (["--prune", "k_norm", "--keep", "4", "--keep", "8"], ["give --keep once", "--keep 4,8"]),
         (["--prune", "random", "--keep", "auto"], ["random wants a number"]),
         (["--max-new-tokens", "0"], ["max_new_tokens"]),
         (["--max-new-tokens", "100000"], ["positions"]),
@@ -163,6 +174,9 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--logprobs", "2"], ["--logprobs", "--json"]),
         (["--stream", "--json"], ["--stream is for one --prompt"]),
         (["--stream", "--beams", "2"], ["a stream has one answer"]),
+        (["--num-return-sequences", "2"], ["2 greedy answers to a prompt would be the same"]),
+        (["--num-return-sequences", "0"], ["at least 1"]),
+        (["--forced-eos-token", "9999"], ["forced_eos_token_id has token 9999"]),
         (["--chat"], ["no chat template"]),
         (["--image", "nowhere.png"], ["nowhere.png", "is not a file"]),
     ],
@@ -207,11 +221,64 @@ def test_a_checkpoints_own_options_are_told_and_can_be_left_aside(tmp_path):
     assert other.stdout == "blue\n"
 
 
+def test_several_methods_apply_in_order():
+    words = ["generate", MINI, "--image", CIRCLE, *ASK, "--json"]
+    both = catp_jax(*words, "--prune", "k_norm, random:seed=3", "--keep", "50%, 16")
+    assert both.returncode == 0, both.stderr
+    first = catp_jax(*words, "--prune", "k_norm", "--keep", "50%")
+    kept, half = (
+        {tuple(place.values()) for place in json.loads(done.stdout)["kept"]}
+        for done in (both, first)
+    )
+    assert (len(kept), len(half)) == (16, 130)
+    assert kept < half
+
+
+def test_several_answers_are_numbered_and_a_list_in_json():
+    words = ["generate", MINI, "--image", CIRCLE, *ASK, "--num-return-sequences", 2]
+    words += ["--beams", 3, "--max-new-tokens", 3]
+    shown, row = catp_jax(*words), json.loads(catp_jax(*words, "--json").stdout)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == f"1. {row['text'][0]}\n2. {row['text'][1]}\n"
+    assert row["text"][0] == "blue" != row["text"][1]
+    assert len(row["tokens"]) == 2
+
+
+def parameters(command):
+    return inspect.signature(command).parameters
+
+
 def test_every_option_of_a_generation_can_be_given():
-    left = {"num_return_sequences", "bad_words_ids", "forced_eos_token_id"}
-    names = {field.name for field in dataclasses.fields(Options)} - left
-    known = inspect.signature(cli.generate).parameters
-    assert {cli_options.NAMES.get(name, name) for name in names} <= {*known}
+    names = {field.name for field in dataclasses.fields(Options)}
+    assert names - {*parameters(cli_generate.generate)} == {"bad_words_ids"}  # for --bad-word
+    # a study has a row for each question: one answer, and its KL divergence
+    left = {"bad_words_ids", "num_return_sequences", "logprobs"}
+    assert names - {*parameters(cli_study.run)} == left
+
+
+def test_every_keyword_of_load_can_be_given():
+    for command, load in [
+        (cli_generate.generate, catp_jax_api.load),
+        (cli_study.run, catp_jax_api.load),
+        (cli.match, load_matcher),
+    ]:
+        keywords = {*parameters(load)} - {"folder", "fetch"}
+        assert keywords <= {*parameters(command)}
+
+
+def test_options_that_commands_share_say_the_same():
+    commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli.demo]
+    commands += [cli_cluster.plan, cli_cluster.doctor]
+    own = {"out", "seed", "prune", "keep", "prompt", "batch_size", "image", "mesh", "dtype"}
+    own |= {"batch", "model", "questions"}
+    said = {}
+    for command in commands:
+        for name, parameter in parameters(command).items():
+            (option,) = parameter.annotation.__metadata__
+            said.setdefault(name, set()).add(option.help)
+            assert option.help[0].isupper() or option.help.startswith(("vqav2: ", "jsonl: "))
+            assert option.help.endswith("."), option.help
+    assert {name for name, texts in said.items() if len(texts) > 1} <= own
 
 
 def test_chat_puts_the_prompt_through_the_checkpoints_template(tmp_path):
@@ -235,7 +302,8 @@ def test_a_damaged_image_is_refused_by_name(tmp_path):
 
 
 def test_bad_words_and_images_are_found_before_a_model_is_loaded(tmp_path):
-    nowhere = tmp_path  # no model in it
+    nowhere = tmp_path  # no weights in it
+    shutil.copy(MINI / "config.json", nowhere)
     refused(catp_jax("generate", nowhere, "--image", "gone.png", *ASK), "gone.png")
     refused(catp_jax("generate", nowhere, *ASK, "--top-p", "0"), "top_p")
     refused(catp_jax("generate", nowhere, *ASK, "--prune", "random", "--keep", "x"), "'x'")
@@ -259,7 +327,7 @@ def test_an_interrupt_ends_with_a_line_and_130(library):
 
 
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
-    assert ", ".join(METHODS) == cli.METHODS
+    assert ", ".join(METHODS) == cli_options.METHODS
     assert ", ".join(GPUS) == cli_cluster.GPUS
     assert inspect.signature(cli.start).parameters["heartbeat"].default == HEARTBEAT
     script = "import sys; from catp_jax import cli; print({'jax', 'numpy'} & {*sys.modules})"

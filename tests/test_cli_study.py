@@ -11,10 +11,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from catp_jax import api, cli_study
+from catp_jax.generation.options import Options
+from catp_jax.study.journal import Journal
 from tests.study.answerer import Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+
+
+TWO = ["--prune", "l2", "--prune", "position"]
 
 
 class Loaded(Exception):
@@ -27,6 +32,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "load", lambda *_, **__: Tiny())
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((MINI / "config.json").read_bytes())
     return tmp_path
 
 
@@ -34,8 +40,8 @@ def tiny(monkeypatch, tmp_path):
 def no_model(monkeypatch, tiny):
     """Loading a model is the end of the test."""
 
-    def load(folder, dtype, mesh=None, generation_config=True):
-        raise Loaded
+    def load(*_, **keywords):
+        raise Loaded(keywords)
 
     monkeypatch.setattr(api, "load", load)
     return tiny
@@ -48,7 +54,7 @@ def study(*words):
 def refused(result, *said):
     """The message, whether typer shows it or the command line's entry point will."""
     assert result.exit_code != 0
-    if isinstance(result.exception, ValueError):
+    if isinstance(result.exception, ValueError | FileNotFoundError):
         message = str(result.exception)
     else:
         assert isinstance(result.exception, SystemExit), result.exception
@@ -70,8 +76,9 @@ def questions(folder, number=6):
 
 def test_a_study_runs_and_reports(tiny):
     data = questions(tiny)
-    words = ["--methods", "position, l2", "--keep", "4,25%", "--out", "runs/x.jsonl"]
-    done = study("model", "--task", "jsonl", "--data", data, *words, "--batch-size", 4)
+    words = ["--prune", "position", "--prune", "l2", "--keep", "4", "--keep", "25%"]
+    words += ["--out", "runs/x.jsonl", "--batch-size", 4]
+    done = study("model", "--task", "jsonl", "--data", data, *words)
     assert done.exit_code == 0, done.output
     assert "model: 6 questions about 3 images" in done.output
     assert "catp-jax study report runs/x.jsonl" in done.output
@@ -102,7 +109,7 @@ def test_a_study_runs_and_reports(tiny):
 
 def test_run_may_be_said_or_left_out(tiny):
     data = questions(tiny)
-    words = ["--task", "jsonl", "--data", data, "--methods", "l2", "--keep", "2"]
+    words = ["--task", "jsonl", "--data", data, "--prune", "l2", "--keep", "2"]
     assert study("run", "model", *words, "--out", "a.jsonl").exit_code == 0
     assert study(*words, "--out", "b.jsonl", "model").exit_code == 0
     settings = [
@@ -119,7 +126,7 @@ def test_run_may_be_said_or_left_out(tiny):
 def test_all_that_can_be_left_out_is(tiny):
     done = study("model", "--task", "jsonl", "--data", questions(tiny))
     assert done.exit_code == 1  # self_attention and catp want evidence that the small model lacks
-    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--methods", "random")
+    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--prune", "random")
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in Path("runs/model-jsonl.jsonl").read_text().splitlines()]
     kept = [row["setting"]["keep"] for row in rows if row["row"] == "result"]
@@ -128,10 +135,10 @@ def test_all_that_can_be_left_out_is(tiny):
 
 def test_a_study_goes_on_and_more_can_be_added(tiny):
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
-    assert study(*words, "--methods", "l2", "--keep", "2").exit_code == 0
+    assert study(*words, "--prune", "l2", "--keep", "2").exit_code == 0
     before = Path("x.jsonl").read_bytes()
     Path("x.jsonl").write_bytes(before[:-10])
-    done = study(*words, "--methods", "l2,position", "--keep", "2,4")
+    done = study(*words, *TWO, "--keep", "2", "--keep", "4")
     assert done.exit_code == 0, done.output
     assert "the last line was cut off" in done.output
     after = Path("x.jsonl").read_bytes()
@@ -139,7 +146,7 @@ def test_a_study_goes_on_and_more_can_be_added(tiny):
     assert after.count(b'"row": "result"') == 5
 
 
-def test_an_interrupted_study_says_that_it_can_go_on(tiny, monkeypatch):
+def test_an_interrupted_study_says_that_it_resumes(tiny, monkeypatch):
     class Impatient(Tiny):
         def generate_packed(self, packed, pruners, **options):
             if len(self.batches) == 4:
@@ -147,11 +154,11 @@ def test_an_interrupted_study_says_that_it_can_go_on(tiny, monkeypatch):
             return super().generate_packed(packed, pruners, **options)
 
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
-    words += ["--methods", "l2", "--keep", "2", "--batch-size", "2"]
+    words += ["--prune", "l2", "--keep", "2", "--batch-size", "2"]
     monkeypatch.setattr(api, "load", lambda *_, **__: Impatient())
     done = study(*words)
     assert done.exit_code != 0
-    assert "x.jsonl holds what was answered; the same command goes on" in done.output
+    assert "x.jsonl has what was answered; the same command resumes" in done.output
     monkeypatch.setattr(api, "load", lambda *_, **__: Tiny())
     assert study(*words).exit_code == 0
 
@@ -164,7 +171,7 @@ def test_questions_that_do_not_fit_are_said_and_the_rest_is_asked(tiny):
     (tiny / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
     (tiny / "a.json").write_text(json.dumps({"data_subtype": "val2014", "annotations": given}))
     files = ["--questions", "q.json", "--annotations", "a.json", "--images", "."]
-    done = study("model", "--task", "vqav2", *files, "--methods", "l2", "--keep", "2")
+    done = study("model", "--task", "vqav2", *files, "--prune", "l2", "--keep", "2")
     assert done.exit_code == 0, done.output
     assert "1 of 2 questions left out" in done.output
     header = json.loads(Path("runs/model-vqav2.jsonl").read_text().partition("\n")[0])
@@ -172,37 +179,112 @@ def test_questions_that_do_not_fit_are_said_and_the_rest_is_asked(tiny):
     assert header["data"]["questions"] == 1
 
 
+def test_each_prune_meets_each_keep_of_as_many_budgets(tiny):
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    words += ["--prune", "l2", "--prune", "l2, position", "--prune", "position"]
+    done = study(*words, "--keep", "50%,2", "--keep", "4", "--keep", "4, 1")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]
+    settings = [list(row["setting"].values()) for row in rows if row["row"] == "result"]
+    assert settings == [
+        ["unpruned", None],
+        ["l2", 4],
+        ["l2,position", "50%,2"],
+        ["l2,position", "4,1"],
+        ["position", 4],
+    ]
+    kept = [row["answers"][0]["kept"] for row in rows if row["row"] == "answers"]
+    assert [None if some is None else len(some) for some in kept] == [None, 4, 2, 1, 4]
+
+
+def test_a_study_generates_and_loads_as_it_is_told(no_model):
+    path = no_model / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a": 1, "b": 2}))
+    words = ["--bad-word", "a b", "--bad-word", "c", "--temperature", "0.5", "--top-k", "3"]
+    words += ["--stop", "x", "--suppress-token", "5", "--chat", "--begun", "It is"]
+    loading = ["--dtype", "bfloat16", "--weights", "int8", "--mesh", "data=8"]
+    loading += ["--vision-mode", "hf"]
+    done = study(*EASY, *words, *loading, "--ignore-config", "a", "--ignore-config", "b")
+    (keywords,) = done.exception.args
+    assert keywords == {
+        **{"dtype": "bfloat16", "weights": "int8", "mesh": "data=8", "vision_mode": "hf"},
+        **{"mask_mode": None, "adapter": None, "processor": None, "ignore_config": ("a", "b")},
+        "generation_config": False,
+    }
+
+
+def test_conditions_hold_every_option_that_was_given(tiny):
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
+    words += ["--prune", "l2", "--keep", "2"]
+    given = ["--bad-word", "a b", "--bad-word", "c", "--temperature", "0.5", "--stop", "x"]
+    assert study(*words, *given, "--begun", "It is").exit_code == 0
+    conditions = Journal(Path("x.jsonl")).header.conditions
+    assert conditions.begun == "It is"
+    expected = Options(
+        max_new_tokens=10, bad_words=("a b", "c"), temperature=0.5, stop_strings=("x",)
+    )
+    assert conditions.options == expected
+    other = study(*words, *given[2:], "--begun", "It is")
+    refused(other, 'conditions.options.bad_words: ["a b", "c"] → ["c"]')
+
+
+def test_a_checkpoints_own_options_are_taken_where_that_is_asked_for(tiny):
+    content = {"do_sample": True, "temperature": 0.6, "suppress_tokens": [3]}
+    (tiny / "model" / "generation_config.json").write_text(json.dumps(content))
+    words = ["model", "--task", "jsonl", "--data", questions(tiny), "--prune", "l2", "--keep", "2"]
+    aside = study(*words, "--out", "x.jsonl")
+    assert "generation_config.json is left aside" in aside.output
+    assert Journal(Path("x.jsonl")).header.conditions.options == Options(max_new_tokens=10)
+    taken = study(*words, "--out", "y.jsonl", "--generation-config")
+    assert taken.exit_code == 0
+    assert "left aside" not in taken.output
+    options = Journal(Path("y.jsonl")).header.conditions.options
+    assert (options.temperature, options.suppress_tokens) == (0.6, (3,))
+
+
 EASY = ["model", "--task", "easy-vqa", "--limit", "4"]
 
 
 def test_the_model_is_loaded_once_all_else_is_right(no_model):
-    done = study(*EASY, "--methods", "catp,catp:layers=1,random", "--keep", "4")
+    done = study(*EASY, "--prune", "catp", "--prune", "catp:layers=1", "--keep", "4")
     assert isinstance(done.exception, Loaded)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--methods", "catpp"], ["unknown pruning method 'catpp'", "catp"]),
-        (["--methods", "catp:layer=1"], ["catp does not know the option 'layer=1'"]),
-        (["--methods", " , "], ["--methods names none"]),
-        (["--keep", "4,0"], ["keep takes a count of at least 1 or a percentage", "'0'"]),
+        (["--prune", "catpp"], ["unknown pruning method 'catpp'", "catp"]),
+        (["--prune", "catp:layer=1"], ["catp does not know the option 'layer=1'"]),
+        (["--prune", ""], ["unknown pruning method ''"]),
+        (["--prune", "l2,", "--keep", "4,2"], ["unknown pruning method ''"]),
+        (["--prune", "catp,l2"], ["--prune catp,l2 meets nothing", "to compare, repeat --prune"]),
+        (["--prune", "catp,l2", "--keep", "8"], ["--prune catp,l2 meets nothing"]),
+        (["--prune", "catp", "--keep", "8,4"], ["--prune catp meets nothing"]),
+        (["--prune", "catp", "--keep", "8,4", "--keep", "2"], ["--keep 8,4 meets nothing"]),
+        (["--keep", "8,4"], ["--keep 8,4 meets nothing", "repeat --prune and --keep"]),
+        (["--keep", "auto"], ["a study compares fixed budgets"]),
+        (["--methods", "catp"], ["--methods"]),
+        (["--keep", "0"], ["keep takes a count of at least 1 or a percentage", "'0'"]),
         (["--keep", "150%"], ["at most 100%"]),
         (["--keep", "4,,2"], ["keep takes a count"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--suppress-token", "x"], ["--suppress-token"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty is above 0"]),
+        (["--mesh", "data=x"], ["a mesh is sizes of"]),
         (["--prompt", "What is it?"], ["a prompt wants {question}"]),
         (["--limit", "0"], ["at least 1 question"]),
-        (["--batch-size", "0"], ["--batch-size is at least 1"]),
+        (["--batch-size", "0"], ["--batch-size must be at least 1"]),
         (["--beams", "0"], ["num_beams is at least 1"]),
         (["--max-new-tokens", "0"], ["max_new_tokens is at least 1"]),
         (["--min-new-tokens", "11"], ["min_new_tokens is at most max_new_tokens (10), got 11"]),
-        (["--seed", "-1"], ["--seed is at least 0"]),
-        (["--seed", str(2**31 - 1)], ["--seed is below"]),
+        (["--seed", "-1"], ["--seed must be at least 0"]),
+        (["--seed", str(2**31 - 1)], ["--seed must be below"]),
         (["--length-penalty", "nan"], ["length_penalty lies between -100 and 100"]),
         (["--early-stopping", "soon"], ["soon"]),
         (["--data", "x.jsonl"], ["--task easy-vqa does not take --data"]),
         (["--fraction", "0.1"], ["--task easy-vqa does not take --fraction"]),
-        (["--task", "vqav2"], ["--task vqav2 wants --questions, --annotations, --images too"]),
-        (["--task", "jsonl"], ["--task jsonl wants --data too"]),
+        (["--task", "vqav2"], ["--task vqav2 requires --questions, --annotations, --images too"]),
+        (["--task", "jsonl"], ["--task jsonl requires --data too"]),
         (["--task", "jsonl", "--data", "nothing.jsonl"], ["nothing.jsonl is not a file"]),
         (["--task", "gqa"], ["gqa"]),
         (["--out", "model"], ["model is not a file"]),
@@ -213,12 +295,12 @@ def test_bad_input_is_refused_before_a_model_is_loaded(no_model, words, said):
 
 
 def test_a_folder_that_is_none_is_refused(no_model):
-    refused(study("nowhere", "--limit", "4"), "model 'nowhere' is not a folder")
+    refused(study("nowhere", "--limit", "4"), "nowhere is not a folder")
 
 
 def test_another_studys_file_is_refused_before_a_model_is_loaded(tiny, monkeypatch):
     data = questions(tiny)
-    words = ["--task", "jsonl", "--data", data, "--methods", "l2", "--keep", "2"]
+    words = ["--task", "jsonl", "--data", data, "--prune", "l2", "--keep", "2"]
     assert study("model", *words, "--out", "x.jsonl", "--seed", 1).exit_code == 0
     monkeypatch.setattr(api, "load", None)
     other = study("model", *words, "--out", "x.jsonl", "--beams", 5)
@@ -230,16 +312,16 @@ def test_another_studys_file_is_refused_before_a_model_is_loaded(tiny, monkeypat
 
 def test_budgets_and_methods_that_the_model_does_not_have_are_refused(tiny):
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
-    said = refused(study(*words, "--methods", "l2", "--keep", "9"), "there are only 8")
+    said = refused(study(*words, "--prune", "l2", "--keep", "9"), "there are only 8")
     assert "give 1 to 8" in said
-    refused(study(*words, "--methods", "trimmed_llama", "--keep", "2"), "trimmed_llama prunes")
+    refused(study(*words, "--prune", "trimmed_llama", "--keep", "2"), "trimmed_llama prunes")
     assert not Path("x.jsonl").exists()
 
 
 @pytest.mark.parametrize("words", [["--length-penalty", "nan"], ["--max-new-tokens", "51"]])
 def test_a_number_that_does_not_fit_leaves_no_file(tiny, words):
     data = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
-    refused(study(*data, "--methods", "l2", "--keep", "2", *words))
+    refused(study(*data, "--prune", "l2", "--keep", "2", *words))
     assert not Path("x.jsonl").exists()
 
 
@@ -253,7 +335,7 @@ def test_help_lists_both_commands_and_is_quick():
     done = study("--help")
     assert done.exit_code == 0
     assert "report" in done.output
-    assert "--methods" in study("run", "--help").output
+    assert "--prune" in study("run", "--help").output
     # nothing heavy is imported for it
     script = "import sys; from catp_jax import cli_study; print('jax' in sys.modules)"
     run = subprocess.run(
@@ -273,7 +355,7 @@ def test_from_the_shell_with_a_trained_model(tmp_path):
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    words = ["--methods", "trimmed_llama", "--keep", "16", "--limit", "8", "--batch-size", "8"]
+    words = ["--prune", "trimmed_llama", "--keep", "16", "--limit", "8", "--batch-size", "8"]
     done = catp_jax(MINI, *words, "--out", "x.jsonl")
     assert done.returncode == 0, done.stderr
     assert "mini-llama-vision: 8 questions about 8 images" in done.stdout

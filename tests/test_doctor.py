@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
+import convert
 from catp_jax import doctor
 from catp_jax.contract import Keep
-from catp_jax.doctor import examine, head_sizes, processes, versions
+from catp_jax.doctor import Checkpoint, abstract_of, examine, heads, processes, versions
 from catp_jax.families import find_config
+from catp_jax.plan import abstract_model
 from catp_jax.sharding import distributed
 from tests.command import catp_jax
 
@@ -76,12 +82,60 @@ def test_every_subject_of_a_model_on_this_machine():
 
 
 def test_heads_of_every_part_are_tried():
-    assert head_sizes(find_config("Llama-3.2-11B-Vision")) == {80, 128}
-    assert head_sizes(find_config("blip2-opt-2.7b")) == {80, 88}
+    for name, sizes in {"Llama-3.2-11B-Vision": {80, 128}, "blip2-opt-2.7b": {80, 88}}.items():
+        config = find_config(name)
+        abstract = abstract_model(config, np.dtype("float16"))
+        found = heads(Checkpoint(config, None, abstract))
+        assert found == {(size, "float16") for size in sizes}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The mini in float16, as a Hugging Face folder, and converted."""
+    folder = tmp_path_factory.mktemp("half")
+    model, config = convert.load(MINI, "float16")
+    convert.write_hf(model, convert.config_json(config), folder / "hf", side_files=MINI)
+    convert.to_orbax(folder / "hf", folder / "orbax")
+    return folder
+
+
+def test_the_number_types_that_are_tried_are_those_of_a_load(half):
+    config = find_config(MINI)
+    folders = {MINI: "float32", half / "hf": "float16", half / "orbax": "float16"}
+    for folder, stored in folders.items():
+        for dtype in (None, "bfloat16", "float32"):
+            abstract = abstract_of(folder, dtype)
+            assert {kind for _, kind in heads(Checkpoint(config, folder, abstract))} == {
+                dtype or stored
+            }
+    loaded = convert.load(half / "hf")[0]
+    planned = abstract_of(half / "hf", None)
+    types = [jax.tree.map(lambda leaf: str(leaf.dtype), nnx.state(x)) for x in (loaded, planned)]
+    assert jax.tree.leaves(types[0]) == jax.tree.leaves(types[1])
+
+
+def test_a_folder_in_float16_is_examined_in_float16(half):
+    found = list(examine(half / "hf"))
+    assert [one for one in found if one.level == "fail"] == []
+    (first, *rest) = [one.text for one in found if one.subject == "attention"]
+    assert all("in float16: XLA's works" in text for text in (first, *rest))
+    (memory,) = [one.text for one in found if one.subject == "memory"]
+    assert "on each device in float16 and float32," in memory  # the Q-Former always is
+
+
+def test_weights_that_do_not_do_are_said_once_and_the_rest_is_looked_at(tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(MINI, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = list(examine(folder))
+    (failed,) = [one for one in found if one.level == "fail"]
+    assert (failed.subject, "model.safetensors" in failed.text) == ("model", True)
+    assert {one.subject for one in found} >= {"versions", "mesh", "attention", "memory"}
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
-    def broken(sizes):
+    def broken(kinds):
         raise RuntimeError("no such\nkernel")
 
     monkeypatch.setattr(doctor, "backends", broken)
@@ -116,7 +170,7 @@ def test_an_empty_mesh_is_no_mesh():
     [
         ("jax", ["doctor"]),
         ("flax", ["doctor"]),
-        ("orbax", ["doctor"]),
+        ("orbax", ["convert", str(MINI), str(MINI / "never")]),
         ("transformers", ["generate", str(MINI), "--prompt", "is there a circle?"]),
     ],
 )
