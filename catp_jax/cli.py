@@ -126,8 +126,8 @@ def match(
 ) -> None:
     """Score how well texts fit images, with a BLIP-2 for image-text retrieval.
 
-    ITC is a cosine, which is cheap, for searching among many. ITM is the probability that an image
-    and a text fit each other, which is better.
+    ITC is a cosine, for searching among many. ITM is the probability that an image and a text fit
+    each other, which takes longer and ranks better.
     """
     from catp_jax.readers.images import read_image
 

@@ -61,7 +61,7 @@ def plan(
         str | None,
         typer.Option(
             help=f"Compile for a GPU that need not exist, of {GPUS}: bytes moved, the "
-            "least time of a prefill and a token, temporaries. It takes JAX's CUDA compiler.",
+            "least time of a prefill and a token, temporaries. This requires JAX's CUDA compiler.",
             metavar="GPU",
         ),
     ] = None,

@@ -58,8 +58,8 @@ ModelFolder = Annotated[
     ),
 ]
 _PRESET = typer.Argument(
-    help="A model's folder, of which plan reads config.json alone; the name of one that Hugging "
-    "Face's tools have downloaded (org/name); or of a published checkpoint (blip2-opt-2.7b).",
+    help="A model's folder (plan reads only its config.json), the name of a model that Hugging "
+    "Face's tools have downloaded (org/name), or that of a published checkpoint (blip2-opt-2.7b).",
     metavar="MODEL",
 )
 ModelOrPreset = Annotated[str, _PRESET]
@@ -299,11 +299,3 @@ def once(option: str, values: Sequence[str] | None) -> str | None:
             f"({option} {','.join(values)})"
         )
     return values[0] if values else None
-
-
-def name_of(folder: Path) -> str:
-    """The name of a model in a folder; of one in the Hugging Face cache its own."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.split("--")[-1]
-    return folder.name

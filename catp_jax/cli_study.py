@@ -120,6 +120,7 @@ def run(
     from catp_jax.families import family_of
     from catp_jax.generation.options import Options
     from catp_jax.readers.generation_config import sets_defaults
+    from catp_jax.readers.hub import name_of
     from catp_jax.sharding.distributed import gathered, is_first
     from catp_jax.sharding.mesh import find_devices, parse_mesh
     from catp_jax.study.journal import Journal
@@ -139,7 +140,7 @@ def run(
     )
     if prompt is not None:
         check_prompt(prompt)
-    name = opts.name_of(model)
+    name = name_of(model)
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
     if len({*gathered(journal.digest)}) > 1:
@@ -316,11 +317,11 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
     budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
     if any(AUTO in some for some in budgets):
         raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
-    asked = {f"--prune {method}": count for method, count in methods.items()}
-    asked |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
+    counted = {f"--prune {method}": count for method, count in methods.items()}
+    counted |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
     counts = {*methods.values()} if prune else {1}
     shared = counts & {len(some) for some in budgets}
-    if alone := [words for words, count in asked.items() if count not in shared]:
+    if alone := [words for words, count in counted.items() if count not in shared]:
         raise typer.BadParameter(
             f"{alone[0]} meets nothing: what commas separate applies in order, one budget for each "
             "method (--prune l2,fastv --keep 50%,8); to compare, repeat --prune and --keep"
@@ -337,7 +338,7 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
 
 
 def _budget(text: str) -> int | str:
-    """A count, a percentage as it is said in one way, or auto."""
+    """A count, a percentage in its plainest form, or auto."""
     from catp_jax.pruning import budget
     from catp_jax.pruning.named import AUTO
 
@@ -364,8 +365,10 @@ def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
 
 def _loading_settings(loading: opts.Loading) -> dict[str, Any]:
     """How the model is loaded, as far as its own description does not tell: dtype and weights."""
+    from catp_jax.readers.hub import name_of
+
     return {
-        name: opts.name_of(value) if isinstance(value, Path) else value
+        name: name_of(value) if isinstance(value, Path) else value
         for name, value in opts.given(loading.keywords()).items()
         if name not in ("dtype", "weights", "mesh")
     }

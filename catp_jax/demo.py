@@ -9,6 +9,7 @@ from rich.console import Console
 
 from catp_jax import api
 from catp_jax.contract import Site
+from catp_jax.readers.hub import name_of
 from catp_jax.study import curves, tables, tasks
 from catp_jax.study.pictures import Panel, draw_kept
 from catp_jax.study.records import UNPRUNED, Result, Setting
@@ -47,7 +48,7 @@ def run(
     """
     make_folder(out)
     folders = folders or minis()
-    names = [folder.resolve().name for folder in folders]
+    names = [name_of(folder) for folder in folders]
     if len({*names}) < len(names):
         names = [str(folder) for folder in folders]
     models = {
@@ -98,8 +99,8 @@ def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example
     images, picked = list(groups.values()), []
     step = max(1, len(images) * each // (number + each))
     for group in [*images[::step], *(g for n, g in enumerate(images) if n % step)]:
-        wanted = min(each, len(group))
-        picked += [group[index * len(group) // wanted] for index in range(wanted)]
+        count = min(each, len(group))
+        picked += [group[index * len(group) // count] for index in range(count)]
     return picked[:number]
 
 

@@ -47,7 +47,7 @@ CLUSTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and — unless ok — what to do."""
+    """One line: what was examined, how it is, and — unless ok — what to do."""
 
     level: Level
     subject: str
@@ -103,7 +103,7 @@ def examine(
     for subject, check in checks.items():
         try:
             yield from check()
-        except Exception as error:  # whatever it is, the other lines are wanted too
+        except Exception as error:  # whatever it is, the other lines count too
             text = (str(error).strip() or type(error).__name__).replace("\n", " ")
             yield Finding("fail", subject, text)
 
@@ -126,76 +126,76 @@ def abstract_of(folder: Path, dtype: str | None, ignore_config: Sequence[str] = 
 
 def installed() -> dict[str, str]:
     """Versions of what is needed; of a package that is missing, an empty text."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in (*NEEDED, *PLUGINS):
         try:
-            found[package] = importlib.metadata.version(package)
+            numbers[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+            numbers[package] = ""
+    return numbers
 
 
-def versions(found: Mapping[str, str]) -> Findings:
+def versions(packages: Mapping[str, str]) -> Findings:
     """Whether the packages are there and known to work with each other."""
 
     def number(package: str) -> tuple[int, ...]:
-        parts = found[package].split(".")[:3]
+        parts = packages[package].split(".")[:3]
         return tuple(int(part) for part in parts if part.isdecimal())
 
-    text = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    text = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     yield Finding("ok", "versions", text)
     for package in NEEDED:
-        if not found[package]:
+        if not packages[package]:
             yield Finding("fail", "versions", f"{package} is missing: pip install catp-jax")
             return
     if number("jax") != number("jaxlib"):
         yield Finding(
             "warn",
             "versions",
-            f"jax {found['jax']} goes with jaxlib {found['jax']}, not {found['jaxlib']}: "
+            f"jax {packages['jax']} goes with jaxlib {packages['jax']}, not {packages['jaxlib']}: "
             f"pip install -U jax jaxlib",
         )
     for plugin in PLUGINS:
-        if found[plugin] and number(plugin) != number("jaxlib"):
+        if packages[plugin] and number(plugin) != number("jaxlib"):
             yield Finding(
                 "fail",
                 "versions",
-                f"{plugin} {found[plugin]} does not go with jaxlib {found['jaxlib']}, and JAX may "
-                f"find no GPU: pip install -U jax jaxlib {plugin}",
+                f"{plugin} {packages[plugin]} does not go with jaxlib {packages['jaxlib']}, and "
+                f"JAX may find no GPU: pip install -U jax jaxlib {plugin}",
             )
     if number("flax") < (0, 12, 12) and number("jax") >= (0, 11, 1):
         yield Finding(
             "fail",
             "versions",
-            f"flax {found['flax']} breaks on jax {found['jax']}: pip install 'flax>=0.12.12' "
+            f"flax {packages['flax']} breaks on jax {packages['jax']}: pip install 'flax>=0.12.12' "
             "(Python 3.12), or 'jax<0.11'",
         )
     if number("orbax-checkpoint")[:2] != (0, 12):
         yield Finding(
             "fail",
             "versions",
-            f"conversion is written for orbax-checkpoint 0.12, not {found['orbax-checkpoint']}: "
+            f"conversion is written for orbax-checkpoint 0.12, not {packages['orbax-checkpoint']}: "
             "pip install 'orbax-checkpoint>=0.12,<0.13'",
         )
     if not (5, 23) <= number("transformers") < (6,):
         yield Finding(
             "fail",
             "versions",
-            f"processors are those of transformers 5.23 and later, not {found['transformers']}: "
+            f"processors are those of transformers 5.23 and later, not {packages['transformers']}: "
             "pip install 'transformers>=5.23,<6'",
         )
     if number("numpy") < (2,):
-        text = f"jax wants numpy 2, not {found['numpy']}: pip install 'numpy>=2'"
+        text = f"jax requires numpy 2, not {packages['numpy']}: pip install 'numpy>=2'"
         yield Finding("fail", "versions", text)
 
 
 def devices() -> Findings:
     """What JAX sees, and how much memory each device has."""
-    found = find_devices()
+    every = find_devices()
     memory = device_memory()
     size = f", {readable(memory)} each" if memory else ""
-    text = f"{len(found)} × {found[0].device_kind} ({found[0].platform}){size}"
-    if found[0].platform != "cpu":
+    text = f"{len(every)} × {every[0].device_kind} ({every[0].platform}){size}"
+    if every[0].platform != "cpu":
         yield Finding("ok", "devices", text)
     elif shutil.which("nvidia-smi"):
         yield Finding(

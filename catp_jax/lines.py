@@ -18,8 +18,8 @@ Row = dict[str, Any]
 class JsonLines:
     """The rows of a file that is `what`; `opening` is the text that each such file begins with.
 
-    Reading changes nothing and waits for nobody: a last line that was cut off is told to `report`
-    and goes when the first row is added. `check` sees each row with its line number and raises
+    Reading changes nothing and waits for nobody: `report` hears of a last line that was cut off,
+    which goes when the first row is added. `check` sees each row with its line number and raises
     ValueError for one that cannot be.
 
     Raises ValueError if the file is another kind of file, or damaged elsewhere than at its end.
@@ -70,8 +70,8 @@ class JsonLines:
             is_ours = False
         except OSError:
             pass  # a file system without locks
-        found = os.fstat(file)
-        if not is_ours or found.st_size != self._size or not found.st_nlink:
+        status = os.fstat(file)
+        if not is_ours or status.st_size != self._size or not status.st_nlink:
             os.close(file)
             raise ValueError(
                 f"another process {'has written' if is_ours else 'is writing'} {self.path}; wait "

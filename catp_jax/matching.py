@@ -55,7 +55,7 @@ class Matcher:
         tokens, valid = self._texts(texts)
         if len(images) != len(texts) and 1 not in (len(images), len(texts)):
             raise ValueError(
-                f"one text per image is wanted, or one of either, got {len(texts)} texts for "
+                f"give one text per image, or one of either; got {len(texts)} texts for "
                 f"{len(images)} images"
             )
         pairs = max(len(images), len(texts))
@@ -74,14 +74,14 @@ class Matcher:
 
     def _images(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(images, NO_LIST) or not len(images):
-            raise ValueError("a list of at least one image is wanted")
+            raise ValueError("give a list of at least one image")
         cache: ImageCache = {}
-        own = fetch_images(images, cache, self.fetch)
-        return stack_images([remember(cache, image, self.reader.read_image) for image in own])
+        fetched = fetch_images(images, cache, self.fetch)
+        return stack_images([remember(cache, image, self.reader.read_image) for image in fetched])
 
     def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(texts, NO_LIST) or not len(texts):
-            raise ValueError("a list of at least one text is wanted")
+            raise ValueError("give a list of at least one text")
         return pad_prompts([self.reader.read_text(text) for text in texts])
 
 

@@ -15,7 +15,7 @@ UNSAFE = re.compile(
 
 def printable(text: object) -> str:
     """The text with every character that steers a terminal written out, as Python would: \\x1b."""
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def one_line(text: object) -> str:

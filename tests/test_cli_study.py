@@ -271,7 +271,7 @@ def test_the_model_is_loaded_once_all_else_is_right(no_model):
         (["--suppress-token", "x"], ["--suppress-token"]),
         (["--repetition-penalty", "0"], ["repetition_penalty is above 0"]),
         (["--mesh", "data=x"], ["a mesh is sizes of"]),
-        (["--prompt", "What is it?"], ["a prompt wants {question}"]),
+        (["--prompt", "What is it?"], ["a prompt must have {question}"]),
         (["--limit", "0"], ["at least 1 question"]),
         (["--batch-size", "0"], ["--batch-size must be at least 1"]),
         (["--beams", "0"], ["num_beams is at least 1"]),

@@ -134,7 +134,7 @@ def test_a_matcher_without_its_tokenizer_is_refused(folder, tmp_path):
 
 def test_bad_input_is_refused(folder, pictures, tmp_path):
     matcher = catp_jax.load_matcher(folder)
-    with pytest.raises(ValueError, match=r"one text per image is wanted.* got 3 texts for 2"):
+    with pytest.raises(ValueError, match=r"give one text per image.* got 3 texts for 2"):
         matcher.itm(pictures, TEXTS)
     with pytest.raises(ValueError, match="a list of at least one image"):
         matcher.itm(pictures[0], TEXTS)

@@ -37,3 +37,11 @@ def find_folder(model: str | Path) -> Path:
             f"{name} is neither a folder nor in the local Hugging Face cache; download it with "
             f"`hf download {name}`{licence}"
         ) from None
+
+
+def name_of(folder: Path) -> str:
+    """What a model in a folder is called: the folder's name, or that of a snapshot in the cache."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # models--org--name/snapshots/commit
+        return folder.parent.parent.name.split("--", 2)[-1]
+    return folder.name

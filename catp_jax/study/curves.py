@@ -30,12 +30,12 @@ def by_layer(
     results: Sequence[Result], cross_layers: int | None = None
 ) -> list[tuple[int, Result]]:
     """The results that one layer's vote decides, each with it; one a layer and budget."""
-    found = {
+    one_each = {
         (layer, result.setting.keep): (layer, result)
         for result in results
         if (layer := layer_of(result.setting.method, cross_layers)) is not None
     }
-    return list(found.values())
+    return list(one_each.values())
 
 
 def unpruned_of(results: Sequence[Result]) -> Result | None:

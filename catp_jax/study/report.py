@@ -147,13 +147,13 @@ def _curves(study: Study) -> list[Result]:
 def _named(studies: Sequence[Study], paths: Sequence[Path]) -> dict[str, Study]:
     """The studies by their models' names, with the file's where that is not enough."""
     names = [study.header.name for study in studies]
-    found: dict[str, Study] = {}
+    named: dict[str, Study] = {}
     for name, study, path in zip(names, studies, paths, strict=True):
         name = name if names.count(name) == 1 else f"{name} ({path.stem})"
-        if name in found:
+        if name in named:
             raise ValueError(f"{path} is given twice, or beside another file of its name")
-        found[name] = study
-    return found
+        named[name] = study
+    return named
 
 
 def panels(study: Study) -> list[list[Panel]]:

@@ -37,13 +37,13 @@ from catp_jax.study.tasks import Example, Score, digest, exact_match
 
 def versions() -> dict[str, str]:
     """The packages that the figures may depend on."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in ("catp-jax", "jax", "flax", "numpy", "transformers", "pillow"):
         try:
-            found[package] = importlib.metadata.version(package)
+            numbers[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers
 
 
 def known_parts(conditions: Conditions, examples: Sequence[Example]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def sweep(
 
     The last batch is filled up with its own first questions, so that every batch has one shape.
     `journal` keeps every step (default: in memory); `name` is the model's in it. `pictured` are
-    numbers of examples that pictures are wanted of. `is_timed` asks for times, which takes a
+    numbers of examples to draw. `is_timed` asks for times, which takes a
     prefill and a step of each setting on top. `report` hears what is being done, `progress` how
     many answers there are and will be.
 
@@ -155,12 +155,12 @@ def _answer(
         if not missing:
             continue
         batch = batches.encode(number)
-        asked = list(dict.fromkeys([settings[0], *missing]))  # KL needs the unpruned logits
-        pruned = {setting: batches.pruners(setting, batch) for setting in asked}
+        needed = list(dict.fromkeys([settings[0], *missing]))  # KL needs the unpruned logits
+        pruned = {setting: batches.pruners(setting, batch) for setting in needed}
         batches.compile(pruned, batch)
         _draw(journal, batches, batch, pictured)  # before the answers, which end the batch
         reference = np.empty(0)
-        for setting in asked:
+        for setting in needed:
             batches.report(f"answering: {setting}")
             out, ms = batches.ask(pruned[setting], batch)
             if setting == settings[0]:
@@ -210,7 +210,7 @@ def _rounded(grid: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 def _draw(journal: Journal, batches: Batches, batch: Encoded, pictured: frozenset[int]) -> None:
-    """Writes the pictures of a batch's questions that are wanted and not there yet."""
+    """Writes the pictures of the pictured questions of a batch that are not there yet."""
     there = {picture.number for picture in journal.all(Picture)}
     first = batch.number * batches.conditions.batch
     for number, example in enumerate(batch.examples, start=first):

@@ -125,12 +125,12 @@ def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]
 
 def read_json_lines(path: Path) -> list[Example]:
     """The questions of a JSON-lines file; see this module for its form."""
-    examples, lines, faults, images, looked = [], {}, [], {}, {}
+    examples, lines, faults, images, image_faults = [], {}, [], {}, {}
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            example = _example(line, number, path.parent, images, looked)
+            example = _example(line, number, path.parent, images, image_faults)
         except ValueError as error:
             faults.append(f"line {number}: {error}")
             continue
@@ -168,7 +168,11 @@ def _with_one_image(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _example(
-    line: bytes, number: int, folder: Path, images: dict[Path, int], looked: dict[Path, str | None]
+    line: bytes,
+    number: int,
+    folder: Path,
+    images: dict[Path, int],
+    image_faults: dict[Path, str | None],
 ) -> Example:
     row = strict_json.parse(line)
     if unknown := [key for key in row if key not in KEYS]:
@@ -178,7 +182,7 @@ def _example(
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{key!r} is a text that is not empty, got {row.get(key)!r}")
     if ("answer" in row) == ("answers" in row):
-        raise ValueError("either 'answer' or 'answers' is wanted")
+        raise ValueError("give either 'answer' or 'answers'")
     answers = row["answers"] if "answers" in row else [row["answer"]]
     if (
         not isinstance(answers, list)
@@ -190,9 +194,9 @@ def _example(
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise ValueError(f"'id' is a text or a whole number, got {identity!r}")
     image = folder / os.path.expanduser(row["image"])
-    if image not in looked:
-        looked[image] = image_fault(image)
-    if fault := looked[image]:
+    if image not in image_faults:
+        image_faults[image] = image_fault(image)
+    if fault := image_faults[image]:
         raise ValueError(fault)
     return Example(
         image=image,
@@ -210,7 +214,7 @@ def image_fault(path: Path) -> str | None:
         return f"image {str(path)!r} is not a file"
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # a JPEG's pixels are not wanted, only that they are there
+            image.draft("RGB", (1, 1))  # whether a JPEG's pixels are there is all that counts
             image.load()
             return None
     except Exception as error:  # decoders raise nearly anything on damaged data
@@ -235,7 +239,7 @@ def fill(prompt: str, question: str) -> str:
 def check_prompt(prompt: str) -> None:
     """Raises ValueError if a template has no place for the question."""
     if QUESTION not in prompt:
-        raise ValueError(f"a prompt wants {QUESTION} where the question goes, got {prompt!r}")
+        raise ValueError(f"a prompt must have {QUESTION} where the question goes, got {prompt!r}")
 
 
 def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
@@ -246,7 +250,7 @@ def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...
     if limit is None or limit >= len(examples):
         return tuple(examples)
     if limit < 1:
-        raise ValueError(f"at least 1 question is wanted, got a limit of {limit}")
+        raise ValueError(f"a limit must be at least 1 question, got {limit}")
     return tuple(examples[number * len(examples) // limit] for number in range(limit))
 
 

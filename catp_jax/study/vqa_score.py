@@ -75,11 +75,11 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     Of ten people: said by one 0.3, by two 0.6, by three 0.9, by four or more 1.0.
     """
-    said, *others = (
+    answer, *others = (
         text.replace("\n", " ").replace("\t", " ").strip() for text in chain([prediction], answers)
     )
     if len(set(others)) > 1:
-        said, others = normalise(said), [normalise(other) for other in others]
-    same = others.count(said)
-    scores = [min((same - (other == said)) / ENOUGH, 1.0) for other in others]
+        answer, others = normalise(answer), [normalise(other) for other in others]
+    same = others.count(answer)
+    scores = [min((same - (other == answer)) / ENOUGH, 1.0) for other in others]
     return sum(scores) / len(scores)

@@ -41,26 +41,27 @@ def vqav2_task(
         raise ValueError(f"fraction is above 0 and at most 1, got {fraction}")
     if not images.is_dir():
         raise ValueError(f"image folder {str(images)!r} is not a folder")
-    asked = _entries(strict_json.read(questions), "questions", questions)
-    answered = _entries(strict_json.read(annotations), "annotations", annotations)
-    splits = [str(file.get("data_subtype", "")) for file in (asked, answered)]
+    question_file = _entries(strict_json.read(questions), "questions", questions)
+    annotation_file = _entries(strict_json.read(annotations), "annotations", annotations)
+    splits = [str(file.get("data_subtype", "")) for file in (question_file, annotation_file)]
     if all(splits) and splits[0] != splits[1]:
         raise ValueError(
             f"the files are of different splits: {questions} of {splits[0]}, {annotations} of "
             f"{splits[1]}; give two of the same"
         )
     split = splits[1] or splits[0]
-    _refuse_twice(asked["questions"], questions)
-    _refuse_twice(answered["annotations"], annotations)
+    _refuse_twice(question_file["questions"], questions)
+    _refuse_twice(annotation_file["annotations"], annotations)
 
-    number = len(asked["questions"])
+    number = len(question_file["questions"])
     chosen = np.random.default_rng(seed).permutation(number)[: max(1, round(fraction * number))]
-    by_id = {entry["question_id"]: entry for entry in answered["annotations"] if _has_id(entry)}
-    examples, faults, looked = [], defaultdict(list), {}
+    annotated = [entry for entry in annotation_file["annotations"] if _has_id(entry)]
+    by_id = {entry["question_id"]: entry for entry in annotated}
+    examples, faults, found_images = [], defaultdict(list), {}
     for index in sorted(chosen.tolist()):
-        entry = asked["questions"][index]
+        entry = question_file["questions"][index]
         try:
-            examples.append(_example(entry, index, by_id, images, split, looked))
+            examples.append(_example(entry, index, by_id, images, split, found_images))
         except Unfit as unfit:
             faults[unfit.kind].append(unfit.what)
     problems = [
@@ -110,7 +111,7 @@ def _entries(file: Any, key: str, path: Path) -> dict[str, Any]:
     kind, form = file.get("data_type", "mscoco"), file.get("task_type", "Open-Ended")
     if kind != "mscoco" or form != "Open-Ended":
         raise ValueError(
-            f"{path} is of data type {kind!r} and task type {form!r}; wanted are 'mscoco' and "
+            f"{path} is of data type {kind!r} and task type {form!r}; they must be 'mscoco' and "
             f"'Open-Ended'"
         )
     return file
@@ -137,7 +138,7 @@ def _example(
     annotations: dict[int, Any],
     images: Path,
     split: str,
-    looked: dict[int, Path | str],
+    found_images: dict[int, Path | str],
 ) -> Example:
     """One question with its answers and image; raises Unfit."""
     if (
@@ -148,31 +149,31 @@ def _example(
     ):
         raise Unfit("of the wrong form", f"entry {index} is {json.dumps(entry)[:80]}")
     number, image = entry["question_id"], entry["image_id"]
-    own = annotations.get(number)
-    if own is None:
+    annotation = annotations.get(number)
+    if annotation is None:
         raise Unfit("without an annotation", f"question {number}")
-    answers = own.get("answers")
+    answers = annotation.get("answers")
     if not isinstance(answers, list) or not all(
         isinstance(given, dict) and isinstance(given.get("answer"), str) for given in answers
     ):
         raise Unfit("with an annotation of the wrong form", f"question {number}")
     if len(answers) != PEOPLE:
         raise Unfit(f"without {PEOPLE} answers", f"question {number} has {len(answers)}")
-    if own.get("image_id", image) != image:
+    if annotation.get("image_id", image) != image:
         raise Unfit(
             "annotated for another image",
-            f"question {number} is about {image}, its annotation about {own['image_id']}",
+            f"question {number} is about {image}, its annotation about {annotation['image_id']}",
         )
-    if image not in looked:
-        looked[image] = _find(image, images, split)
-    found = looked[image]
-    if isinstance(found, str):
-        raise Unfit("without an image that can be read", found)
+    if image not in found_images:
+        found_images[image] = _find(image, images, split)
+    image_path = found_images[image]
+    if isinstance(image_path, str):
+        raise Unfit("without an image that can be read", image_path)
     texts = tuple(given["answer"] for given in answers)
     return Example(
-        image=found,
+        image=image_path,
         question=entry["question"],
-        answer=str(own.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
+        answer=str(annotation.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
         id=str(number),
         image_id=image,
         answers=texts,
@@ -182,10 +183,10 @@ def _example(
 def _find(image: int, folder: Path, split: str) -> Path | str:
     """The image's file, or what is wrong with it."""
     paths = list(_names(image, folder, split))
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return f"image {str(paths[0])!r} is not there"
-    return image_fault(found) or found
+    return image_fault(path) or path
 
 
 def _names(image: int, folder: Path, split: str) -> Iterator[Path]:
