@@ -103,7 +103,7 @@ def convert(
     ignore_config: opts.IgnoreConfig = None,
 ) -> None:
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
-    from convert.__main__ import run
+    from convert.command import run
 
     with cli_study.interruptible():
         run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)

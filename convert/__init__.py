@@ -16,15 +16,15 @@ from catp_jax.models.narrow import Weights, check
 from convert.adapter import alone
 from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
-from convert.loading import Place, abstract
+from convert.loading import Place, Source, abstract, load_model
 from convert.manifest import MANIFEST, read_config
-from convert.reader import load_hf
+from convert.reader import load_hf, open_hf
 from convert.report import Report, table
 from convert.values import faults
 from convert.writer import write_hf
 
 if TYPE_CHECKING:
-    from convert.converted import load_converted, to_hf, to_orbax
+    from convert.converted import to_hf, to_orbax
 
 __all__ = [
     "Config",
@@ -35,7 +35,6 @@ __all__ = [
     "faults",
     "load",
     "load_config",
-    "load_converted",
     "load_hf",
     "read_config",
     "table",
@@ -46,7 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_converted", "to_hf", "to_orbax"):  # on first use: they import Orbax
+    if name in ("to_hf", "to_orbax"):  # on first use: they import Orbax
         from convert import converted
 
         return getattr(converted, name)
@@ -63,26 +62,30 @@ def load(
 ) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
-    `dtype` changes the weights' number type; `place` gives the abstract model's leaves the
-    shardings they are read onto; `weights` has the language model's layers narrowed to 8 bits, see
-    `catp_jax.models.narrow`. A LoRA adapter, beside the weights or in the folder `adapter`, is
-    merged into them, see `convert.adapter`. Keys of config.json in `ignore_config` are read as if
-    they were not there. Raises ValueError if the folder is neither or is damaged.
+    `dtype` is the weights' number type (None: as the folder has them; if it has several, that of
+    config.json, as in transformers); parts that compute in float32, as BLIP-2's Q-Former, have
+    float32 weights whatever it is. `place` gives the abstract model's leaves the shardings that
+    they are read onto: each process reads what its own shards need. `weights` has the language
+    model's layers narrowed to 8 bits as they come, see `catp_jax.models.narrow`. A LoRA adapter,
+    beside the weights or in the folder `adapter`, is merged into them, see `convert.adapter`. Keys
+    of config.json in `ignore_config` are read as if they were not there. Raises ValueError if the
+    folder is neither, or if config.json or the weights are damaged, unsupported or do not fit
+    together.
     """
     check(weights)
     folder = _checked(folder)
     if not (folder / MANIFEST).exists():
-        model, _ = load_hf(folder, dtype, place, weights, ignore_config, adapter)
-        return model, model.config
-    if adapter is not None:
+        source: Source = open_hf(folder, ignore_config, adapter)
+    elif adapter is not None:
         raise ValueError(
             f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
             "load the Hugging Face folder with it"
         )
-    from convert.converted import load_converted
+    else:
+        from convert.converted import open_converted  # which imports Orbax
 
-    model = load_converted(folder, dtype, place, weights, ignore_config)
-    return model, model.config
+        source = open_converted(folder, ignore_config)
+    return load_model(source, dtype, place, weights), source.config
 
 
 def load_config(folder: str | Path, ignore_config: Sequence[str] = ()) -> Config:

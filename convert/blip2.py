@@ -1,16 +1,19 @@
-"""BLIP-2: where each tensor of a checkpoint goes, with OPT, with T5 and for image-text retrieval.
+"""BLIP-2 and InstructBLIP: where each tensor of a checkpoint goes, whatever the language model.
 
 transformers names them alike on the hub, in memory and in what the base class saves, and always
 has.
 """
 
+import dataclasses
 from collections.abc import Iterable
+from functools import partial
 
 from flax import nnx
 
 from catp_jax.models.blip2 import Blip2, Blip2Config
+from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
-from convert.blip2_config import read, with_own_head, write
+from convert.blip2_config import read, read_instructblip, with_own_head, write
 from convert.family import HUB, Family, Layout
 from convert.rules import THREE, THREE_BIASES, Ignore, Rule, Twin, patches
 
@@ -83,8 +86,6 @@ def detect(names: Iterable[str], where: str, script: str = "blip_2") -> Layout:
     return HUB
 
 
-NOT_FLOAT16 = (".DenseReluDense.wo.kernel",)  # of T5, see `catp_jax.models.t5`
-
 BLIP2 = Family(
     model_type="blip-2",
     configs=(Blip2Config, RetrievalConfig),
@@ -94,11 +95,35 @@ BLIP2 = Family(
     rules=lambda config: RULES,
     ignores=IGNORES,
     hints=HINTS,
-    layouts={HUB.name: HUB},
     detect=detect,
     twins=TWINS,
     head=HEAD,
     with_own_head=with_own_head,
     float32=("qformer.", "query_tokens"),
-    not_float16=NOT_FLOAT16,
+    not_float16=(".DenseReluDense.wo.kernel",),  # of T5, see `catp_jax.models.t5`
+)
+
+INSTRUCT = Layout(  # its Q-Former has the norm at the entrance with the text embeddings
+    "ours",
+    (
+        ("qformer.layernorm.", "qformer.embeddings.layernorm."),
+        ("embeddings.", "qformer.embeddings."),
+    ),
+)
+ROTARY = Ignore(
+    "language_model.model.layers.*.self_attn.rotary_emb.inv_freq",
+    "frequencies of RoPE, which are computed",
+)
+
+INSTRUCTBLIP = dataclasses.replace(
+    BLIP2,
+    model_type="instructblip",
+    configs=(InstructBlipConfig,),
+    read=read_instructblip,
+    build=lambda config, rngs: InstructBlip(config, rngs=rngs),
+    ignores=[*IGNORES, ROTARY],
+    hints={HEAD: HINTS[HEAD]},
+    detect=partial(detect, script="instructblip"),
+    ours=INSTRUCT,
+    float32=("query_tokens",),  # as in transformers, where the Q-Former goes with the rest
 )

@@ -8,17 +8,14 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from catp_jax import strict_json
-from catp_jax.models.layers import ACTIVATIONS
 from catp_jax.terminal import one_line
 from convert.adapter import alone
 from convert.shards import UNQUANTISED
-
-Config = TypeVar("Config")
 
 WITHOUT_EFFECT_BY_KIND = {
     "what a mirror says of it": "author base_model base_model_name_or_path datasets language "
@@ -39,8 +36,6 @@ REPEATED = {
     *("num_hidden_layers", "num_key_value_heads", "vocab_size"),
 }
 """What some write again at the top, for tools that look only there."""
-
-MOST_LAYERS, LARGEST, WIDEST = 1000, 2**24, 2**14  # of layers, of anything else; pixels of a side
 
 MUST_BE_FALSE = frozenset({"pruned_heads", "quantization_config"})
 HARMLESS_BY_KIND = {
@@ -72,41 +67,13 @@ def read_json(folder: Path) -> dict[str, Any]:
     """A folder's config.json as it stands. Raises ValueError if there is none or it is no JSON."""
     path = folder / "config.json"
     if not path.is_file():
-        told = (
+        raise ValueError(
             alone(folder) or f"{folder} has no config.json; a Hugging Face model folder is wanted"
         )
-        raise ValueError(told)
     return strict_json.read(path)
 
 
-def parse(
-    raw: dict[str, Any],
-    where: str,
-    problems: list[str],
-    check: Callable[[Any], list[str]],
-    build: Callable[[Any], Config],
-) -> Config:
-    """What `build` makes of a config.json once transformers has read it and `check` passed it.
-
-    `problems` are those already found. Raises ValueError with all of them.
-    """
-    try:
-        config = _fill_defaults(raw)
-    except ModuleNotFoundError:
-        raise  # transformers itself is missing
-    except Exception as error:  # its validators raise what they like
-        problems = [*problems, f"transformers refuses it: {' '.join(str(error).split())}"]
-    else:
-        problems = [*problems, *check(config)]
-        if not problems:
-            return build(config)
-    raise ValueError(
-        f"{where} asks for what is not supported here, or does not fit together\n  "
-        + "\n  ".join(problems)
-    )
-
-
-def _fill_defaults(raw: dict[str, Any]) -> Any:
+def fill_defaults(raw: dict[str, Any]) -> Any:
     """transformers' own reading of it. Imported here, so that `import convert` stays light."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -115,34 +82,55 @@ def _fill_defaults(raw: dict[str, Any]) -> Any:
     transformers.logging.set_verbosity_error()  # it only warns of what is refused anyway
     try:
         copy = json.loads(json.dumps(raw))  # it writes into what it is given
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy)
+        config: Any = CONFIG_MAPPING[raw["model_type"]].from_dict(copy)
+        text, stated = getattr(config, "text_config", None), raw.get("text_config")
+        if text is not None and text.model_type == "t5" and isinstance(stated, dict):
+            # transformers 5 calls every T5's head tied, whatever the file says
+            text.tie_word_embeddings = stated.get("tie_word_embeddings") is not False
+        return config
     finally:
         transformers.logging.set_verbosity(verbosity)
 
 
-def check_known(
-    part: Any, prefix: str, known: set[str], must_be_false: frozenset[str] = MUST_BE_FALSE
+def check_keys(
+    raw: Mapping[str, Any], prefix: str, known: Container[str], must_be_false: Container[str] = ()
 ) -> list[str]:
-    """What is wrong with the keys of one part of config.json, whose place is `prefix`."""
+    """What is wrong with the keys of one part of config.json, whose place is `prefix`.
+
+    At the top, those that repeat a value of the text part are not looked at yet.
+    """
     problems = []
-    for key, value in (part if isinstance(part, dict) else {}).items():
+    for key, value in raw.items():
         if key == "quantization_config" and value:
             problems.append(_quantised(prefix, value))
-        elif key in must_be_false:
+        elif key in must_be_false or key in MUST_BE_FALSE:
             if value:
                 problems.append(f"{prefix}{key} is {short(value)}; only without it")
-        elif key in known | HARMLESS:
+        elif key in known or key in HARMLESS or (not prefix and key in REPEATED):
             continue
         elif key in WITHOUT_EFFECT or key.startswith(PREFIXES):
             note(f"config.json: {prefix}{key} changes no number and is passed over")
-        elif not prefix and key in REPEATED and _repeats(part, key):
+        else:
+            problems.append(_unknown(prefix + key, value))
+    return problems
+
+
+def check_repeated(raw: Mapping[str, Any], config: Any) -> list[str]:
+    """What is wrong with the keys at the top that should say what the text part says."""
+    problems = []
+    for key in sorted(REPEATED & raw.keys()):
+        if getattr(getattr(config, "text_config", None), key, None) == raw[key]:
             note(f"config.json: {key} repeats text_config.{key} and is passed over")
         else:
-            problems.append(
-                f"{prefix}{key} is unknown (it is {short(value)}); if it changes no number, "
-                f"ignore_config={prefix + key!r} (--ignore-config {prefix}{key}) passes over it"
-            )
+            problems.append(_unknown(key, raw[key]))
     return problems
+
+
+def _unknown(key: str, value: Any) -> str:
+    return (
+        f"{key} is unknown (it is {short(value)}); if it changes no number, "
+        f"ignore_config={key!r} (--ignore-config {key}) passes over it"
+    )
 
 
 def without(raw: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, Any]:
@@ -173,42 +161,6 @@ def _quantised(prefix: str, value: Any) -> str:
         f"read; {UNQUANTISED}. If its tensors are not quantised after all, ignore_config="
         f"{prefix + 'quantization_config'!r} (--ignore-config {prefix}quantization_config) helps"
     )
-
-
-def _repeats(raw: dict[str, Any], key: str) -> bool:
-    text = raw.get("text_config")
-    return not isinstance(text, dict) or text.get(key, raw[key]) == raw[key]
-
-
-def check_activation(name: str) -> list[str]:
-    """What is wrong with the name of an activation: nothing, or one line."""
-    if name in ACTIVATIONS:
-        return []
-    return [f"hidden_act is {name!r}; supported: {', '.join(sorted(ACTIVATIONS))}"]
-
-
-def not_positive(part: Any, *names: str) -> list[str]:
-    """A line for each of these values that is no positive number, or a size that no model has."""
-    problems = []
-    for name in names:
-        value, most = getattr(part, name), MOST_LAYERS if name.endswith("layers") else LARGEST
-        if not is_positive(value):
-            problems.append(f"{name} is {value!r}; a positive number is wanted")
-        elif value > most:
-            problems.append(f"{name} is {value!r}; at most {most} is read")
-    return problems
-
-
-def is_positive(value: Any) -> bool:
-    """Whether it is a number above zero."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def side(size: Any) -> Any:
-    """The side of a square given as a number or as two; None if it is none, or none of images."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    (one, *more) = sides or {None}
-    return one if not more and is_positive(one) and one <= WIDEST else None
 
 
 def short(value: Any) -> str:

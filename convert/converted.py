@@ -21,12 +21,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
-from catp_jax.models.narrow import Weights
 from convert.dtypes import cast, name_dtype, parse_dtype
-from convert.families import Config, Model, family_of
+from convert.families import Config, family_of
 from convert.family import wrapper_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
-from convert.loading import Place, Progress, abstract, counted, load_model
+from convert.loading import Progress, abstract, counted
 from convert.manifest import MANIFEST, File, Manifest, config_digest, read_config
 from convert.reader import HfSource, open_hf
 from convert.report import Report, make_report
@@ -64,26 +63,10 @@ def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted
     family = family_of(config)
     own = family.with_own_head(config)
     heads = leaves.named(abstract(own)).keys() - leaves.named(abstract(config)).keys()
-    has_own = bool(heads) and heads <= stored.keys()
-    return Converted(folder, manifest, stored, own if has_own else config)
-
-
-def load_converted(
-    folder: str | Path,
-    dtype: DTypeLike | None = None,
-    place: Place | None = None,
-    weights: Weights | None = None,
-    ignore_config: Sequence[str] = (),
-) -> Model:
-    """The model in a converted folder, its weights as `dtype` (None: as they are stored).
-
-    Number types, `place`, `weights` and `ignore_config` are as in `load_hf`. Raises ValueError if
-    the folder is damaged.
-    """
-    source = open_converted(Path(folder), ignore_config)
-    wanted = leaves.named(abstract(source.config))
-    checkpoint.compare(source.stored, wanted, source.folder / WEIGHTS)
-    return load_model(source, dtype, place, weights)
+    if heads and heads <= stored.keys():
+        config = own
+    checkpoint.compare(stored, leaves.named(abstract(config)), folder / WEIGHTS)
+    return Converted(folder, manifest, stored, config)
 
 
 def to_orbax(
@@ -116,7 +99,8 @@ def to_orbax(
         name: struct.update(dtype=struct.dtype if wanted is None else cast(family, name, wanted))
         for name, struct in source.stored.items()
     }
-    sizes = {name: source.tensors[one.source].nbytes for name, one in source.filled.items()}
+    filled = source.matching.filled
+    sizes = {name: source.tensors[one.source].nbytes for name, one in filled.items()}
     read = sum(sizes.values())
     total = 2 * read if verify else read
     checksums: dict[str, int] = {}
@@ -144,7 +128,7 @@ def _manifest(
 ) -> Manifest:
     """What leads back from a converted folder to its source."""
     matching = source.matching
-    matched = {one.source for one in (*matching.matches, *matching.twins)}
+    matched = {one.source for one in (*matching.filled.values(), *matching.twins)}
     kept = [
         (shard, [tensor for tensor in shard.tensors if tensor.name in matched])
         for shard in source.shards
@@ -224,7 +208,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             shutil.copyfile(folder / INDEX, target / INDEX)
         shutil.copyfile(folder / "config.json", target / "config.json")
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    matching = Matching([matches[name] for name in tensors], [], {})
+    matching = Matching({}, [matches[name] for name in tensors], {})
     dtypes = {name: struct.dtype for name, struct in source.stored.items()}
     return make_report(folder, manifest.layout, matching, tensors, dtypes)
 
@@ -233,8 +217,7 @@ def _matches(source: Converted) -> dict[str, Match]:
     """Which parameter is each tensor of the original, by its name. Raises ValueError."""
     manifest, family = source.manifest, family_of(source.config)
     names = [name for file in manifest.files.values() for name in file.tensors]
-    layout = family.layouts[manifest.layout]
-    layout = dataclasses.replace(layout, wrapper=wrapper_of(names))
+    layout = dataclasses.replace(family.layouts[manifest.layout], wrapper=wrapper_of(names))
     matches = family.places(names, source.stored, source.config, layout)
     if {*names} != matches.keys() or {one.target for one in matches.values()} != {*source.stored}:
         raise ValueError(

@@ -8,10 +8,9 @@ from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
-from convert.blip2 import BLIP2
+from convert.blip2 import BLIP2, INSTRUCTBLIP
 from convert.configs import read_json, without
 from convert.family import Family
-from convert.instructblip import INSTRUCTBLIP
 from convert.mllama import MLLAMA
 
 Config = MllamaConfig | Blip2Config | RetrievalConfig | InstructBlipConfig
@@ -59,8 +58,11 @@ def parse_config(
 
 
 def config_json(config: Config, **extra: Any) -> dict[str, Any]:
-    """The config.json of a model of ours; `extra` adds to its text part (`eos_token_id` …).
+    """The config.json of a model of ours; `extra` adds to its text part (`eos_token_id` …), or
+    where there is no language model to the Q-Former's.
 
     Tokens that are not given are None, where transformers would put those of some language model.
     """
-    return family_of(config).write(config, extra)
+    content = family_of(config).write(config)
+    content["text_config" if "text_config" in content else "qformer_config"] |= extra
+    return content

@@ -67,13 +67,13 @@ class Family:
     model_type: str
     configs: tuple[type, ...]
     read: Callable[[dict[str, Any], str], Any]
-    write: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
     build: Callable[[Any, nnx.Rngs], nnx.Module]
     rules: Callable[[Any], Sequence[Rule]]
     ignores: Sequence[Ignore]
     hints: Mapping[str, str]
-    layouts: Mapping[str, Layout]
     detect: Callable[[Iterable[str], str], Layout]
+    layouts: Mapping[str, Layout] = dataclasses.field(default_factory=lambda: {HUB.name: HUB})
     ours: Layout = HUB
     twins: Sequence[Twin] = ()
     head: str | None = None

@@ -10,8 +10,8 @@ from typing import Any
 from catp_jax import strict_json
 from convert import families
 from convert.families import FAMILIES, Config
-from convert.names import check_weights_file
 from convert.shards import DTYPES, is_text_by_text
+from convert.weights import check_weights_file
 
 MANIFEST = "catp_jax.json"
 FORMAT = 3  # 2 had no checksums, 1 the parts of BLIP-2's `qkv` one after the other

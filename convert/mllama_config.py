@@ -5,183 +5,121 @@ from typing import Any, get_args
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, CrossDecoderConfig
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig, VisionMode
-from convert.configs import (
+from convert.language_config import LLAMA, check_llama
+from convert.parts import (
+    ACTIVATION,
+    ANY,
     MOST_LAYERS,
-    MUST_BE_FALSE,
-    WIDEST,
-    check_activation,
-    check_known,
+    SQUARE,
+    Field,
+    Part,
+    check_heads,
+    check_patches,
     is_positive,
-    not_positive,
     parse,
-    side,
+    sizes,
 )
-from convert.language_config import check_llama, read_rope, write_rope
-
-TOP = {"model_type", "image_token_index", "image_token_id", "text_config", "vision_config"}
-TEXT = {
-    *("vocab_size", "hidden_size", "hidden_act", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "cross_attention_layers"),
-}
-VISION = {
-    *("hidden_size", "hidden_act", "num_hidden_layers", "num_global_layers", "attention_heads"),
-    *("num_attention_heads", "num_channels", "intermediate_size", "vision_output_dim"),
-    *("image_size", "patch_size", "norm_eps", "max_num_tiles", "intermediate_layers_indices"),
-    *("supported_aspect_ratios", "vision_mode"),
-}
-UNTIED = MUST_BE_FALSE | {"tie_word_embeddings"}
 
 
-def read(raw: dict[str, Any], where: str) -> MllamaConfig:
-    """The configuration in a config.json. Raises ValueError."""
-    return parse(raw, where, _check_keys(raw), _check, _build)
+def _check_cross_layers(part: Any, key: str) -> list[str]:
+    layers, depth = list(getattr(part, key)), part.num_hidden_layers
+    if layers and layers == sorted(set(layers)) and 0 <= layers[0] <= layers[-1] < depth:
+        return []
+    return [f"{key} is {layers}; wanted: one or more of the {depth} layers, rising, each once"]
 
 
-def write(config: MllamaConfig, extra: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a configuration; `extra` goes into its text part."""
-    text, vision = config.text, config.vision
-    kept = TEXT - {"rope_theta", "rope_scaling", "rope_parameters", "cross_attention_layers"}
-    lists = {"vision_output_dim", "intermediate_layers_indices", "supported_aspect_ratios"}
-    return {
-        "architectures": ["MllamaForConditionalGeneration"],
-        "model_type": "mllama",
-        "image_token_index": config.image_token_index,
-        "text_config": {
-            "model_type": "mllama_text_model",
-            **{name: getattr(text, name) for name in sorted(kept)},
-            "rope_parameters": write_rope(text.rope),
-            "cross_attention_layers": list(text.cross_attention_layers),
-            "tie_word_embeddings": False,
-            "eos_token_id": None,
-            "pad_token_id": None,
-            **extra,
-        },
-        "vision_config": {
-            "model_type": "mllama_vision_model",
-            **{
-                name: getattr(vision, name)
-                for name in sorted(VISION - lists - {"num_attention_heads"})
-            },
-            "vision_output_dim": vision.output_size,
-            "intermediate_layers_indices": list(vision.intermediate_layers_indices),
-            "supported_aspect_ratios": [list(ratio) for ratio in vision.supported_aspect_ratios],
-        },
-    }
+TEXT = Part(
+    CrossDecoderConfig,
+    "mllama_text_model",
+    {**LLAMA.fields, "cross_attention_layers": Field(_check_cross_layers, tuple, list)},
+    must_be_false="tie_word_embeddings",
+    unread="rope_theta rope_scaling",
+    together=check_llama,
+    written=lambda config: {"eos_token_id": None, "pad_token_id": None},
+)
 
 
-def _check_keys(raw: dict[str, Any]) -> list[str]:
-    return [
-        *check_known(raw, "", TOP, UNTIED),
-        *check_known(raw.get("text_config"), "text_config.", TEXT, UNTIED),
-        *check_known(raw.get("vision_config"), "vision_config.", VISION, UNTIED),
-    ]
+def _check_global_layers(part: Any, key: str) -> list[str]:
+    if 0 <= (number := getattr(part, key)) <= MOST_LAYERS:
+        return []
+    return [f"{key} is {number}; 0 to {MOST_LAYERS} are read"]
 
 
-def _check(config: Any) -> list[str]:
-    problems = [f"text_config: {p}" for p in _check_text(config.text_config)]
-    problems += [f"vision_config: {p}" for p in _check_vision(config.vision_config)]
-    rows = config.text_config.vocab_size + EXTRA_EMBEDDINGS
-    if not 0 <= config.image_token_index < rows:
-        problems.append(
-            f"image_token_index is {config.image_token_index}, the embedding has {rows} rows"
-        )
-    return problems
+def _check_mode(part: Any, key: str) -> list[str]:
+    if (mode := getattr(part, key, "meta")) in get_args(VisionMode):
+        return []
+    return [f"{key} is {mode!r}; 'meta' or 'hf' is wanted"]
 
 
-def _check_text(text: Any) -> list[str]:
-    problems = check_llama(text)
-    layers, depth = list(text.cross_attention_layers), text.num_hidden_layers
-    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
-        problems.append(
-            f"cross_attention_layers is {layers}; wanted: one or more of the {depth} layers, "
-            "rising, each once"
-        )
-    return problems
-
-
-def _check_vision(vision: Any) -> list[str]:
-    problems = not_positive(
-        vision,
-        *("hidden_size", "num_hidden_layers", "attention_heads", "num_channels"),
-        *("intermediate_size", "norm_eps", "max_num_tiles"),
-    )
-    if not 0 <= vision.num_global_layers <= MOST_LAYERS:
-        problems.append(
-            f"num_global_layers is {vision.num_global_layers}; 0 to {MOST_LAYERS} are read"
-        )
-    problems += check_activation(vision.hidden_act)
-    for name in ("image_size", "patch_size"):
-        if side(getattr(vision, name)) is None:
-            problems.append(
-                f"{name} is {getattr(vision, name)}; tiles and patches are square, of at most "
-                f"{WIDEST} pixels a side"
-            )
-    if problems:
-        return problems
-    image, patch = side(vision.image_size), side(vision.patch_size)
-    if image % patch:
-        problems.append(f"image_size {image} is not a multiple of patch_size {patch}")
-    if vision.hidden_size % vision.attention_heads:
-        problems.append(
-            f"hidden_size {vision.hidden_size} does not split into {vision.attention_heads} heads"
-        )
-    indices, depth = vision.intermediate_layers_indices, vision.num_hidden_layers
+def _check_vision(part: Any) -> list[str]:
+    problems = check_patches(part) + check_heads(part, "attention_heads")
+    indices, depth = part.intermediate_layers_indices, part.num_hidden_layers
     if not indices or not all(0 <= index < depth for index in indices):
         problems.append(
             f"intermediate_layers_indices is {indices}; wanted: one or more of the {depth} layers"
         )
-    wanted = vision.hidden_size * (1 + len(indices))
-    if vision.vision_output_dim != wanted:
+    wanted = part.hidden_size * (1 + len(indices))
+    if part.vision_output_dim != wanted:
         problems.append(
-            f"vision_output_dim is {vision.vision_output_dim}; hidden_size × (1 + intermediate "
+            f"vision_output_dim is {part.vision_output_dim}; hidden_size × (1 + intermediate "
             f"layers) is {wanted}"
         )
-    if (mode := _vision_mode(vision)) not in get_args(VisionMode):
-        problems.append(f"vision_mode is {mode!r}; 'meta' or 'hf' is wanted")
-    tiles = vision.max_num_tiles
-    for ratio in vision.supported_aspect_ratios:
-        if len(ratio) != 2 or not all(is_positive(n) for n in ratio) or ratio[0] * ratio[1] > tiles:
+    tiles = part.max_num_tiles
+    for ratio in part.supported_aspect_ratios:
+        if len(ratio) != 2 or not all(map(is_positive, ratio)) or ratio[0] * ratio[1] > tiles:
             problems.append(f"supported_aspect_ratios has {ratio}; wanted: 1 to {tiles} tiles")
     return problems
 
 
-def _vision_mode(vision: Any) -> Any:
-    """A key of ours; Meta's checkpoints, which do not have it, were trained so."""
-    return getattr(vision, "vision_mode", "meta")
+VISION = Part(
+    TiledVitConfig,
+    "mllama_vision_model",
+    {
+        **sizes("hidden_size num_hidden_layers attention_heads num_channels intermediate_size"),
+        **sizes("norm_eps max_num_tiles"),
+        "hidden_act": ACTIVATION,
+        "num_global_layers": Field(_check_global_layers),
+        "image_size": SQUARE,
+        "patch_size": SQUARE,
+        "intermediate_layers_indices": Field(read=tuple, write=list),
+        "supported_aspect_ratios": Field(
+            read=lambda ratios: tuple(map(tuple, ratios)),
+            write=lambda ratios: [*map(list, ratios)],
+        ),
+        # a key of ours; Meta's checkpoints, which do not have it, were trained so
+        "vision_mode": Field(_check_mode, default="meta"),
+    },
+    must_be_false="tie_word_embeddings",
+    unread="num_attention_heads vision_output_dim",
+    together=_check_vision,
+    written=lambda config: {"vision_output_dim": config.output_size},
+)
 
 
-def _build(config: Any) -> MllamaConfig:
-    text, vision = config.text_config, config.vision_config
-    return MllamaConfig(
-        vision=TiledVitConfig(
-            hidden_size=vision.hidden_size,
-            hidden_act=vision.hidden_act,
-            num_hidden_layers=vision.num_hidden_layers,
-            num_global_layers=vision.num_global_layers,
-            attention_heads=vision.attention_heads,
-            num_channels=vision.num_channels,
-            intermediate_size=vision.intermediate_size,
-            image_size=side(vision.image_size),
-            patch_size=side(vision.patch_size),
-            norm_eps=vision.norm_eps,
-            max_num_tiles=vision.max_num_tiles,
-            intermediate_layers_indices=tuple(vision.intermediate_layers_indices),
-            supported_aspect_ratios=tuple((r[0], r[1]) for r in vision.supported_aspect_ratios),
-            vision_mode=_vision_mode(vision),
-        ),
-        text=CrossDecoderConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            hidden_act=text.hidden_act,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            intermediate_size=text.intermediate_size,
-            rope=read_rope(text.rope_parameters),
-            rms_norm_eps=text.rms_norm_eps,
-            max_position_embeddings=text.max_position_embeddings,
-            cross_attention_layers=tuple(text.cross_attention_layers),
-        ),
-        image_token_index=config.image_token_index,
-    )
+def _check(config: Any) -> list[str]:
+    rows = config.text_config.vocab_size + EXTRA_EMBEDDINGS
+    if 0 <= (token := config.image_token_index) < rows:
+        return []
+    return [f"image_token_index is {token}, the embedding has {rows} rows"]
+
+
+MODEL = Part(
+    MllamaConfig,
+    "mllama",
+    {"image_token_index": ANY},
+    parts={"vision_config": [VISION], "text_config": [TEXT]},
+    must_be_false="tie_word_embeddings",
+    unread="image_token_id",
+    together=_check,
+    written=lambda config: {"architectures": ["MllamaForConditionalGeneration"]},
+)
+
+
+def read(raw: dict[str, Any], where: str) -> MllamaConfig:
+    """The configuration in a config.json. Raises ValueError."""
+    return parse(raw, where, MODEL)
+
+
+def write(config: MllamaConfig) -> dict[str, Any]:
+    """The config.json of a configuration."""
+    return MODEL.write(config)

@@ -34,8 +34,7 @@ from convert.weights import find_shards
 class HfSource:
     """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet.
 
-    `filled` are the matches by the parameter they fill, in the order of their tensors' bytes on
-    disk; an adapter may have changed `tensors`.
+    An adapter may have changed `tensors`, not `shards`.
     """
 
     folder: Path
@@ -44,7 +43,6 @@ class HfSource:
     shards: list[Shard]
     tensors: dict[str, Tensor]
     matching: Matching
-    filled: dict[str, Match]
 
     @property
     def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,7 +50,7 @@ class HfSource:
         shapes = leaves.named(abstract(self.config))
         return {
             name: jax.ShapeDtypeStruct(shapes[name].shape, self.tensors[one.source].dtype)
-            for name, one in self.filled.items()
+            for name, one in self.matching.filled.items()
         }
 
     def runs(
@@ -65,12 +63,12 @@ class HfSource:
         """
 
         def read(name: str) -> np.ndarray | jax.Array:
-            one = self.filled[name]
+            one = self.matching.filled[name]
             array = _read(one, self.tensors[one.source], wanted[name])
             see(name, array)
             return array
 
-        return ahead(read, {name: leaves.nbytes(wanted[name]) for name in self.filled})
+        return ahead(read, {name: leaves.nbytes(wanted[name]) for name in self.matching.filled})
 
     def report(self, dtypes: Mapping[str, np.dtype]) -> Report:
         """What becomes of every tensor, with the parameters of these number types."""
@@ -85,16 +83,7 @@ def load_hf(
     ignore_config: Sequence[str] = (),
     adapter: str | Path | None = None,
 ) -> tuple[Model, Report]:
-    """The model in a Hugging Face folder, its weights as `dtype` (None: as the folder has them; if
-    it has several types, that of config.json, as in transformers).
-
-    A LoRA adapter beside the weights, or in the folder `adapter`, is merged, see `convert.adapter`.
-    Keys of config.json in `ignore_config` are read as if they were not there. Parts that compute in
-    float32 (BLIP-2's Q-Former) have float32 weights, whatever `dtype`. `place` chooses shardings;
-    each process then reads the bytes of its own shards. `weights` narrows kernels one by one as
-    they come, see `catp_jax.models.narrow`. Raises
-    ValueError if config.json or the weights are damaged, unsupported or do not fit together.
-    """
+    """The model in a Hugging Face folder, as `convert.load` reads it, and a report."""
     source = open_hf(Path(folder), ignore_config, adapter)
     model = load_model(source, dtype, place, weights)
     return model, source.report({name: x.dtype for name, x in leaves.named(model).items()})
@@ -127,10 +116,8 @@ def open_hf(
     _refuse_other_values(folder, tensors, matching)
     if addition is not None:
         tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
-    by_tensor = {one.source: one for one in matching.matches}
-    filled = {by_tensor[name].target: by_tensor[name] for name in tensors if name in by_tensor}
-    _refuse_other_types(folder, (tensors[name] for name in by_tensor))
-    return HfSource(folder, config, layout, shards, tensors, matching, filled)
+    _refuse_other_types(folder, [tensors[one.source] for one in matching.filled.values()])
+    return HfSource(folder, config, layout, shards, tensors, matching)
 
 
 def _finder(
@@ -176,11 +163,11 @@ def _refuse_other_types(folder: Path, tensors: Iterable[Tensor]) -> None:
 
 def _refuse_other_values(folder: Path, tensors: Mapping[str, Tensor], matching: Matching) -> None:
     """Raises ValueError for tensors that should be another one's twin and differ from it."""
-    first = {one.target: one.source for one in matching.matches}
     different = [
-        f"{twin.source} differs from {first[twin.target]}"
+        f"{twin.source} differs from {first.source}"
         for twin in matching.twins
-        if not tensors[twin.source].equals(tensors[first[twin.target]])
+        for first in [matching.filled[twin.target]]
+        if not tensors[twin.source].equals(tensors[first.source])
     ]
     if different:
         raise ValueError(

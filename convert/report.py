@@ -68,12 +68,12 @@ def make_report(
     tensors: Mapping[str, Tensor],
     dtypes: Mapping[str, np.dtype],
 ) -> Report:
-    """The report on a matched checkpoint, in the order of the model's parameters, twins last.
+    """The report on a matched checkpoint, in the order of its tensors, twins last.
 
     `dtypes` are the number types of the parameters.
     """
     rows = []
-    for match in (*matching.matches, *matching.twins):
+    for match in (*matching.filled.values(), *matching.twins):
         tensor = tensors[match.source]
         rows.append(
             Row(

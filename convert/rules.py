@@ -110,10 +110,11 @@ class Match:
 class Matching:
     """Where the tensors of a checkpoint go: one to each parameter, `twins` once more to some.
 
-    `ignored` are the names of those left out, with the reason.
+    `filled` are the former, by parameter and in the order of the tensors. `ignored` are the names
+    of those left out, with the reason.
     """
 
-    matches: list[Match]
+    filled: dict[str, Match]
     twins: list[Match]
     ignored: dict[str, str]
 
@@ -192,7 +193,7 @@ def match(
             f"{where}: the tensors do not fit the model that config.json describes; check that "
             "both are of the same checkpoint\n" + "\n".join(lines)
         )
-    return Matching([filled[target] for target in parameters], again, ignored)
+    return Matching(filled, again, ignored)
 
 
 def _words(pattern: str, name: str) -> tuple[str, ...] | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from catp_jax import strict_json
-from convert.names import check_weights_file
 from convert.shards import MOST_TENSORS, UNQUANTISED, NotRead, Shard, read_shard, what
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,6 +23,7 @@ QUANTISED = {
     ".weight_packed": "compressed-tensors",
 }
 """How names of tensors end that only quantised checkpoints have, and which."""
+LONGEST = 255  # bytes of a file's name, on nearly all file systems
 TO_SAFETENSORS = """make safetensors of them where torch and transformers are installed:
 
     import json, transformers
@@ -102,6 +102,23 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt: a weight_map is wanted ({error})") from error
     return listed
+
+
+def check_weights_file(name: object) -> str:
+    """The name that an index or a manifest gives, if it is that of a file right in its folder.
+
+    Raises ValueError for anything but a plain `….safetensors`: other paths lead out of the folder,
+    other names are those of files with a meaning of their own.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"it names {name!r} as a weights file, which is no text")
+    if any(mark in name for mark in "/\\:") or not name.isprintable():
+        raise ValueError(f"it names a file outside its folder: {name!r}")
+    if not name.endswith(".safetensors") or name.startswith("."):
+        raise ValueError(f"it names {name!r} as a weights file; *.safetensors is wanted")
+    if len(name.encode()) > LONGEST:
+        raise ValueError(f"it names a file with more than {LONGEST} bytes: {name!r}")
+    return name
 
 
 def _refuse_quantised(folder: Path, names: Iterable[str]) -> None:

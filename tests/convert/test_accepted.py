@@ -59,6 +59,35 @@ def test_keys_that_change_no_number_pass_with_a_note(tmp_path: Path, notes, part
         assert f"{part}.{key}".lstrip(".") in line
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_key_repeats_the_text_part_only_if_the_model_has_that_value(tmp_path, notes, stated):
+    """Whether the text part says so itself or transformers fills it in."""
+    folder = hf_folder(tmp_path / "hf", name="opt")
+    edit_config(folder, "text_config", max_position_embeddings=2048)
+    raw = json.loads((folder / "config.json").read_text())
+    if not stated:
+        del raw["text_config"]["max_position_embeddings"]
+    for value, passes in ((2048, True), (2047, False)):
+        raw["max_position_embeddings"] = value
+        (folder / "config.json").write_text(json.dumps(raw))
+        configs.note.cache_clear()
+        if passes:
+            convert.read_config(folder)
+            assert any("repeats text_config.max_position_embeddings" in line for line in notes())
+        else:
+            said = len(notes())
+            with pytest.raises(ValueError, match=r"max_position_embeddings is unknown .it is 2047"):
+                convert.read_config(folder)
+            assert not any("repeats" in line for line in notes()[said:])
+
+
+def test_no_text_part_is_repeated_where_the_model_has_none(tmp_path: Path):
+    folder = hf_folder(tmp_path / "hf", name="retrieval")
+    edit_config(folder, "", architectures=["Blip2ForImageTextRetrieval"], num_key_value_heads=2)
+    with pytest.raises(ValueError, match="num_key_value_heads is unknown"):
+        convert.read_config(folder)
+
+
 CHANGING = {
     "a scale": ("", {"logit_scale": 2.0}),
     "another size at the top": ("", {"hidden_size": 25}),

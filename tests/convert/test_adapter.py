@@ -210,7 +210,16 @@ def renamed(old: str, new: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
+def in_both_layouts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A second pair for each, under the name that transformers 5 has for it."""
+    names = {
+        name: name.replace("model.language_model.", "language_model.model.") for name in tensors
+    }
+    return tensors | {names[name]: tensor.clone() for name, tensor in tensors.items()}
+
+
 DAMAGE = {
+    "two pairs for a tensor": (in_both_layouts, "is adapted twice, under two names"),
     "DoRA's tensors": (renamed("q_proj.lora_B.weight", "q_proj.lora_magnitude_vector"), "DoRA"),
     "an embedding": (renamed("q_proj.lora_A.weight", "q_proj.lora_embedding_A"), "an embedding"),
     "a half": (lambda t: {n: x for n, x in t.items() if "lora_A" in n}, "lora_A and lora_B"),

@@ -57,10 +57,10 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     model = convert.abstract(config)
     ours = {name: leaf.shape for name, leaf in named(model).items()}
     found = BLIP2.match(shapes, ours, config, HUB, preset)
-    assert {one.target for one in found.matches} == ours.keys()
+    assert {one.target for one in found.filled.values()} == ours.keys()
     assert {one.source for one in found.twins} == twins
-    assert len(found.matches) == len(ours) == len(shapes) - len(twins)
-    assert {one.source for one in found.matches} | twins == shapes.keys()
+    assert len(found.filled) == len(ours) == len(shapes) - len(twins)
+    assert {one.source for one in found.filled.values()} | twins == shapes.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

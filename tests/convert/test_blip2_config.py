@@ -196,7 +196,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "vision key": ("opt", "vision_config", {"rope": 1}, "vision_config.rope is unknown"),
     "vision heads": ("opt", "vision_config", {"num_attention_heads": 7}, "into 7 heads"),
-    "oblong": ("opt", "vision_config", {"image_size": [224, 112]}, "images and patches are square"),
+    "oblong": ("opt", "vision_config", {"image_size": [224, 112]}, "tiles and patches are square"),
     "patches": ("opt", "vision_config", {"patch_size": 15}, "not a multiple of patch_size 15"),
     "q-former key": ("opt", "qformer_config", {"rope": 1}, "qformer_config.rope is unknown"),
     "q-former positions": (
@@ -226,8 +226,8 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "opt activation": ("opt", "text_config", {"activation_function": "mish"}, "'mish'"),
     "opt heads": ("opt", "text_config", {"num_attention_heads": 33}, "into 33 heads"),
     "t5 key in opt": ("opt", "text_config", {"d_model": 3}, "text_config.d_model is unknown"),
-    "old t5": ("t5", "text_config", {"feed_forward_proj": "relu"}, "is 'relu'; supported: gated"),
-    "ungated": ("t5", "text_config", {"is_gated_act": False}, "supported: gated-gelu"),
+    "old t5": ("t5", "text_config", {"feed_forward_proj": "relu"}, "is 'relu'; supported: 'gated"),
+    "ungated": ("t5", "text_config", {"is_gated_act": False}, "is_gated_act is False; supported"),
     "other gate": ("t5", "text_config", {"feed_forward_proj": "gated-silu"}, "'gated-silu'"),
     "t5 activation": ("t5", "text_config", {"dense_act_fn": "mish"}, "'mish'; supported"),
     "few buckets": ("t5", "text_config", {"relative_attention_num_buckets": 2}, "at least 4"),
@@ -247,6 +247,13 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
 def test_unsupported_value_is_refused(name: str, part: str, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         parse_config(changed(name, part, **changes))
+
+
+@pytest.mark.parametrize("names", [3, "Blip2Model", [3], {"x": 1}, [None]])
+@pytest.mark.parametrize("kind", ["blip-2", "instructblip"])
+def test_architectures_that_are_no_list_of_names_are_refused(kind: str, names: Any):
+    with pytest.raises(ValueError, match=r"architectures is .*; a list of names is wanted"):
+        parse_config({"model_type": kind, "architectures": names})
 
 
 def test_everything_wrong_is_said_at_once():

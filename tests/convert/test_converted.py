@@ -211,7 +211,7 @@ def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path, step: str)
     script = f"""
 import resource, sys
 from pathlib import Path
-from convert.__main__ import run
+from convert.command import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
 try:
     run(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), to_hf={step == "to_hf"})
@@ -356,12 +356,12 @@ def test_termination_leaves_nothing(tmp_path: Path):
     script = f"""
 import os, signal
 from pathlib import Path
-from convert import __main__ as command
+from convert import command, converted
 def to_orbax(source, out, dtype, progress, *rest):
     def end(done, total):
         os.kill(os.getpid(), signal.SIGTERM)
     return convert(source, out, dtype, end, *rest)
-convert, command.to_orbax = command.to_orbax, to_orbax
+convert, converted.to_orbax = converted.to_orbax, to_orbax
 command.run(Path({str(source)!r}), Path({str(tmp_path / "out")!r}))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -17,9 +17,9 @@ from transformers import InstructBlipForConditionalGeneration
 import convert
 from catp_jax.leaves import named
 from catp_jax.models.instructblip import InstructBlipConfig
+from convert.blip2 import INSTRUCTBLIP
 from convert.families import config_json, parse_config
 from convert.family import HUB
-from convert.instructblip import INSTRUCTBLIP
 from tests.convert.folders import edit_config, edit_tensors
 from tests.convert.test_reader import assert_same
 from tests.parity.tiny_instructblip import CONFIGS, Prompts, tiny, tiny_hf
@@ -48,10 +48,10 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     shapes = {name: tuple(tensor.shape) for name, tensor in hf.state_dict().items()}
     ours = {name: leaf.shape for name, leaf in named(convert.abstract(config)).items()}
     found = INSTRUCTBLIP.match(shapes, ours, config, HUB, preset)
-    assert {one.target for one in found.matches} == ours.keys()
+    assert {one.target for one in found.filled.values()} == ours.keys()
     assert {one.source for one in found.twins} == twins
-    assert len(found.matches) == len(ours) == len(shapes) - len(twins)
-    assert {one.source for one in found.matches} | twins == shapes.keys()
+    assert len(found.filled) == len(ours) == len(shapes) - len(twins)
+    assert {one.source for one in found.filled.values()} | twins == shapes.keys()
 
 
 def test_parameters_are_transformers_own():

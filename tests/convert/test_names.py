@@ -14,9 +14,8 @@ from rich.console import Console
 
 import catp_jax
 import convert
-from convert.names import check_weights_file
 from convert.report import Ignored, Report, table
-from convert.weights import INDEX
+from convert.weights import INDEX, check_weights_file
 from tests.command import catp_jax as command
 from tests.convert.folders import edit_tensors, hf_folder
 from tests.convert.test_reader import assert_same

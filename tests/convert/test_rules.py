@@ -50,7 +50,7 @@ def test_the_first_rule_that_fits_names_the_tensor(parameter: str, tensor: str, 
 
 def test_each_parameter_gets_its_tensor():
     found = run(TENSORS | {"b.0.inv_freq": (2,)})
-    assert {one.target: (one.source, one.transform.name) for one in found.matches} == {
+    assert {one.target: (one.source, one.transform.name) for one in found.filled.values()} == {
         "b.0.q.kernel": ("b.0.q.weight", "transposed"),
         "b.0.k.kernel": ("b.0.k.weight", "transposed"),
         "b.0.scale": ("b.0.norm", "as it is"),
@@ -62,13 +62,13 @@ def test_each_parameter_gets_its_tensor():
 def test_second_names_of_a_tensor_are_its_twins():
     found = run(TENSORS | {"other": (4,)})
     assert found.twins == [Match("other", "b.0.scale", IDENTITY)]
-    assert Match("b.0.norm", "b.0.scale", IDENTITY) in found.matches
+    assert Match("b.0.norm", "b.0.scale", IDENTITY) in found.filled.values()
 
 
 def test_twin_stands_for_a_tensor_that_is_missing():
     tensors = {name: shape for name, shape in TENSORS.items() if name != "b.0.norm"}
     found = run(tensors | {"third": (4,), "other": (4,)})
-    assert Match("third", "b.0.scale", IDENTITY) in found.matches
+    assert Match("third", "b.0.scale", IDENTITY) in found.filled.values()
     assert found.twins == [Match("other", "b.0.scale", IDENTITY)]
 
 
@@ -80,7 +80,7 @@ def test_twin_of_another_shape_is_refused():
 def test_twin_with_a_parameter_of_its_own_is_none():
     """As a head that is not tied."""
     found = run(TENSORS)
-    assert Match("b.0.k.weight", "b.0.k.kernel", TRANSPOSE) in found.matches
+    assert Match("b.0.k.weight", "b.0.k.kernel", TRANSPOSE) in found.filled.values()
     tied = {name: shape for name, shape in PARAMETERS.items() if name != "b.0.k.kernel"}
     assert places(["b.0.k.weight", "nowhere"], wanted(tied), TWINS) == {
         "b.0.k.weight": Match("b.0.k.weight", "b.0.scale", IDENTITY)

@@ -1,4 +1,4 @@
-"""`python -m convert SOURCE OUT`: a Hugging Face folder to Orbax, or back with --to-hf."""
+"""`catp-jax convert SOURCE OUT`: a Hugging Face folder to Orbax, or back with --to-hf."""
 
 import contextlib
 import signal
@@ -6,9 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,13 +16,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from catp_jax.terminal import one_line, printable
-from convert import table, to_orbax
-from convert import to_hf as back_to_hf
+from catp_jax.terminal import one_line
+from convert import converted
 from convert.folders import remove_leftovers
-from convert.report import Report
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from convert.report import Report, table
 
 
 def run(
@@ -55,9 +50,11 @@ def run(
             bar.update(task, completed=done, total=total)
 
         if to_hf:
-            report = back_to_hf(source, out, progress)
+            report = converted.to_hf(source, out, progress)
         else:
-            report = to_orbax(source, out, dtype, progress, verify, ignore_config, adapter)
+            report = converted.to_orbax(
+                source, out, dtype, progress, verify, ignore_config, adapter
+            )
     console = Console()
     if not console.is_terminal:
         console.width = 240  # in a file, a tensor is a line
@@ -77,42 +74,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="a Hugging Face folder; with --to-hf a converted")],
-    out: Annotated[Path, typer.Argument(help="the folder to make; it must not exist yet")],
-    to_hf: Annotated[bool, typer.Option("--to-hf", help="back to the Hugging Face format")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as they are")
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read all back from the disk and compare checksums")
-    ] = False,
-    ignore_config: Annotated[
-        list[str] | None,
-        typer.Option(help="read config.json as if it had not this key; repeat it for several"),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="merge the LoRA adapter in this folder into the weights")
-    ] = None,
-) -> None:
-    """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
-    try:
-        run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {printable(error)}", err=True)
-        sys.exit(1)
-    except MemoryError:
-        typer.echo("error: the host's memory is full; use a machine with more", err=True)
-        sys.exit(1)
-
-
-def main() -> None:
-    """The command line."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
