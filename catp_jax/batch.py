@@ -17,10 +17,10 @@ from typing import Any
 
 from catp_jax import strict_json
 from catp_jax.answers import Answers, Unsound
-from catp_jax.api import Model
 from catp_jax.generation.options import Options
 from catp_jax.generation.sampling import check_seeds
 from catp_jax.lines import JsonLines, Row
+from catp_jax.model import Model
 from catp_jax.readers.chat import take_images
 from catp_jax.readers.images import within
 from catp_jax.readers.reading import Prompt, Question

@@ -14,9 +14,9 @@ from catp_jax import cli_options as opts
 from catp_jax.terminal import printable, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.api import Model
     from catp_jax.batch import Request
     from catp_jax.generation.options import Options
+    from catp_jax.model import Model
 
 
 @opts.with_options

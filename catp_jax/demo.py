@@ -9,6 +9,7 @@ from rich.console import Console
 
 from catp_jax import api
 from catp_jax.contract import Site
+from catp_jax.model import Model
 from catp_jax.readers.hub import name_of
 from catp_jax.study import curves, tables, tasks
 from catp_jax.study.pictures import Panel, draw_kept
@@ -26,7 +27,7 @@ def minis() -> list[Path]:
     return [assets / "mini-llama-vision", assets / "mini-blip2-opt"]
 
 
-def settings_for(model: api.Model) -> list[Setting]:
+def settings_for(model: Model) -> list[Setting]:
     """Methods and budgets that say something about a model."""
     if Site.ENTRY in model.sites:
         methods, budgets = ("catp", "l2", "self_attention", "random"), (16, 8, 4)
@@ -111,7 +112,7 @@ def pick(examples: list[tasks.Example]) -> list[int]:
 
 
 def show(
-    model: api.Model, examples: list[tasks.Example], numbers: Sequence[int], results: list[Result]
+    model: Model, examples: list[tasks.Example], numbers: Sequence[int], results: list[Result]
 ) -> list[list[Panel]]:
     """A row of panels for each question: the image, and what was kept of it at each budget."""
     rows = []

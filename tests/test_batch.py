@@ -270,7 +270,9 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
 
 
 def test_out_is_for_a_file_of_requests():
-    done = catp_jax("generate", ASSETS / "mini-blip2-opt", "--prompt", "a", "--out", "answers.jsonl")
+    done = catp_jax(
+        "generate", ASSETS / "mini-blip2-opt", "--prompt", "a", "--out", "answers.jsonl"
+    )
     assert done.returncode == 2
     assert "--batch" in done.stderr
 

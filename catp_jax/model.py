@@ -1,0 +1,386 @@
+"""A loaded model: prompts and images in, answers out."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from catp_jax.answers import Answers, Unsound, alternatives_of, logprobs_of
+from catp_jax.contract import Keep, Pruners, Site, settle, turn
+from catp_jax.generation import generate as programs
+from catp_jax.generation.buckets import round_up
+from catp_jax.generation.decoding import Decoding, Stop
+from catp_jax.generation.options import Options
+from catp_jax.models.frozen import Frozen
+from catp_jax.models.narrow import narrow_type
+from catp_jax.pruning import budget
+from catp_jax.pruning.named import Named, named
+from catp_jax.pruning.named import pruners as pruners_of
+from catp_jax.readers.chat import check_text
+from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
+from catp_jax.readers.packing import Packed
+from catp_jax.readers.reading import ImageCache, Kept, Prompt, Question, Reader, arrange
+from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
+from catp_jax.sharding import place
+from catp_jax.sharding.rules import shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint with its processor, ready to answer.
+
+    `defaults` are the options that count where a call gives none, from the folder's
+    generation_config.json; `note` says in a line what was found there, see
+    `readers.generation_config`.
+    """
+
+    network: Frozen | place.Sharded
+    reader: Reader
+    end_tokens: tuple[int, ...]
+    pad_token: int
+    defaults: Options = dataclasses.field(default_factory=Options)
+    note: str = ""
+    fetch: Fetch | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.network.summary})"
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.reader.config
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Where this model can be pruned."""
+        return self.network.sites
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The number type of the language model, and so of its caches."""
+        return self.network.thaw().dtype
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this model from others, for records: its kind, size, number type, and a
+        checksum over a little of every array.
+        """
+        checksum = hashlib.sha256()
+        for array in self.network.arrays:
+            some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
+            checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
+        network = self.network.thaw()
+        qformer = getattr(network, "qformer", None)
+        layers = {} if qformer is None else {"cross_layers": len(qformer.config.cross_layers)}
+        return {
+            "model": type(network).__name__,
+            "language_model": type(network.language_model).__name__,
+            **layers,
+            "parameters": sum(array.size for array in self.network.arrays),
+            "dtype": str(self.dtype),
+            **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
+            "checksum": checksum.hexdigest()[:16],
+        }
+
+    def prepare(
+        self,
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
+        prompts: Sequence[Prompt],
+        begun: Sequence[str] | None = None,
+    ) -> Packed[Any]:
+        """Reads images and prompts into arrays for `generate_packed`.
+
+        `images[b]` is the image of `prompts[b]`, a list of several, or None; None in place of all
+        leaves them to the chats that hold their own, see `readers.chat`. `begun[b]` is what the
+        answer begins with: the model goes on from there, see `generate`.
+
+        Raises ValueError for an image that cannot be read or a prompt that doesn't fit its images.
+        """
+        if isinstance(prompts, NO_LIST) or isinstance(images, NO_LIST):
+            raise ValueError("images and prompts are lists, with one entry for each question")
+        if not prompts:
+            raise ValueError("at least one prompt is wanted")
+        images = [None] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"one entry of images per prompt is wanted, got {len(images)} for {len(prompts)} "
+                f"prompts; use None for a prompt without an image"
+            )
+        begun = [""] * len(prompts) if begun is None else begun
+        if isinstance(begun, NO_LIST) or len(begun) != len(prompts):
+            raise ValueError('begun is a list, with a text for each prompt; "" for none')
+        cache: ImageCache = {}
+        questions = []
+        for number, (sources, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
+            try:
+                questions.append(self.read(sources, prompt, begun=text, cache=cache))
+            except ValueError as error:
+                where = f"prompt {number}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
+        return self.pack(questions)
+
+    def read(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompt: Prompt,
+        *,
+        begun: str = "",
+        max_new_tokens: int = 0,
+        cache: ImageCache | None = None,
+    ) -> Question[Any]:
+        """One prompt as tokens, what is `begun` of its answer, and its images as the model sees
+        them.
+
+        `cache` remembers images by path or identity: one that comes again is processed and encoded
+        once. Raises ValueError if something cannot be used, or `max_new_tokens` would not fit.
+        """
+        cache = {} if cache is None else cache
+        sources, prompt = arrange(_as_list(images), prompt, cache, self.fetch)
+        check_text(begun, "the begun answer")
+        question = self.reader.read(sources, prompt, cache, begun)
+        self._check_length(self.reader.length(question), max_new_tokens)
+        return question
+
+    def visual_tokens(self, question: Question[Any]) -> int:
+        """How many visual tokens a question has, before any pruning."""
+        return self.reader.visual_tokens(question)
+
+    def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
+        """A batch of questions as arrays, where the model is."""
+        if isinstance(self.network, place.Sharded):
+            mesh = self.network.mesh
+            packed = self.reader.pack(questions, shares(mesh))
+            inputs = place.place_inputs(packed.inputs, mesh)
+        else:
+            packed = self.reader.pack(questions)
+            inputs = jax.device_put(packed.inputs)  # here, and not again at every call
+        begun = tuple(question.begun for question in questions)
+        return dataclasses.replace(packed, inputs=inputs, begun=begun if any(begun) else ())
+
+    def encode(self, packed: Packed[Any]) -> Packed[Any]:
+        """The batch with its images encoded, for whoever asks about it more than once."""
+        encoded = programs.encode(self.network, packed.inputs)
+        return dataclasses.replace(packed, encoded=encoded)
+
+    def generate(
+        self,
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
+        prompts: Sequence[Prompt],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        begun: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Answers:
+        """Answers each prompt about its images.
+
+        Methods apply in order: `pruners`, or by name, as the command takes them: `prune="fastv",
+        keep="50%"`. The options are the fields of `generation.options.Options`. See `prepare` for
+        images and prompts. What is not given is as `defaults` have it. An answer that is `begun`
+        goes on from there, and `text` and `tokens` are what follows: it stands behind the prompt or
+        what the chat template puts before an answer, and with T5 the decoder begins with it.
+
+        Raises ValueError for input that cannot be used, with the reason.
+        """
+        packed = self.prepare(images, prompts, begun)
+        return self.generate_packed(packed, pruners, prune=prune, keep=keep, **options)
+
+    def generate_packed(
+        self,
+        packed: Packed[Any],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> Answers:
+        """`generate` on prepared inputs."""
+        return self.begin(packed, pruners, prune=prune, keep=keep, **options)()
+
+    def begin(
+        self,
+        packed: Packed[Any],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        **options: Any,
+    ) -> Callable[[], Answers]:
+        """`generate_packed`, while which the caller may do something else: it sets the device to
+        work, and what it returns waits for the answers.
+        """
+        chosen = self._options(options)
+        asked = self._asked(packed, pruners, named(prune, keep), chosen)
+        pruners, decoding, stop = asked
+        if any(pruner.keep is None for pruner in pruners):
+            out = programs.generate_from(
+                self.network, *self._selected(pruners, packed), decoding, stop
+            )
+        else:
+            out = programs.generate(self.network, pruners, packed.given, decoding, stop)
+        return lambda: self._answers(place.fetch(out), packed)
+
+    def stream(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompt: Prompt,
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+        begun: str = "",
+        **options: Any,
+    ) -> Iterator[str]:
+        """The answer to one prompt, in pieces as its tokens come: put together they are what
+        `generate` answers.
+
+        A piece is text that no later token changes, so it may wait for the rest of a character, or
+        for what follows a space. Arguments are those of `generate` for one prompt.
+
+        Raises ValueError at once for input that cannot be used, and for several answers at a time.
+        """
+        chosen = self._options(options)
+        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
+            raise ValueError(
+                "a stream has one answer, drawn or greedy: leave out num_beams and "
+                "num_return_sequences"
+            )
+        if chosen.logprobs is not None:
+            raise ValueError("a stream is text alone; for logprobs use generate")
+        packed = self.prepare([images], [prompt], [begun])
+        asked = self._asked(packed, pruners, named(prune, keep), chosen)
+        return pieces(self.reader.tokenizer, self._tokens(packed, *asked), begun)
+
+    def _tokens(
+        self, packed: Packed[Any], pruners: Pruners, decoding: Decoding, stop: Stop
+    ) -> Iterator[int]:
+        """The tokens of the first prompt's answer, one at a time."""
+        new = stop.max_new_tokens
+        if any(pruner.keep is None for pruner in pruners):
+            selected = self._selected(pruners, packed)
+            start = programs.prefill_from(self.network, *selected, new_slots=new)
+        else:
+            start = programs.prefill(self.network, pruners, packed.given, new_slots=new)
+        carry = programs.first(start, decoding, stop)
+        del start  # its cache, or there would be two
+        for number in range(1, new + 1):
+            state = carry.state
+            token, is_open, sound = place.fetch((carry.last[0], state.is_open[0], state.is_sound))
+            self._check_sound(sound, 1)
+            yield int(token)
+            if number == new or not is_open:
+                return
+            carry = programs.following(self.network, pruners, carry, decoding, stop)
+
+    def _asked(
+        self, packed: Packed[Any], pruners: Sequence[Any], methods: Named, chosen: Options
+    ) -> tuple[Pruners, Decoding, Stop]:
+        """What programs are called with besides the model and its inputs, where the model is."""
+        pruners = self._pruners(packed, tuple(pruners), methods)
+        self._check_length(packed.longest, chosen.max_new_tokens)
+        before = self.reader.before_answers(packed) if chosen.reads_prompts else None
+        decoding = chosen.decoding(len(packed.available), before)
+        size, strings = self.config.text.vocab_size, chosen.strings
+        machine = stop_machine(self.reader.tokenizer, size, strings) if strings else None
+        stop = chosen.stop(self.end_tokens, self.pad_token, machine)
+        if isinstance(self.network, place.Sharded):
+            return place.replicate((pruners, decoding, stop), self.network.mesh)
+        return pruners, decoding, stop
+
+    def _selected(self, pruners: Pruners, packed: Packed[Any]) -> tuple[Pruners, Any, Any, Any]:
+        """The prefill's first part, where a method finds its own number: what it asks for, in a
+        capacity that holds it.
+        """
+        front, found, selection = programs.select_tokens(self.network, pruners, packed.given)
+        if found is not None:
+            found, selection = programs.truncate(found, selection, self._capacity(found))
+        return pruners, front, found, selection
+
+    def picture(self, source: ImageLike) -> np.ndarray:
+        """The image as the model sees it, [height, width, 3] from 0 to 1."""
+        return self.reader.picture(source)
+
+    def kept_map(self, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
+        """How much of each part of a prompt's image the kept visual tokens stand for, [rows,
+        columns] from 0 to 1: the kept patches, or where the kept queries look.
+        """
+        return self.reader.attention_map(self.network, packed, row, kept)
+
+    @staticmethod
+    def _capacity(keep: Keep) -> int:
+        """The smallest of a few sizes that holds what every sample wants to keep."""
+        wanted = int(keep.valid.sum(axis=1).max())
+        return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
+
+    def _answers(self, out: programs.Generated, packed: Packed[Any]) -> Answers:
+        each = len(out.lengths) // len(out.is_sound)  # answers to which it is said once
+        self._check_sound(np.repeat(out.is_sound, each), len(out.lengths) // len(packed.available))
+        tokens = [
+            row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
+        ]
+        kept, chosen = None, out.selection.kept
+        if chosen is not None:
+            rows = zip(np.asarray(chosen.indices), np.asarray(chosen.valid), strict=True)
+            kept = [
+                self.reader.locate(packed, row, indices[valid])
+                for row, (indices, valid) in enumerate(rows)
+            ]
+        each = len(tokens) // len(packed.available)
+        begun = [text for text in packed.begun for _ in range(each)]
+        texts = texts_of(self.reader.tokenizer, tokens, begun or [""] * len(tokens))
+        return Answers(
+            text=texts,
+            tokens=tokens,
+            logprobs=logprobs_of(out.written),
+            alternatives=alternatives_of(out.written),
+            available=packed.available,
+            kept=kept,
+            cached=out.selection.cached,
+            capacity=packed.capacity if chosen is None else chosen.indices.shape[1],
+            reports=out.selection.states,
+            logits=np.asarray(out.logits, np.float32),
+        )
+
+    def _options(self, given: dict[str, Any]) -> Options:
+        """Checked, with bad words as tokens."""
+        chosen = self.defaults.over(**given)
+        words = [ids for w in chosen.bad_words for ids in spellings(self.reader.tokenizer, w)]
+        chosen = dataclasses.replace(
+            chosen, bad_words=(), bad_words_ids=[*chosen.bad_words_ids, *words]
+        )
+        chosen.check_vocabulary(self.config.text.vocab_size)
+        return chosen
+
+    @staticmethod
+    def _check_sound(is_sound: np.ndarray, each: int) -> None:
+        """`each`: answers to a prompt."""
+        if not is_sound.all():
+            raise Unsound(sorted({int(number) // each for number in np.flatnonzero(~is_sound)}))
+
+    def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
+        if methods and pruners:
+            raise ValueError("give pruners, or methods by name (prune and keep), not both")
+        if methods:
+            return pruners_of(methods, packed.available, packed.capacity, self.sites, packed.most)
+        pruners = settle(pruners, self.sites)
+        keeps = [pruner.keep for pruner in sorted(pruners, key=turn)]
+        budget.check([keep for keep in keeps if keep is not None], packed.most)
+        return pruners
+
+    def _check_length(self, longest: int, new: int) -> None:
+        room = self.reader.positions
+        if room is not None and longest + new > room:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {new} new ones do not fit the model's {room} "
+                f"positions; shorten either"
+            )
+
+
+def _as_list(images: Any) -> list[ImageLike]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
