@@ -44,15 +44,10 @@ def plan(
     prune: Annotated[
         str | None,
         typer.Option(
-            help="A pruning method; the model's first, if only --keep is given.", metavar="METHOD"
+            help=f"{opts.PRUNE} The model's first, if only --keep is given.", metavar="METHOD,…"
         ),
     ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="How many visual tokens it keeps: a count, or a percentage.", metavar="N|P%"
-        ),
-    ] = None,
+    keep: Annotated[str | None, typer.Option(help=opts.KEEP, metavar="N|P%,…")] = None,
     dtype: Annotated[
         opts.DtypeName, typer.Option(help="The number type of the weights.")
     ] = "bfloat16",
@@ -94,6 +89,7 @@ def plan(
     from catp_jax import plan as planning
     from catp_jax.families import find_config
     from catp_jax.pruning import budget, make, methods_for
+    from catp_jax.pruning.named import named
     from catp_jax.sharding.mesh import parse_mesh
     from catp_jax.targets import devices_of, find_gpu
 
@@ -105,9 +101,14 @@ def plan(
     if gpu is not None:
         devices_of(gpu)  # says so if there is no compiler
 
-    def pruner(visual: int, sites: Any) -> Any:
-        budget.check([keep or ""], visual)
-        return make(prune or methods_for(sites)[0], budget.count(keep or "", visual), sites)
+    def pruners(visual: int, sites: Any) -> tuple[Any, ...]:
+        methods = () if keep is None else named(prune or methods_for(sites)[0], keep)
+        budget.check([some for _, some in methods], visual)
+        made, slots = [], visual
+        for spec, some in methods:
+            slots = budget.count(some, slots)
+            made.append(make(spec, slots, sites))
+        return tuple(made)
 
     def tell(batch: int, total: int) -> None:
         print(f"a batch of {batch}: {total / 1e9:.3g} GB a device", file=sys.stderr, flush=True)
@@ -121,7 +122,7 @@ def plan(
             prompt=prompt_tokens,
             new_tokens=new_tokens,
             dtype=dtype,
-            pruner=None if keep is None else pruner,
+            pruners=pruners,
             target=target,
             hosts=hosts,
             memory=None if memory is None else int(memory * 1e9),

@@ -17,6 +17,8 @@ from transformers import Blip2ForImageTextRetrieval, Blip2Processor, PreTrainedT
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import catp_jax
+from tests.command import catp_jax as command
+from tests.convert.test_adapter import adapted
 from tests.parity.tiny_blip2 import tiny_hf
 
 WORDS = ["<pad>", "<unk>", "a", "red", "blue", "green", "circle", "square", "and", "of", "two"]
@@ -121,6 +123,29 @@ def test_one_image_goes_with_all_texts_and_one_text_with_all_images(folder, pict
     np.testing.assert_allclose(matcher.itm(pictures, TEXTS[2:]), expected[1][:, 2], atol=1e-5)
     many = matcher.itm(pictures[:1], TEXTS * 12)  # 36 pairs, in two calls
     np.testing.assert_allclose(many, np.tile(expected[1][0], 12), atol=1e-5)
+
+
+def test_an_adapter_is_merged_and_a_key_passed_over(folder, pictures, tmp_path):
+    model = adapted(tiny_hf("retrieval"), target_modules=["query", "qkv", "vision_projection"])
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"sparkle": 1}))
+    pictures[0].save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png", "--text", TEXTS[0], "--json"]
+    plain, expected, adapted_scores = (
+        json.loads(command("match", *which, *words).stdout)
+        for which in (
+            [folder],
+            [tmp_path / "merged", "--processor", folder],
+            [odd, "--ignore-config", "sparkle", "--adapter", tmp_path / "adapter"],
+        )
+    )
+    for score in ("itc", "itm"):
+        np.testing.assert_allclose(adapted_scores[score], expected[score], atol=1e-5)
+        assert abs(adapted_scores[score] - plain[score]) > 1e-4
 
 
 def test_a_matcher_without_its_tokenizer_is_refused(folder, tmp_path):

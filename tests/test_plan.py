@@ -66,8 +66,8 @@ PRESETS["opt"] = lambda: replace(
     text=replace(opt.text, num_hidden_layers=1),
 )
 
-def pruner(visual, sites):
-    return make(methods_for(sites)[0], budget.parse("50%").count(visual), sites)
+def pruners(visual, sites):
+    return (make(methods_for(sites)[0], budget.parse("50%").count(visual), sites),)
 """
 
 
@@ -91,8 +91,8 @@ def on_eight() -> list[dict]:
 force_devices(8)
 for made in (
     make_plan("llama", "tensor=8", batch=16, tiles=4),
-    make_plan("llama", "tensor=8", batch=16, tiles=4, pruner=pruner),
-    make_plan("opt", "fsdp=8", pruner=pruner),
+    make_plan("llama", "tensor=8", batch=16, tiles=4, pruners=pruners),
+    make_plan("opt", "fsdp=8", pruners=pruners),
 ):
     print(json.dumps(made.as_json()))
 """)
@@ -100,7 +100,7 @@ for made in (
 
 @pytest.fixture(scope="module")
 def command_on_one() -> dict:
-    words = ["opt", "--batch", "8", "--keep", "50%", "--json"]
+    words = ["opt", "--batch", "8", "--prune", "l2, catp", "--keep", "75%,16", "--json"]
     (plan,) = run(f"from catp_jax.cli import app; app(['plan', *{words}], standalone_mode=False)")
     return plan
 
@@ -370,8 +370,8 @@ def test_what_makes_no_sense_is_refused(model, options, says):
         (["--mesh", "rows=2"], "a mesh is sizes of data, fsdp, tensor"),
         (["--batch", "0"], "batch is at least 1, got 0"),
         (["--mesh", "data=8", "--batch", "6"], "plan a multiple of 8"),
-        (["--largest-batch"], "--largest-batch and --hosts want --target"),
-        (["--memory", "0"], "--memory is a size above 0, got 0"),
+        (["--largest-batch"], "--largest-batch and --hosts require --target"),
+        (["--memory", "0"], "--memory must be a size above 0, got 0"),
     ],
 )
 def test_a_wrong_call_ends_with_its_reason_and_code_2(words, says, monkeypatch):

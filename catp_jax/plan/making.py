@@ -43,7 +43,7 @@ def make_plan(
     prompt: int = 128,
     new_tokens: int = 128,
     dtype: str = "bfloat16",
-    pruner: Callable[[int, frozenset[Any]], Any] | None = None,
+    pruners: Callable[[int, frozenset[Any]], tuple[Any, ...]] = lambda visual, sites: (),
     target: str | None = None,
     hosts: int | None = None,
     memory: int | None = None,
@@ -55,8 +55,8 @@ def make_plan(
 
     `model` is one of `families.PRESETS` or a folder, of which only config.json is read, without
     the keys `ignore_config`. The batch is split over `data` and `fsdp` (None: one prompt each).
-    `tiles` are those of an image, for Llama Vision (None: all four). `pruner` makes a method from
-    the number of visual tokens and the model's sites.
+    `tiles` are those of an image, for Llama Vision (None: all four). `pruners` makes methods, which
+    apply in order, from the number of visual tokens and the model's sites.
 
     `target` is one of `targets.GPUS`, of which `hosts` have the same number each (None: 8, and any
     fewer are on one); without it JAX has to see as many devices as the mesh has places. `memory` is
@@ -95,7 +95,7 @@ def make_plan(
         raise ValueError("hosts, and the largest batch, require a target")
     memory = memory or (MEMORY if gpu is None else gpu.memory)
 
-    asked = Asked(config, sizes, tiles, prompt, new_tokens, number_type, pruner, gpu, devices)
+    asked = Asked(config, sizes, tiles, prompt, new_tokens, number_type, pruners, gpu, devices)
     made = asked.trace(batch)
     prefill, step = made.prefill(), made.step()
     plan = Plan(
@@ -198,7 +198,7 @@ class Asked:
     prompt: int
     new_tokens: int
     dtype: np.dtype
-    pruner: Callable[[int, frozenset[Any]], Any] | None
+    pruners: Callable[[int, frozenset[Any]], tuple[Any, ...]]
     gpu: Gpu | None
     devices: list[Any] | None
 
@@ -212,7 +212,7 @@ class Asked:
         mesh = make_mesh(self.mesh, kv_heads(model), self.devices)
         model = place(model, mesh)
         network = Sharded(mesh=mesh, frozen=freeze(model))
-        pruners = () if self.pruner is None else (self.pruner(visual, model.sites),)
+        pruners = self.pruners(visual, model.sites)
         inputs = place_inputs(inputs, mesh)
         tokens = place_inputs(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
         prefill = programs.prefill.trace(network, pruners, inputs, new_slots=self.new_tokens)
@@ -233,7 +233,7 @@ class Asked:
             cross_kv=int(shard_bytes(cross) * scale),
             inputs=shard_bytes(inputs),
             visual_tokens=visual,
-            kept=pruners[0].keep if pruners else visual,
+            kept=pruners[-1].keep if pruners else visual,
             prefill_flops=flops[0],
             token_flops=flops[1],
             prefill=first,
