@@ -87,7 +87,8 @@ def examine(
             checkpoint = Checkpoint(config, None, abstract)  # should its weights not do
             if str(model) not in PRESETS:
                 folder = hub.find_folder(model)
-                checkpoint = Checkpoint(config, folder, abstract_of(folder, dtype, ignore_config))
+                abstract = convert.load_abstract(folder, dtype, ignore_config)
+                checkpoint = Checkpoint(config, folder, abstract)
         except (ValueError, TypeError, OSError) as error:
             yield Finding("fail", "model", str(error))
     checks: dict[str, Callable[[], Findings]] = {
@@ -106,22 +107,6 @@ def examine(
         except Exception as error:  # whatever it is, the other lines count too
             text = (str(error).strip() or type(error).__name__).replace("\n", " ")
             yield Finding("fail", subject, text)
-
-
-class _Planned(Exception):
-    """Ends a load before it reads weights; its argument is the model that would be filled."""
-
-
-def abstract_of(folder: Path, dtype: str | None, ignore_config: Sequence[str] = ()) -> Any:
-    """The abstract model that a load of the folder would fill. Raises ValueError as `load` does."""
-
-    def place(abstract: Any) -> Any:
-        raise _Planned(abstract)
-
-    try:
-        return convert.load(folder, dtype, place, ignore_config=ignore_config)
-    except _Planned as planned:
-        return planned.args[0]
 
 
 def installed() -> dict[str, str]:

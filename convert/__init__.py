@@ -16,7 +16,7 @@ from catp_jax.models.narrow import Weights, check
 from convert.adapter import alone
 from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
-from convert.loading import Place, Source, abstract, load_model
+from convert.loading import Place, Source, abstract, abstract_as, load_model
 from convert.manifest import MANIFEST, read_config
 from convert.reader import load_hf, open_hf
 from convert.report import Report, table
@@ -34,6 +34,7 @@ __all__ = [
     "config_json",
     "faults",
     "load",
+    "load_abstract",
     "load_config",
     "load_hf",
     "read_config",
@@ -73,19 +74,34 @@ def load(
     together.
     """
     check(weights)
+    source = _opened(folder, ignore_config, adapter)
+    return load_model(source, dtype, place, weights), source.config
+
+
+def load_abstract(
+    folder: str | Path, dtype: DTypeLike | None = None, ignore_config: Sequence[str] = ()
+) -> Model:
+    """The abstract model that `load` would fill: shapes and number types, nothing read. Raises
+    ValueError as `load` does.
+    """
+    return abstract_as(_opened(folder, ignore_config), dtype)
+
+
+def _opened(
+    folder: str | Path, ignore_config: Sequence[str] = (), adapter: str | Path | None = None
+) -> Source:
+    """A folder of either kind, checked."""
     folder = _checked(folder)
     if not (folder / MANIFEST).exists():
-        source: Source = open_hf(folder, ignore_config, adapter)
-    elif adapter is not None:
+        return open_hf(folder, ignore_config, adapter)
+    if adapter is not None:
         raise ValueError(
             f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
             "load the Hugging Face folder with it"
         )
-    else:
-        from convert.converted import open_converted  # which imports Orbax
+    from convert.converted import open_converted  # which imports Orbax
 
-        source = open_converted(folder, ignore_config)
-    return load_model(source, dtype, place, weights), source.config
+    return open_converted(folder, ignore_config)
 
 
 def load_config(folder: str | Path, ignore_config: Sequence[str] = ()) -> Config:

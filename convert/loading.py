@@ -48,12 +48,7 @@ def load_model(
     weights: Weights | None = None,
 ) -> Model:
     """The model in a folder, its weights as `dtype`: see `convert.load`."""
-    family = family_of(source.config)
-    wanted = parse_dtype(dtype) or one_dtype(source.folder, family, source.stored)
-    dtypes = {
-        name: cast(family, name, wanted or struct.dtype) for name, struct in source.stored.items()
-    }
-    model = with_dtypes(abstract(source.config), dtypes)
+    model = abstract_as(source, dtype)
     if place is not None:
         model = place(model)
     arrays: dict[str, jax.Array] = {}
@@ -65,6 +60,16 @@ def load_model(
     if weights is not None:
         model = with_scales(model, weights)
     return leaves.fill(model, arrays)
+
+
+def abstract_as(source: Source, dtype: DTypeLike | None = None) -> Model:
+    """The abstract model in the number types that a load as `dtype` gives."""
+    family = family_of(source.config)
+    wanted = parse_dtype(dtype) or one_dtype(source.folder, family, source.stored)
+    dtypes = {
+        name: cast(family, name, wanted or struct.dtype) for name, struct in source.stored.items()
+    }
+    return with_dtypes(abstract(source.config), dtypes)
 
 
 def _narrowed(name: str, array: jax.Array, weights: Weights) -> dict[str, jax.Array]:

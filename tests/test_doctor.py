@@ -16,7 +16,7 @@ from flax import nnx
 import convert
 from catp_jax import doctor
 from catp_jax.contract import Keep
-from catp_jax.doctor import Checkpoint, abstract_of, examine, heads, processes, versions
+from catp_jax.doctor import Checkpoint, examine, heads, processes, versions
 from catp_jax.families import find_config
 from catp_jax.plan import abstract_model
 from catp_jax.sharding import distributed
@@ -104,12 +104,12 @@ def test_the_number_types_that_are_tried_are_those_of_a_load(half):
     folders = {MINI: "float32", half / "hf": "float16", half / "orbax": "float16"}
     for folder, stored in folders.items():
         for dtype in (None, "bfloat16", "float32"):
-            abstract = abstract_of(folder, dtype)
+            abstract = convert.load_abstract(folder, dtype)
             assert {kind for _, kind in heads(Checkpoint(config, folder, abstract))} == {
                 dtype or stored
             }
     loaded = convert.load(half / "hf")[0]
-    planned = abstract_of(half / "hf", None)
+    planned = convert.load_abstract(half / "hf")
     types = [jax.tree.map(lambda leaf: str(leaf.dtype), nnx.state(x)) for x in (loaded, planned)]
     assert jax.tree.leaves(types[0]) == jax.tree.leaves(types[1])
 
