@@ -16,6 +16,7 @@ from catp_jax.generation.options import Options
 from catp_jax.study.curves import by_layer, draw_accuracy, draw_layers, unpruned_of
 from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import Panel, draw_kept
+from catp_jax.study.plain import shown
 from catp_jax.study.records import (
     Answers,
     Conditions,
@@ -256,13 +257,14 @@ def _search(options: Options) -> str:
 
 def _others(conditions: Conditions) -> str:
     """Whatever else differs from the defaults."""
-    shown = {"max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping"}
+    described = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty")
+    described += ("early_stopping", "temperature", "seed")
     plain = vars(Options())
     others = {
         name: value
         for name, value in vars(conditions.options).items()
-        if name not in shown | {"temperature", "seed"} and value != plain[name]
+        if name not in described and value != plain[name]
     }
     others |= {"begun": conditions.begun} if conditions.begun else {}
     others |= conditions.loading
-    return "".join(f", {name} {value}" for name, value in others.items())
+    return "".join(f", {name} {shown(value)}" for name, value in others.items())

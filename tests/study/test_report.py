@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from catp_jax.generation.options import Options
 from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
 from catp_jax.study.journal import Journal
 from catp_jax.study.plain import from_plain
@@ -212,6 +213,24 @@ def test_what_was_left_out_stands_in_the_conditions(finished):
     text = markdown({"mini": dataclasses.replace(study, header=header)}, {})
     assert "(drawn 9)" in text
     assert "Left out, without an annotation: 2." in text
+
+
+def test_whatever_differs_from_the_defaults_stands_in_the_conditions(finished):
+    study = read_study(finished[0])
+    options = Options(temperature=0.5, bad_words=("red", "a b"), max_new_tokens=7)
+    conditions = dataclasses.replace(
+        study.header.conditions,
+        options=options,
+        is_chat=True,
+        begun="It is",
+        loading={"mask_mode": "hf"},
+    )
+    header = dataclasses.replace(study.header, conditions=conditions)
+    text = markdown({"mini": dataclasses.replace(study, header=header)}, {})
+    assert "asked as `{question}` through the chat template. Drawn at temperature 0.5" in text
+    assert ', bad_words ["red", "a b"], begun "It is", mask_mode "hf", batches of 3' in text
+    plain = markdown({"mini": study}, {})
+    assert "Greedy, 0 to 4 new tokens, batches of 3" in plain
 
 
 @pytest.mark.parametrize(
