@@ -88,7 +88,7 @@ def write(folder: Path, shape: MllamaConfig) -> list[Tensor]:
     parameters = {name: tuple(x.shape) for name, x in named(convert.abstract(shape)).items()}
     tensors = {
         name: Tensor(name, folder, BFLOAT16, one.transform.source_shape(parameters[one.target]), 0)
-        for name, one in family_of(shape).wanted(parameters, shape).items()
+        for name, one in family_of(shape).names(parameters, shape).wanted.items()
     }
     sizes = {name: tensors[name].nbytes for name in sorted(tensors, key=lambda n: (place(n), n))}
     pool = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(BFLOAT16)

@@ -15,7 +15,7 @@ from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2_config import read, read_instructblip, with_own_head, write
 from convert.family import HUB, Family, Layout
-from convert.rules import THREE, THREE_BIASES, Ignore, Rule, Twin, patches
+from convert.rules import THREE, THREE_BIASES, Rule, patches
 
 PATCHES = "vision_model.embeddings.patch_embedding"
 QKV = "vision_model.encoder.layers.*.self_attn.qkv"
@@ -26,26 +26,22 @@ RULES = [
 ]
 """What does not go without saying of the parameters."""
 
-HEAD = "language_model.lm_head.weight"
-TWINS = [
-    Twin("language_model.encoder.embed_tokens.weight", "language_model.shared.weight"),
-    Twin("language_model.decoder.embed_tokens.weight", "language_model.shared.weight"),
-    Twin(HEAD, "language_model.shared.weight"),
-    Twin(HEAD, "language_model.model.decoder.embed_tokens.weight"),
-]
+HEAD, SHARED = "language_model.lm_head.weight", "language_model.shared.weight"
+TWINS = {
+    "language_model.encoder.embed_tokens.weight": [SHARED],
+    "language_model.decoder.embed_tokens.weight": [SHARED],
+    HEAD: [SHARED, "language_model.model.decoder.embed_tokens.weight"],
+}
 
 COUNTED = "numbers of positions, which are computed"
 UNUSED = "a leftover that no version of transformers reads"
-IGNORES = [
-    Ignore("vision_model.embeddings.position_ids", COUNTED),
-    Ignore("qformer.embeddings.position_ids", COUNTED),
-    Ignore("embeddings.position_ids", COUNTED),
-    Ignore("language_model.model.decoder.version", UNUSED),
-    Ignore(
-        "language_model.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-        UNUSED,
-    ),
-]
+IGNORES = {
+    "vision_model.embeddings.position_ids": COUNTED,
+    "qformer.embeddings.position_ids": COUNTED,
+    "embeddings.position_ids": COUNTED,
+    "language_model.model.decoder.version": UNUSED,
+    "language_model.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": UNUSED,
+}
 
 HINTS = {
     HEAD: (
@@ -110,10 +106,11 @@ INSTRUCT = Layout(  # its Q-Former has the norm at the entrance with the text em
         ("embeddings.", "qformer.embeddings."),
     ),
 )
-ROTARY = Ignore(
-    "language_model.model.layers.*.self_attn.rotary_emb.inv_freq",
-    "frequencies of RoPE, which are computed",
-)
+ROTARY = {
+    "language_model.model.layers.*.self_attn.rotary_emb.inv_freq": (
+        "frequencies of RoPE, which are computed"
+    )
+}
 
 INSTRUCTBLIP = dataclasses.replace(
     BLIP2,
@@ -121,7 +118,7 @@ INSTRUCTBLIP = dataclasses.replace(
     configs=(InstructBlipConfig,),
     read=read_instructblip,
     build=lambda config, rngs: InstructBlip(config, rngs=rngs),
-    ignores=[*IGNORES, ROTARY],
+    ignores=IGNORES | ROTARY,
     hints={HEAD: HINTS[HEAD]},
     detect=partial(detect, script="instructblip"),
     ours=INSTRUCT,

@@ -218,7 +218,7 @@ def _matches(source: Converted) -> dict[str, Match]:
     manifest, family = source.manifest, family_of(source.config)
     names = [name for file in manifest.files.values() for name in file.tensors]
     layout = dataclasses.replace(family.layouts[manifest.layout], wrapper=wrapper_of(names))
-    matches = family.places(names, source.stored, source.config, layout)
+    matches = family.names(source.stored, source.config, layout).places(names)
     if {*names} != matches.keys() or {one.target for one in matches.values()} != {*source.stored}:
         raise ValueError(
             f"{source.folder}: {MANIFEST} lists {len(names)} tensors, {WEIGHTS} holds "

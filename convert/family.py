@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from convert.rules import Ignore, Match, Matching, Rule, Shape, Twin, match, places, tensor_of
+from convert.rules import Match, Names, Rule, tensor_of
 
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "_forward_module.", "pretrained_model.")
 """What peft, torch's parallel and compiled modules, Lightning and TRL put before every name."""
@@ -58,10 +58,11 @@ class Family:
 
     `read` and `write` go from a config.json to one of `configs` and back. `ours` is how a model's
     parameters are named, and `rules` say of these names, given the hub's prefixes, what does not go
-    without saying. `detect` tells the layout from the tensors' names. `head` is a tensor that may
-    be the `twins`' twin or have values of its own; then `with_own_head` corrects what config.json
-    said. Parameters whose name begins with one of `float32` stay float32 when others are cast,
-    those that end with one of `not_float16` when others are cast to that.
+    without saying; `twins`, `ignores` and `hints` are as in `Names`. `detect` tells the layout from
+    the tensors' names. `head` is a tensor that may be a twin or have values of its own; then
+    `with_own_head` corrects what config.json said. Parameters whose name begins with one of
+    `float32` stay float32 when others are cast, those that end with one of `not_float16` when
+    others are cast to that.
     """
 
     model_type: str
@@ -70,12 +71,12 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     build: Callable[[Any, nnx.Rngs], nnx.Module]
     rules: Callable[[Any], Sequence[Rule]]
-    ignores: Sequence[Ignore]
+    ignores: Mapping[str, str]
     hints: Mapping[str, str]
     detect: Callable[[Iterable[str], str], Layout]
     layouts: Mapping[str, Layout] = dataclasses.field(default_factory=lambda: {HUB.name: HUB})
     ours: Layout = HUB
-    twins: Sequence[Twin] = ()
+    twins: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     head: str | None = None
     with_own_head: Callable[[Any], Any] = lambda config: config
     float32: tuple[str, ...] = ()
@@ -95,50 +96,21 @@ class Family:
         layout = self.detect([name.removeprefix(wrapper) for name in names], where)
         return dataclasses.replace(layout, wrapper=wrapper)
 
-    def wanted(
-        self, parameters: Iterable[str], config: Any, layout: Layout = HUB
-    ) -> dict[str, Match]:
-        """The tensors, by their names in a layout, that a model's parameters are filled from."""
-        rules = self.rules(config)
-        found = {name: tensor_of(self.ours.to_hub(name), rules) for name in parameters}
-        matches = [
-            dataclasses.replace(one, source=layout.from_hub(one.source), target=name)
-            for name, one in found.items()
-        ]
-        return {one.source: one for one in matches}
-
-    def match(
-        self,
-        tensors: Mapping[str, Shape],
-        parameters: Mapping[str, Shape],
-        config: Any,
-        layout: Layout,
-        where: str,
-    ) -> Matching:
-        """Pairs the tensors of a checkpoint, named in a layout, with a model's parameters.
-
-        Raises ValueError with all that does not fit.
-        """
-        return match(
-            tensors,
-            parameters,
-            self.wanted(parameters, config, layout),
-            [Ignore(layout.from_hub(one.source), one.reason) for one in self.ignores],
-            where,
-            {layout.from_hub(name): hint for name, hint in self.hints.items()},
-            self._twins(layout),
+    def names(self, parameters: Iterable[str], config: Any, layout: Layout = HUB) -> Names:
+        """What the tensors for a model's parameters are called in a layout."""
+        rules, own = self.rules(config), layout.from_hub
+        found = [(name, tensor_of(self.ours.to_hub(name), rules)) for name in parameters]
+        return Names(
+            wanted={
+                own(one.source): Match(own(one.source), name, one.transform) for name, one in found
+            },
+            twins={own(name): [*map(own, firsts)] for name, firsts in self.twins.items()},
+            ignores={own(pattern): reason for pattern, reason in self.ignores.items()},
+            hints={own(name): hint for name, hint in self.hints.items()},
         )
-
-    def places(
-        self, names: Iterable[str], parameters: Iterable[str], config: Any, layout: Layout
-    ) -> dict[str, Match]:
-        """Where tensors of these names go, by the names alone; not those that go nowhere."""
-        return places(names, self.wanted(parameters, config, layout), self._twins(layout))
 
     def relatives(self, head: str) -> set[str]:
         """The names of tensors that have the same values as the head if it is tied."""
-        of = {twin.of for twin in self.twins if twin.source == head}
-        return of | {twin.source for twin in self.twins if twin.of in of} - {head}
-
-    def _twins(self, layout: Layout) -> list[Twin]:
-        return [Twin(layout.from_hub(one.source), layout.from_hub(one.of)) for one in self.twins]
+        firsts = {*self.twins.get(head, ())}
+        seconds = {name for name, of in self.twins.items() if firsts.intersection(of)}
+        return firsts | seconds - {head}

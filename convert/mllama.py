@@ -11,14 +11,14 @@ from flax import nnx
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from convert.family import Family, Layout
 from convert.mllama_config import read, write
-from convert.rules import Ignore, Rule, patches
+from convert.rules import Rule, patches
 
 ROTARY = "RoPE frequencies, which are computed from config.json"
 
-IGNORES = [
-    Ignore("language_model.model.rotary_emb.inv_freq", ROTARY),
-    Ignore("language_model.model.layers.*.self_attn.rotary_emb.inv_freq", ROTARY),
-]
+IGNORES = {
+    "language_model.model.rotary_emb.inv_freq": ROTARY,
+    "language_model.model.layers.*.self_attn.rotary_emb.inv_freq": ROTARY,
+}
 
 HINTS = {
     "language_model.lm_head.weight": (

@@ -20,7 +20,7 @@ from catp_jax.models.narrow import Weights
 from convert.adapter import find_adapter
 from convert.dtypes import READ
 from convert.families import Config, Model, family_of, read_config
-from convert.family import HUB, Family, Layout
+from convert.family import Family, Layout
 from convert.folders import refuse_unfinished
 from convert.loading import Place, abstract, load_model
 from convert.report import Report, make_report
@@ -106,13 +106,8 @@ def open_hf(
     if _has_own_head(family, layout, tensors):
         config = family.with_own_head(config)
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.named(abstract(config)).items()}
-    matching = family.match(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        shapes,
-        config,
-        layout,
-        str(folder),
-    )
+    names = family.names(shapes, config, layout)
+    matching = names.match({name: one.shape for name, one in tensors.items()}, shapes, str(folder))
     _refuse_other_values(folder, tensors, matching)
     if addition is not None:
         tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
@@ -129,7 +124,7 @@ def _finder(
 ) -> Callable[[str], str]:
     """Finds a checkpoint's tensor by its name in an adapter, which may be of another layout."""
     shared = {*family.relatives(family.head), family.head} if family.head else set()
-    placed = family.places(shared, parameters, config, HUB)
+    placed = family.names(parameters, config).places(shared)
     targets = [one.target for one in placed.values()]
 
     def find(name: str) -> str:

@@ -78,26 +78,6 @@ GENERAL = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Ignore:
-    """Tensors whose name fits `source` are left out, because of `reason`."""
-
-    source: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Twin:
-    """A second name, `source`, for the tensor named `of`, in models that share it.
-
-    Checkpoints hold it under one name or both. If a parameter wants `source` for itself, it is no
-    twin there.
-    """
-
-    source: str
-    of: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Match:
     """One tensor (`source`) and the parameter (`target`) it fills."""
 
@@ -127,73 +107,77 @@ def tensor_of(parameter: str, rules: Iterable[Rule]) -> Match:
     raise RuntimeError(f"no rule fits {parameter!r}")
 
 
-def places(
-    names: Iterable[str], wanted: Mapping[str, Match], twins: Sequence[Twin]
-) -> dict[str, Match]:
-    """Where tensors of these names go; those that go nowhere are left out.
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What a checkpoint's tensors are called. `wanted` are those that a model's parameters are
+    filled from.
 
-    `wanted` are the tensors that a model's parameters are filled from, by their names.
+    `twins` are second names, with the tensors that they may stand for: models share these, and
+    checkpoints hold them under one name or both. If a parameter wants a name for itself, it is no
+    twin there. `ignores` are patterns of names that are left out, with the reason; `hints` say, for
+    the name of a tensor, what it may mean that it is missing.
     """
-    found: dict[str, Match] = {}
-    for name in names:
-        firsts = [name, *(twin.of for twin in twins if twin.source == name)]
-        if first := next((first for first in firsts if first in wanted), None):
-            found[name] = dataclasses.replace(wanted[first], source=name)
-    return found
 
+    wanted: Mapping[str, Match]
+    twins: Mapping[str, Sequence[str]]
+    ignores: Mapping[str, str]
+    hints: Mapping[str, str]
 
-def match(
-    tensors: Mapping[str, Shape],
-    parameters: Mapping[str, Shape],
-    wanted: Mapping[str, Match],
-    ignores: Sequence[Ignore],
-    where: str,
-    hints: Mapping[str, str] | None = None,
-    twins: Sequence[Twin] = (),
-) -> Matching:
-    """Pairs every tensor with its parameter.
+    def places(self, names: Iterable[str]) -> dict[str, Match]:
+        """Where tensors of these names go; those that go nowhere are left out."""
+        found: dict[str, Match] = {}
+        for name in names:
+            firsts = [name, *self.twins.get(name, ())]
+            if first := next((first for first in firsts if first in self.wanted), None):
+                found[name] = dataclasses.replace(self.wanted[first], source=name)
+        return found
 
-    `wanted` is as in `places`. `where` names the checkpoint in the error; `hints` says, for the
-    name of a tensor, what it may mean that it is missing. Raises ValueError with all that does not
-    fit.
-    """
-    found = places(tensors, wanted, twins)
-    filled: dict[str, Match] = {}
-    again: list[Match] = []
-    for name in sorted(found, key=lambda name: name not in wanted):  # a twin if need be
-        one = found[name]
-        if filled.setdefault(one.target, one) is not one:
-            again.append(one)
-    ignored = {
-        name: ignore.reason
-        for name in tensors
-        for ignore in ignores
-        if name not in found and _words(ignore.source, name) is not None
-    }
-    missing = [name for name, one in wanted.items() if one.target not in filled]
-    unknown = [name for name in tensors if name not in found and name not in ignored]
-    shapes = {
-        name: one.transform.source_shape(parameters[one.target]) for name, one in found.items()
-    }
-    problems = {
-        "missing": missing,
-        "unknown (no such place with this config.json)": unknown,
-        "of another shape than config.json says": [
-            f"{name} (has {tensors[name]}, wanted {shape})"
-            for name, shape in shapes.items()
-            if tensors[name] != shape
-        ],
-    }
-    if any(problems.values()):
-        lines = [
-            f"  {len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names
-        ]
-        lines += [f"  {hint}" for name, hint in (hints or {}).items() if name in missing]
-        raise ValueError(
-            f"{where}: the tensors do not fit the model that config.json describes; check that "
-            "both are of the same checkpoint\n" + "\n".join(lines)
-        )
-    return Matching(filled, again, ignored)
+    def match(
+        self, tensors: Mapping[str, Shape], parameters: Mapping[str, Shape], where: str
+    ) -> Matching:
+        """Pairs every tensor with its parameter. Raises ValueError, in which `where` names the
+        checkpoint, with all that does not fit.
+        """
+        places = self.places(tensors)
+        filled: dict[str, Match] = {}
+        again: list[Match] = []
+        for name in sorted(places, key=lambda name: name not in self.wanted):  # a twin if need be
+            one = places[name]
+            if filled.setdefault(one.target, one) is not one:
+                again.append(one)
+        ignored = {
+            name: reason
+            for name in tensors
+            for pattern, reason in self.ignores.items()
+            if name not in places and _words(pattern, name) is not None
+        }
+        missing = [name for name, one in self.wanted.items() if one.target not in filled]
+        shapes = {
+            name: one.transform.source_shape(parameters[one.target]) for name, one in places.items()
+        }
+        problems = {
+            "missing": missing,
+            "unknown (no such place with this config.json)": [
+                name for name in tensors if name not in places and name not in ignored
+            ],
+            "of another shape than config.json says": [
+                f"{name} (has {tensors[name]}, wanted {shape})"
+                for name, shape in shapes.items()
+                if tensors[name] != shape
+            ],
+        }
+        if any(problems.values()):
+            lines = [
+                f"  {len(names)} {kind}: {listed(names)}"
+                for kind, names in problems.items()
+                if names
+            ]
+            lines += [f"  {hint}" for name, hint in self.hints.items() if name in missing]
+            raise ValueError(
+                f"{where}: the tensors do not fit the model that config.json describes; check that "
+                "both are of the same checkpoint\n" + "\n".join(lines)
+            )
+        return Matching(filled, again, ignored)
 
 
 def _words(pattern: str, name: str) -> tuple[str, ...] | None:

@@ -47,7 +47,7 @@ def write_hf(
             f"the weights are of type {', '.join(wrong)}; "
             f"safetensors are written of {', '.join(dtype.name for dtype in known)}"
         )
-    matches = dict(sorted(family.wanted(arrays, model.config).items()))
+    matches = dict(sorted(family.names(arrays, model.config).wanted.items()))
     sizes = {name: leaves.nbytes(arrays[one.target]) for name, one in matches.items()}
     files = split(sizes, max_shard_bytes)
     with new_folder(Path(out)) as folder:

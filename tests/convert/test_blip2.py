@@ -20,7 +20,6 @@ from catp_jax.models.blip2 import Blip2Config
 from catp_jax.models.retrieval import RetrievalConfig
 from convert.blip2 import BLIP2
 from convert.families import config_json
-from convert.family import HUB
 from tests.convert.folders import SIDE_FILES, edit_config, edit_tensors, hf_folder, tensors_of
 from tests.convert.test_reader import assert_same
 from tests.parity.tiny_blip2 import CONFIGS, RETRIEVING, tiny
@@ -56,7 +55,7 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
         assert len(shapes) == count
     model = convert.abstract(config)
     ours = {name: leaf.shape for name, leaf in named(model).items()}
-    found = BLIP2.match(shapes, ours, config, HUB, preset)
+    found = BLIP2.names(ours, config).match(shapes, ours, preset)
     assert {one.target for one in found.filled.values()} == ours.keys()
     assert {one.source for one in found.twins} == twins
     assert len(found.filled) == len(ours) == len(shapes) - len(twins)

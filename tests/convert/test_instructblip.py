@@ -19,7 +19,6 @@ from catp_jax.leaves import named
 from catp_jax.models.instructblip import InstructBlipConfig
 from convert.blip2 import INSTRUCTBLIP
 from convert.families import config_json, parse_config
-from convert.family import HUB
 from tests.convert.folders import edit_config, edit_tensors
 from tests.convert.test_reader import assert_same
 from tests.parity.tiny_instructblip import CONFIGS, Prompts, tiny, tiny_hf
@@ -47,7 +46,7 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
         hf = InstructBlipForConditionalGeneration(HfConfig.from_dict(config_json(config)))
     shapes = {name: tuple(tensor.shape) for name, tensor in hf.state_dict().items()}
     ours = {name: leaf.shape for name, leaf in named(convert.abstract(config)).items()}
-    found = INSTRUCTBLIP.match(shapes, ours, config, HUB, preset)
+    found = INSTRUCTBLIP.names(ours, config).match(shapes, ours, preset)
     assert {one.target for one in found.filled.values()} == ours.keys()
     assert {one.source for one in found.twins} == twins
     assert len(found.filled) == len(ours) == len(shapes) - len(twins)

@@ -45,14 +45,14 @@ def test_every_tensor_of_the_real_models_has_its_place(preset: str):
     assert len(ours) == count
 
     layout = MLLAMA.layout_of(shapes, preset)
-    found = MLLAMA.match(shapes, ours, config, layout, preset)
+    found = MLLAMA.names(ours, config, layout).match(shapes, ours, preset)
     assert (layout.name, found.twins, found.ignored) == ("transformers 5", [], {})
     assert {one.source for one in found.filled.values()} == shapes.keys()
     assert {one.target for one in found.filled.values()} == ours.keys()
 
     hub = {to_hub(name): shape for name, shape in shapes.items()}
     layout = MLLAMA.layout_of(hub, preset)
-    on_hub = MLLAMA.match(hub, ours, config, layout, preset)
+    on_hub = MLLAMA.names(ours, config, layout).match(hub, ours, preset)
     assert layout.name == "hub"
     assert {one.target: one.source for one in on_hub.filled.values()} == {
         one.target: to_hub(one.source) for one in found.filled.values()

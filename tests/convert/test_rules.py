@@ -6,29 +6,27 @@ import pytest
 from convert.rules import (
     IDENTITY,
     TRANSPOSE,
-    Ignore,
     Match,
+    Names,
     Rule,
-    Twin,
-    match,
     patches,
-    places,
     tensor_of,
 )
 
 RULES = [Rule("b.*.odd", "b.*.even", TRANSPOSE), Rule("b.*.scale", "b.*.norm")]
-IGNORES = [Ignore("b.*.inv_freq", "computed")]
+IGNORES = {"b.*.inv_freq": "computed"}
 PARAMETERS = {"b.0.q.kernel": (4, 6), "b.0.k.kernel": (4, 2), "b.0.scale": (4,)}
 TENSORS = {"b.0.q.weight": (6, 4), "b.0.k.weight": (2, 4), "b.0.norm": (4,)}
-TWINS = [Twin("other", "b.0.norm"), Twin("third", "b.0.norm"), Twin("b.0.k.weight", "b.0.norm")]
+TWINS = {second: ["b.0.norm"] for second in ("other", "third", "b.0.k.weight")}
 
 
-def wanted(parameters=PARAMETERS):
-    return {one.source: one for one in (tensor_of(name, RULES) for name in parameters)}
+def names_of(parameters=PARAMETERS, hints=None):
+    wanted = {one.source: one for one in (tensor_of(name, RULES) for name in parameters)}
+    return Names(wanted, TWINS, IGNORES, hints or {})
 
 
 def run(tensors, hints=None):
-    return match(tensors, PARAMETERS, wanted(), IGNORES, "folder", hints, TWINS)
+    return names_of(hints=hints).match(tensors, PARAMETERS, "folder")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_twin_with_a_parameter_of_its_own_is_none():
     found = run(TENSORS)
     assert Match("b.0.k.weight", "b.0.k.kernel", TRANSPOSE) in found.filled.values()
     tied = {name: shape for name, shape in PARAMETERS.items() if name != "b.0.k.kernel"}
-    assert places(["b.0.k.weight", "nowhere"], wanted(tied), TWINS) == {
+    assert names_of(tied).places(["b.0.k.weight", "nowhere"]) == {
         "b.0.k.weight": Match("b.0.k.weight", "b.0.scale", IDENTITY)
     }
 
