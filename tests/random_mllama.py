@@ -38,14 +38,14 @@ TEXT = CrossDecoderConfig(
     vocab_size=50,
     hidden_size=24,
     hidden_act="silu",
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=6,
     num_key_value_heads=3,
     intermediate_size=32,
     rope=RopeConfig(10000.0, Llama3Scaling(8.0, 1.0, 4.0, 16)),
     rms_norm_eps=1e-5,
     max_position_embeddings=64,
-    cross_attention_layers=(1, 3),
+    cross_attention_layers=(0, 2),
 )
 CONFIG = MllamaConfig(vision=VISION, text=TEXT, image_token_index=50)
 PER_TILE = VISION.tokens_per_tile

@@ -15,9 +15,10 @@ from catp_jax.generation import generate as programs
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
 from catp_jax.readers.mllama_packing import locate
 from catp_jax.study.tasks import easy_vqa
+from tests.shallow import shallow
 
 ROOT = Path(__file__).resolve().parents[1]
-MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+MINI = shallow("mini-llama-vision")
 CIRCLE = ROOT / "catp_jax" / "assets" / "blue-circle.png"
 COLOR, SHAPE = "what color is the shape?", "what shape is present?"
 

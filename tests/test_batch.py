@@ -14,6 +14,7 @@ from catp_jax.api import load
 from catp_jax.batch import Answer, AnswerFile, Problem, Request, answer, read_requests
 from catp_jax.generation.options import Options
 from tests.command import catp_jax
+from tests.shallow import shallow
 
 ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
 CIRCLE = str(ASSETS / "blue-circle.png")
@@ -29,7 +30,7 @@ def write(path: Path, *rows: dict | bytes) -> Path:
 
 def generate(requests: Path, *words: object):
     """The command on a file of requests; its answers and what else it said."""
-    folder = ASSETS / "mini-blip2-opt"
+    folder = shallow("mini-blip2-opt")
     return catp_jax("generate", folder, "--batch", requests, "--batch-size", 2, *words)
 
 
@@ -139,7 +140,7 @@ def test_a_file_of_answers_resumes_wherever_it_was_cut_off(tmp_path):
     whole = out.read_bytes()
     answers = [json.loads(line) for line in whole.splitlines()]
     assert [row.get("id", row["line"]) for row in answers] == [1, "second", 3]
-    assert [row["text"] for row in answers] == ["blue", "circle", "yes"]
+    assert [row["text"] for row in answers] == ["red", "triangle", "yes"]  # a shallow model
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
     for cut in (0, 5, ends[0] - 1, ends[0], ends[1] + 20):
         out.write_bytes(whole[:cut])
@@ -169,7 +170,7 @@ def test_answers_of_another_model_of_the_same_name_are_not_mixed(tmp_path):
     requests = write(tmp_path / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
     for place, name in (("x", "mini-blip2-opt"), ("y", "mini-blip2-t5")):
         (tmp_path / place).mkdir()
-        (tmp_path / place / "m").symlink_to(ASSETS / name)
+        (tmp_path / place / "m").symlink_to(shallow(name))
     words = ["--batch", requests, "--out", tmp_path / "answers.jsonl"]
     assert catp_jax("generate", tmp_path / "x" / "m", *words).returncode == 0
     done = catp_jax("generate", tmp_path / "y" / "m", *words)
@@ -178,7 +179,7 @@ def test_answers_of_another_model_of_the_same_name_are_not_mixed(tmp_path):
 
 
 def test_answers_may_lie_in_the_models_own_folder(tmp_path):
-    shutil.copytree(ASSETS / "mini-blip2-opt", tmp_path / "m")
+    shutil.copytree(shallow("mini-blip2-opt"), tmp_path / "m")
     requests = write(tmp_path / "m" / "rows.jsonl", {"prompt": ASK, "image": CIRCLE})
     words = ["--batch", requests, "--out", tmp_path / "m" / "answers.jsonl"]
     assert catp_jax("generate", tmp_path / "m", *words).returncode == 0
@@ -203,7 +204,7 @@ def test_a_request_without_a_line_has_no_place_in_a_file_of_answers(tmp_path):
 def test_what_cannot_be_for_some_request_is_refused_before_any_is_answered(options, said):
     asked = [Request(ASK, (CIRCLE,), number, number + 1) for number in range(3)]
     with pytest.raises(ValueError, match=said):
-        next(answer(load(ASSETS / "mini-blip2-opt"), asked, **options))
+        next(answer(load(shallow("mini-blip2-opt")), asked, **options))
 
 
 def test_answers_of_other_requests_and_options_are_not_mixed(tmp_path):
@@ -245,7 +246,7 @@ def test_a_file_that_another_process_writes_is_refused_before_a_model_is_loaded(
 
 
 def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeypatch):
-    model = load(ASSETS / "mini-blip2-opt")
+    model = load(shallow("mini-blip2-opt"))
     asked = [Request(ASK, (CIRCLE,), number, line) for number, line in enumerate((4, 6, 8))]
     begun = model.begin
     batches = []
@@ -265,7 +266,10 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
     assert problem.line == 6
     assert "not finite" in problem.message
     assert "prompt 1" not in problem.message
-    assert [(one.request.line, one.text) for one in answered] == [(4, "blue"), (8, "blue")]
+    assert [(one.request.line, one.text) for one in answered] == [
+        (4, "red"),
+        (8, "red"),
+    ]  # a shallow model
     assert batches == [[0, 1, 2], [0, 2, 0]]
 
 
@@ -279,7 +283,7 @@ def test_out_is_for_a_file_of_requests():
 
 @pytest.fixture(scope="module")
 def mini():
-    return load(ASSETS / "mini-blip2-opt")
+    return load(shallow("mini-blip2-opt"))
 
 
 TWO = [Request(ASK, (CIRCLE,)), Request(ASK, (CIRCLE,), 1, begun=" it is")]

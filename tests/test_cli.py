@@ -21,9 +21,10 @@ from catp_jax.pruning import METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
 from catp_jax.targets import GPUS
 from tests.command import catp_jax
+from tests.shallow import shallow
 
 ROOT = Path(__file__).resolve().parents[1]
-MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+MINI = shallow("mini-llama-vision")
 CIRCLE = ROOT / "catp_jax" / "assets" / "blue-circle.png"
 ASK = ["--prompt", "what color is the shape?"]
 

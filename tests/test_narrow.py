@@ -1,7 +1,5 @@
 """Weights of 8 bits: what they hold, what they cost the answers, where they lie."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +12,8 @@ from catp_jax.leaves import named
 from catp_jax.models.layers import Linear, linear
 from catp_jax.models.narrow import _program, check, narrow
 from catp_jax.study.tasks import easy_vqa
+from tests.shallow import ASSETS, shallow
 
-ASSETS = Path(catp_jax.__file__).parent / "assets"
 MINIS = ("mini-llama-vision", "mini-blip2-opt", "mini-blip2-t5")
 STEPS = {"int8": 0.5 / 127, "float8": 2.0**-4}  # half a step, of the largest or of itself
 
@@ -73,8 +71,8 @@ def test_kernels_of_one_shape_are_narrowed_by_one_program():
 
 @pytest.mark.parametrize("mini", MINIS)
 def test_the_language_models_layers_are_narrow_and_nothing_else(mini: str):
-    wide, _ = convert.load(ASSETS / mini)
-    model, _ = convert.load(ASSETS / mini, weights="int8")
+    wide, _ = convert.load(shallow(mini))
+    model, _ = convert.load(shallow(mini), weights="int8")
     linears = {
         ".".join(map(str, path))
         for path, module in nnx.iter_modules(wide)
@@ -102,7 +100,7 @@ def test_narrow_minis_answer_as_wide_ones(mini: str, weights: str):
     every = list(easy_vqa("test"))
     questions = every[:: len(every) // 48][:48]
     images, prompts = [q.image for q in questions], [q.question for q in questions]
-    wide, model = (catp_jax.load(ASSETS / mini, weights=kind) for kind in (None, weights))
+    wide, model = (catp_jax.load(shallow(mini), weights=kind) for kind in (None, weights))
     assert str(jnp.dtype({"int8": jnp.int8, "float8": jnp.float8_e4m3fn}[weights])) in repr(model)
     ours, theirs = (m.generate(images, prompts, max_new_tokens=3) for m in (model, wide))
     assert np.mean([a == b for a, b in zip(ours.text, theirs.text, strict=True)]) >= 0.97
@@ -111,7 +109,7 @@ def test_narrow_minis_answer_as_wide_ones(mini: str, weights: str):
 
 
 def test_narrow_weights_from_a_converted_folder_and_on_a_mesh_are_the_same(tmp_path):
-    folder, mesh = ASSETS / "mini-blip2-t5", "data=2,fsdp=2,tensor=2"
+    folder, mesh = shallow("mini-blip2-t5"), "data=2,fsdp=2,tensor=2"
     convert.to_orbax(folder, tmp_path / "converted")
     alone = catp_jax.load(folder, weights="int8")
     for other in (

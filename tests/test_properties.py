@@ -204,7 +204,7 @@ def test_dropping_padding_tiles_is_exact():
     # "hf" packs all four tiles of every image, and blank images; "meta" masks them.
     all_tiles = packed(mode="hf")
     assert all_tiles.inputs.images.tile_valid.shape[1] == 12
-    masked = dataclasses.replace(all_tiles, inputs=replace(all_tiles.inputs, mode="meta"))
+    masked = dataclasses.replace(all_tiles, inputs=replace(all_tiles.inputs, mask_mode="meta"))
     dropped, carried = mixed(None), generate((), masked)
     np.testing.assert_array_equal(carried.tokens, dropped.tokens)
     assert difference(carried.logits, dropped.logits) <= 1e-5

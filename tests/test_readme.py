@@ -2,6 +2,9 @@
 
 Blocks fenced `sh` and `python` are tested; output and commands that need other people's weights
 stand in `text` blocks. All blocks share one folder that looks like a clone, since a reader's do.
+
+What starts with `catp-jax` is run in the test's own process, but for the first: starting one takes
+longer than most answers.
 """
 
 import os
@@ -13,6 +16,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.command import catp_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -104,10 +109,17 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FIRST = next(step.values[1] for step in STEPS if step.values[1].startswith("catp-jax "))
+
+
 @pytest.mark.parametrize(("language", "step"), STEPS)
 def test_readme_step_works(language: str, step: str, clone: Path):
     if language == "sh" and not is_run(step):
         assert unknown(step) is None
+        return
+    if step.startswith("catp-jax ") and step != FIRST and not set(step) & set("|&;<>$`"):
+        run = catp_jax(*shlex.split(step, comments=True)[1:], cwd=clone)
+        assert run.returncode == 0, f"{step}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
         return
     # As a reader's shell would be: the environment's commands first, as many devices as there are.
     # What makes the tests quick is as in conftest.py: how XLA compiles, where programs are kept,

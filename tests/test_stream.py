@@ -1,6 +1,5 @@
 """Answers in pieces: the same text as at once, with and without pruning."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,20 @@ from catp_jax.generation import generate as programs
 from catp_jax.pruning import TrimmedLlama
 from catp_jax.readers.token_text import pieces
 from catp_jax.struct import replace
+from tests.shallow import ASSETS, shallow
 
-ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE, PROMPT, NEW = ASSETS / "blue-circle.png", "what color is the shape?", 8
 FREE: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW - 1}
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return catp_jax.load(ASSETS / "mini-llama-vision")
+    return catp_jax.load(shallow("mini-llama-vision"))
 
 
 @pytest.fixture(scope="module")
 def opt():
-    return catp_jax.load(ASSETS / "mini-blip2-opt")
+    return catp_jax.load(shallow("mini-blip2-opt"))
 
 
 ASKED: list[dict[str, Any]] = [

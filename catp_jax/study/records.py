@@ -16,7 +16,6 @@ from catp_jax.study.tasks import QUESTION, fill
 
 FORMAT = 2
 UNPRUNED = "unpruned"
-SHORT = Options(max_new_tokens=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,8 @@ class Conditions:
     is_chat: bool = False
     begun: str = ""
     batch: int = 64
-    options: Options = SHORT
+    # made when it is asked for: options hold arrays, and an import starts no device
+    options: Options = dataclasses.field(default_factory=lambda: Options(max_new_tokens=4))
     seed: int = 0
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -1,7 +1,6 @@
 """Methods that prune layers apart (CACHE) and choose what a step reads (READ), on both models."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +23,9 @@ from catp_jax.struct import pytree, replace, static
 from catp_jax.targets.products import matrix_flops
 from tests import random_blip2 as blip2
 from tests import random_mllama as mllama
+from tests.shallow import shallow
 
 NEW, BUDGET = 5, 3
-MINI = Path(catp_jax.__file__).parent / "assets" / "mini-llama-vision"
 KINDS = ("mllama", "opt")
 
 
@@ -429,7 +428,7 @@ def test_a_text_alone_has_nothing_to_prune():
 
 
 def test_a_users_answer_says_what_each_layer_holds():
-    model = catp_jax.load(MINI)
+    model = catp_jax.load(shallow("mini-llama-vision"))
     image, prompt = Image.new("RGB", (64, 64), "red"), "what color is the shape?"
     answers = model.generate([image], [prompt], [LongKeys(keep=8)], max_new_tokens=2)
     layers = model.config.text.cross_attention_layers

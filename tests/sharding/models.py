@@ -22,16 +22,32 @@ from tests import random_blip2 as blip2
 from tests import random_mllama as mllama
 
 VIT = dataclasses.replace(blip2.VISION, hidden_size=24, intermediate_size=40, num_attention_heads=8)
-QFORMER = dataclasses.replace(blip2.QFORMER, hidden_size=24, encoder_hidden_size=24)  # 3 heads
+QFORMER = dataclasses.replace(
+    blip2.QFORMER, num_hidden_layers=2, hidden_size=24, encoder_hidden_size=24
+)  # 3 heads
 OPT = dataclasses.replace(
-    blip2.OPT, vocab_size=72, hidden_size=32, num_attention_heads=8, ffn_dim=48
+    blip2.OPT,
+    num_hidden_layers=2,
+    vocab_size=72,
+    hidden_size=32,
+    num_attention_heads=8,
+    ffn_dim=48,
 )
-T5 = dataclasses.replace(blip2.T5, vocab_size=72, d_model=32, num_heads=8, d_kv=6, d_ff=40)
+T5 = dataclasses.replace(
+    blip2.T5,
+    num_layers=1,
+    num_decoder_layers=2,
+    vocab_size=72,
+    d_model=32,
+    num_heads=8,
+    d_kv=6,
+    d_ff=40,
+)
 LLAMA = LlamaConfig(
     vocab_size=72,
     hidden_size=32,
     hidden_act="silu",
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=2,
     intermediate_size=48,
@@ -46,6 +62,8 @@ MLLAMA = MllamaConfig(
     ),
     text=dataclasses.replace(
         mllama.TEXT,
+        num_hidden_layers=3,
+        cross_attention_layers=(0, 2),
         vocab_size=80,  # and 88 rows in the embedding
         hidden_size=32,
         num_attention_heads=8,

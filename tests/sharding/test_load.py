@@ -1,7 +1,5 @@
 """`catp_jax.load(…, mesh=…)`: shipped models on eight devices answer as on one, in every way."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ from catp_jax.pruning import CATP, TrimmedLlama
 from catp_jax.study.records import Conditions, Setting
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import easy_vqa
+from tests.shallow import ASSETS, shallow
 
-ASSETS = Path(catp_jax.__file__).parent / "assets"
 CIRCLE = ASSETS / "blue-circle.png"
 COLOR, SHAPE = "what color is the shape?", "what shape is present?"
 MESHES = {"mini-blip2-t5": "data=2,fsdp=2,tensor=2", "mini-llama-vision": "data=2,fsdp=4"}
@@ -22,7 +20,7 @@ MESHES = {"mini-blip2-t5": "data=2,fsdp=2,tensor=2", "mini-llama-vision": "data=
 @pytest.fixture(scope="module", params=MESHES)
 def models(request: pytest.FixtureRequest):
     """The same model on one device and on all."""
-    folder = ASSETS / request.param
+    folder = shallow(request.param)
     return catp_jax.load(folder), catp_jax.load(folder, mesh=MESHES[request.param])
 
 
@@ -57,8 +55,16 @@ def test_a_model_on_a_mesh_describes_itself_as_alone(models):
     assert spread.describe() == alone.describe()
 
 
+def test_a_stream_is_the_answer():
+    model = catp_jax.load(shallow("mini-llama-vision"), mesh=MESHES["mini-llama-vision"])
+    asked = {"max_new_tokens": 4, "min_new_tokens": 3}
+    pieces = [*model.stream(CIRCLE, COLOR, **asked)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == model.generate([CIRCLE], [COLOR], **asked).text[0]
+
+
 def test_a_method_that_finds_its_own_number():
-    folder = ASSETS / "mini-llama-vision"
+    folder = shallow("mini-llama-vision")
     pruner = TrimmedLlama(keep=None, k_ratio=0.05)
     alone, spread = (
         catp_jax.load(folder, mesh=mesh).generate([CIRCLE], [COLOR], [pruner])
@@ -69,7 +75,7 @@ def test_a_method_that_finds_its_own_number():
 
 
 def test_a_study_has_the_same_answers_and_pictures():
-    folder = ASSETS / "mini-blip2-t5"
+    folder = shallow("mini-blip2-t5")
     questions = list(easy_vqa("test", limit=20))[8:]  # each batch is about two images: one shape
     settings = [Setting("random", 4)]
     conditions = Conditions(batch=8, options=Options(max_new_tokens=3))

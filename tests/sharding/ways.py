@@ -1,6 +1,6 @@
 """Ways in which a model answers; run in one process, and by several as a program.
 
-python -m tests.sharding.ways CONVERTED OUT HOST:PORT PROCESSES PROCESS
+python -m tests.sharding.ways CONVERTED BLIP2 OUT HOST:PORT PROCESSES PROCESS
 """
 
 import json
@@ -24,13 +24,13 @@ CIRCLE = ASSETS / "blue-circle.png"
 PROMPTS = ["what color is the shape?", "what shape is present?", "is there a triangle?"]
 
 
-def answer(converted: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
-    """What a converted Llama Vision answers, in a study too, and what the mini BLIP-2 draws.
+def answer(converted: Path, folder: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
+    """What a converted Llama Vision answers, in a study too, and what a BLIP-2 draws.
 
     A batch of three is one that no axis divides.
     """
     llama = catp_jax.load(converted, mesh="data=2,fsdp=4" if is_spread else None)
-    blip2 = catp_jax.load(ASSETS / "mini-blip2-opt", mesh="fsdp=4,tensor=2" if is_spread else None)
+    blip2 = catp_jax.load(folder, mesh="fsdp=4,tensor=2" if is_spread else None)
     trimmed, found = TrimmedLlama(keep=64), {"says": [llama.describe(), blip2.describe()]}
     for name, model, pruner, options in (
         ("beams", llama, trimmed, {"num_beams": 3}),
@@ -57,9 +57,9 @@ def answer(converted: Path, journal: Path, is_spread: bool) -> dict[str, Any]:
 
 def main() -> None:
     """One of several processes: writes OUT-PROCESS.json, and the study's file OUT.jsonl."""
-    converted, out, coordinator, processes, process = sys.argv[1:]
+    converted, folder, out, coordinator, processes, process = sys.argv[1:]
     start(coordinator, int(processes), int(process), heartbeat=20)
-    found = answer(Path(converted), Path(f"{out}.jsonl"), is_spread=True)
+    found = answer(Path(converted), Path(folder), Path(f"{out}.jsonl"), is_spread=True)
     found["gathered"] = gathered(f"process {process} says " + "é" * int(process))
     Path(f"{out}-{process}.json").write_text(json.dumps(found))
 
