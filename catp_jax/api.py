@@ -58,6 +58,7 @@ def load(
     """
     folder = hub.find_folder(folder)
     processor_folder = folder if processor is None else hub.find_folder(processor)
+    adapter = None if adapter is None else hub.find_folder(adapter)
     find_devices()
     # before the weights, which may take minutes
     config = convert.load_config(folder, ignore_config)

@@ -275,12 +275,17 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, report: Any = lambda message: None) -> None:
-        self.path, self.settings = path, ""
-        self.lines = JsonLines(path, "a file of answers", '{"line": ', _check, report)
+        self.path, self.settings, self.rows = path, "", list[Row]()
+        self.lines = JsonLines(path, "a file of answers", '{"line": ', self._read, report)
+
+    def _read(self, number: int, row: Row) -> None:
+        if missing := [key for key in ("line", "text", "settings", "images") if key not in row]:
+            raise ValueError(f"an answer without {', '.join(missing)}")
+        self.rows.append(row)
 
     def missing(self, requests: Sequence[Request]) -> tuple[list[Request], list[Problem]]:
         """The requests that have no answer yet, and those whose answer is another's."""
-        there = {_place(row.get("id"), row["line"]): row for row in self.lines.rows}
+        there = {_place(row.get("id"), row["line"]): row for row in self.rows}
         out, problems = [], []
         for request in requests:
             row = there.get(_place(request.key, request.line))
@@ -298,7 +303,7 @@ class AnswerFile:
         """
         record = json.dumps(settings, sort_keys=True).encode()
         self.settings = hashlib.sha256(record).hexdigest()[:8]
-        if any(row["settings"] != self.settings for row in self.lines.rows):
+        if any(row["settings"] != self.settings for row in self.rows):
             raise ValueError(
                 f"{self.path} has answers of another model or with other options; give another "
                 "--out, or what it was begun with"
@@ -311,7 +316,9 @@ class AnswerFile:
         if answer.request.line is None:
             raise ValueError("a file of answers is for requests with a line; give each its own")
         if is_first():
-            self.lines.append({**answer.as_row(), "settings": self.settings})
+            row = {**answer.as_row(), "settings": self.settings}
+            self.lines.append(row)
+            self.rows.append(row)
 
 
 def fingerprint(folder: Path) -> list[Any]:
@@ -326,11 +333,6 @@ def fingerprint(folder: Path) -> list[Any]:
 def _place(key: str | int | None, line: int | None) -> tuple[str, str | int | None]:
     """How a request's answer is found again: an id is not a line's number."""
     return ("line", line) if key is None else ("id", key)
-
-
-def _check(number: int, row: Row) -> None:
-    if missing := [key for key in ("line", "text", "settings", "images") if key not in row]:
-        raise ValueError(f"an answer without {', '.join(missing)}")
 
 
 def _name(image: Any) -> str:

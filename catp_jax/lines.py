@@ -16,11 +16,11 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """The rows of a file that is `what`; `opening` is the text that each such file begins with.
+    """A file of rows that is `what`; `opening` is the text that each such file begins with.
 
-    Reading changes nothing and waits for nobody: `report` hears of a last line that was cut off,
-    which goes when the first row is added. `check` sees each row with its line number and raises
-    ValueError for one that cannot be.
+    Reading changes nothing and waits for nobody: `read` gets each row with its line number, and
+    raises ValueError for one that cannot be. `report` hears of a last line that was cut off, which
+    goes when the first row is added.
 
     Raises ValueError if the file is another kind of file, or damaged elsewhere than at its end.
     """
@@ -30,10 +30,10 @@ class JsonLines:
         path: Path,
         what: str,
         opening: str,
-        check: Callable[[int, Row], None] = lambda number, row: None,
+        read: Callable[[int, Row], None],
         report: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.path, self.rows = path, list[Row]()
+        self.path = path
         self._file: int | None = None
         self._close: Callable[[], object] = lambda: None
         self._end = 0  # of the last whole line
@@ -45,7 +45,7 @@ class JsonLines:
         data = path.read_bytes()
         if not (data.startswith(opening.encode()) or opening.encode().startswith(data)):
             raise ValueError(f"{path} is not {what}; give another --out")
-        self.rows, self._end = _parse(data, path, check)
+        self._end = _parse(data, path, read)
         self._size = len(data)
         if cut := self._size - self._end:
             report(f"{path}: the last line was cut off and does not count ({cut} bytes)")
@@ -93,7 +93,6 @@ class JsonLines:
                 os.ftruncate(self._file, self._end)
                 raise
         self._end = self._size = self._end + len(line)
-        self.rows.append(row)
 
     def release(self) -> None:
         """Lets others write the file; one without a row is removed."""
@@ -110,9 +109,9 @@ def _line(row: Row) -> bytes:
         return json.dumps(row).encode() + b"\n"
 
 
-def _parse(data: bytes, path: Path, check: Callable[[int, Row], None]) -> tuple[list[Row], int]:
-    """The rows, and where the last whole one ends."""
-    rows, end = list[Row](), 0
+def _parse(data: bytes, path: Path, read: Callable[[int, Row], None]) -> int:
+    """Has every row read; returns where the last whole one ends."""
+    end = 0
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         is_last = number == len(lines) or (number == len(lines) - 1 and not lines[-1])
@@ -127,12 +126,11 @@ def _parse(data: bytes, path: Path, check: Callable[[int, Row], None]) -> tuple[
         try:
             if not isinstance(row, dict):
                 raise ValueError("damaged")
-            check(number, row)
+            read(number, row)
         except ValueError as error:
             raise ValueError(
                 f"line {number} of {path} is {error}; delete it and what follows, and the work "
                 "resumes after what is before it"
             ) from None
-        rows.append(row)
         end += len(line) + 1
-    return rows, end
+    return end

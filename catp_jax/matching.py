@@ -115,6 +115,7 @@ def load_matcher(
     """
     folder = hub.find_folder(folder)
     processor_folder = folder if processor is None else hub.find_folder(processor)
+    adapter = None if adapter is None else hub.find_folder(adapter)
     find_devices()
     config = convert.load_config(folder, ignore_config)
     if not isinstance(config, RetrievalConfig):

@@ -23,6 +23,7 @@ from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.packing import Packed
+from catp_jax.readers.processor import fingerprint
 from catp_jax.readers.reading import ImageCache, Kept, Prompt, Question, Reader, arrange
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
@@ -65,8 +66,8 @@ class Model:
         return self.network.thaw().dtype
 
     def describe(self) -> dict[str, Any]:
-        """What tells this model from others, for records: its kind, size, number type, and a
-        checksum over a little of every array.
+        """What tells this model from others, for records: its kind, size, number type, a checksum
+        over a little of every array, and one of the processor.
         """
         checksum = hashlib.sha256()
         for array in self.network.arrays:
@@ -83,6 +84,7 @@ class Model:
             "dtype": str(self.dtype),
             **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
             "checksum": checksum.hexdigest()[:16],
+            "processor": fingerprint(self.reader.processor),
         }
 
     def prepare(

@@ -5,6 +5,7 @@ What is asked is mostly the same, so that tests share programs.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -153,6 +154,20 @@ def test_a_model_describes_itself_in_json_apart_from_others(model, folder):
     assert mine == catp_jax.load(folder).describe()
     other = catp_jax.load(shallow(next(name for name in MINIS if name != folder.name)))
     assert other.describe() != mine
+
+
+def test_a_changed_processor_is_another_model(model, folder, tmp_path):
+    mine = model.describe()
+    for name, change in (
+        ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.5]}),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    ):
+        other = shutil.copytree(folder, tmp_path / name)
+        (other / "processor_config.json").unlink()
+        config = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps(config | change))
+        theirs = catp_jax.load(folder, processor=other).describe()
+        assert {key for key in mine if mine[key] != theirs[key]} == {"processor"}, name
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,31 @@ from catp_jax.lines import JsonLines
 WHAT, OPENING = "a file of numbers", '{"n": '
 
 
+def opened(path, rows=None):
+    """The file, and its rows in a list."""
+    found = [] if rows is None else rows
+    return JsonLines(path, WHAT, OPENING, lambda number, row: found.append(row))
+
+
 def numbers(path):
-    return [row["n"] for row in JsonLines(path, WHAT, OPENING).rows]
+    opened(path, rows := [])
+    return [row["n"] for row in rows]
 
 
 def test_rows_come_back_and_more_are_added(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
-    first = JsonLines(path, WHAT, OPENING)
+    first = opened(path)
     first.append({"n": 0, "text": "é\n\ud800"})
     first.release()
-    second = JsonLines(path, WHAT, OPENING)
-    second.append({"n": 1})
-    assert second.rows == [{"n": 0, "text": "é\n\ud800"}, {"n": 1}]
+    opened(path).append({"n": 1})
+    opened(path, rows := [])
+    assert rows == [{"n": 0, "text": "é\n\ud800"}, {"n": 1}]
     assert numbers(path) == [0, 1]  # a reader waits for nobody
 
 
 def test_of_two_writers_one_is_refused_before_it_has_written(tmp_path):
     path = tmp_path / "rows.jsonl"
-    first, second = (JsonLines(path, WHAT, OPENING) for _ in range(2))
+    first, second = (opened(path) for _ in range(2))
     first.append({"n": 0})
     with pytest.raises(ValueError, match="another process is writing"):
         second.append({"n": 1})
@@ -42,7 +49,7 @@ def test_of_two_writers_one_is_refused_before_it_has_written(tmp_path):
 
 def test_a_file_without_a_row_is_not_left(tmp_path):
     path = tmp_path / "rows.jsonl"
-    lines = JsonLines(path, WHAT, OPENING)
+    lines = opened(path)
     lines.claim()
     assert path.read_bytes() == b""
     lines.release()
@@ -54,7 +61,7 @@ def test_a_file_without_a_row_is_not_left(tmp_path):
 
 def test_half_a_row_that_a_full_disk_left_is_taken_away(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
-    lines = JsonLines(path, WHAT, OPENING)
+    lines = opened(path)
     lines.append({"n": 0})
     write = os.write
 
@@ -76,7 +83,7 @@ def test_half_a_row_that_a_full_disk_left_is_taken_away(tmp_path, monkeypatch):
 def test_a_file_that_vanished_or_shrank_is_not_filled_up(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 0}\n{"n": 1}\n')
-    lines = JsonLines(path, WHAT, OPENING)
+    lines = opened(path)
     path.write_text('{"n": 0}\n')
     with pytest.raises(ValueError, match="has written"):
         lines.append({"n": 2})
@@ -89,21 +96,22 @@ def test_a_file_that_vanished_or_shrank_is_not_filled_up(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be written: Permission denied"):
-        JsonLines(tmp_path / "rows.jsonl", WHAT, OPENING).claim()
+        opened(tmp_path / "rows.jsonl").claim()
 
 
 def test_a_file_below_a_file_cannot_be_written(tmp_path):
     (tmp_path / "notes").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        JsonLines(tmp_path / "notes" / "rows.jsonl", WHAT, OPENING).claim()
+        opened(tmp_path / "notes" / "rows.jsonl").claim()
 
 
 def test_a_writer_that_is_killed_leaves_whole_rows_and_its_lock_goes(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = (
         "import sys, itertools; from pathlib import Path; from catp_jax.lines import JsonLines; "
-        f"lines = JsonLines(Path(sys.argv[1]), {WHAT!r}, {OPENING!r}); "
-        "[lines.append({'n': n, 'x': 'x' * 9999}) for n in itertools.count(len(lines.rows))]"
+        f"rows = []; read = lambda number, row: rows.append(row); "
+        f"lines = JsonLines(Path(sys.argv[1]), {WHAT!r}, {OPENING!r}, read); "
+        "[lines.append({'n': n, 'x': 'x' * 9999}) for n in itertools.count(len(rows))]"
     )
     for _ in range(3):
         writer = subprocess.Popen([sys.executable, "-c", code, str(path)])

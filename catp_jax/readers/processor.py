@@ -5,6 +5,7 @@ of the folder runs, and byte-order marks are gone. What transformers would make 
 missing, such as a vocabulary, is refused.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -110,6 +111,20 @@ def check_processor(
         raise ValueError(
             f"{folder}: the processor's image_mean and image_std make no finite numbers"
         )
+
+
+def fingerprint(processor: Any) -> str:
+    """What tells a processor from others that read a text or an image differently."""
+    parts: list[Any] = [processor.chat_template, processor.image_processor.to_dict()]
+    for name in ("tokenizer", "qformer_tokenizer"):
+        tokenizer = getattr(processor, name, None)
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+            parts.append(tokenizer and tokenizer.get_vocab())  # a slow one
+        else:
+            whole = json.loads(backend.to_str())
+            parts.append(whole | {"padding": None, "truncation": None})  # which calls set
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_image_processor(folder: Path) -> None:

@@ -66,6 +66,11 @@ class Reader(Protocol):
     @property
     def config(self) -> Any: ...
     @property
+    def processor(self) -> Any:
+        """That of transformers."""
+        ...
+
+    @property
     def tokens(self) -> dict[str, int]:
         """Special tokens of checkpoints that name none."""
         ...
