@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -54,7 +53,9 @@ def load_model(
     arrays: dict[str, jax.Array] = {}
     for run in source.runs(leaves.named(model)):
         for name in [*run]:
-            array = jnp.asarray(run.pop(name)).block_until_ready()  # or host copies would pile up
+            array = jax.device_put(
+                run.pop(name)
+            ).block_until_ready()  # or host copies would pile up
             arrays |= {name: array} if weights is None else _narrowed(name, array, weights)
             del array
     if weights is not None:
