@@ -239,20 +239,16 @@ def _read_back(
     source: Converted, matches: Mapping[str, Match], sizes: Mapping[str, int]
 ) -> Iterator[dict[str, np.ndarray]]:
     """Tensors as they were, some at a time. Raises ValueError if their bytes have changed."""
-    for names in leaves.runs(sizes):
-        targets = {matches[name].target for name in names}
-        wanted = {target: source.stored[target] for target in targets}
-        arrays = checkpoint.read(source.folder / WEIGHTS, wanted)
-        if wrong := source.changed(arrays):
-            raise ValueError(
-                f"{source.folder / WEIGHTS} is damaged: {leaves.listed(wrong)}; convert again"
-            )
-        run = {
-            name: matches[name].transform.inverse(arrays[matches[name].target]) for name in names
-        }
-        del arrays
-        yield run
-        run.clear()
+    weights = source.folder / WEIGHTS
+
+    def read(name: str) -> np.ndarray:
+        one = matches[name]
+        array = checkpoint.read(weights, one.target, source.stored[one.target])
+        if source.changed({one.target: array}):
+            raise ValueError(f"{weights} is damaged: {one.target}; convert again")
+        return one.transform.inverse(array)
+
+    return leaves.ahead(read, sizes)
 
 
 def _refuse_full_disk(folder: Path, wanted: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from catp_jax import leaves
@@ -24,9 +23,8 @@ from convert.family import Family, Layout
 from convert.folders import refuse_unfinished
 from convert.loading import Place, abstract, load_model
 from convert.report import Report, make_report
-from convert.rules import Match, Matching
+from convert.rules import Matching, copy
 from convert.shards import Shard, Tensor
-from convert.streams import ahead, copy
 from convert.weights import find_shards
 
 
@@ -63,12 +61,15 @@ class HfSource:
         """
 
         def read(name: str) -> np.ndarray | jax.Array:
-            one = self.matching.filled[name]
-            array = _read(one, self.tensors[one.source], wanted[name])
+            one, struct = self.matching.filled[name], wanted[name]
+            values = one.transform.forward(self.tensors[one.source].values())
+            array = leaves.placed(struct, lambda index: copy(values[index], struct.dtype))
             see(name, array)
             return array
 
-        return ahead(read, {name: leaves.nbytes(wanted[name]) for name in self.matching.filled})
+        return leaves.ahead(
+            read, {name: leaves.nbytes(wanted[name]) for name in self.matching.filled}
+        )
 
     def report(self, dtypes: Mapping[str, np.dtype]) -> Report:
         """What becomes of every tensor, with the parameters of these number types."""
@@ -170,20 +171,3 @@ def _refuse_other_values(folder: Path, tensors: Mapping[str, Tensor], matching: 
             "tie_word_embeddings to false in text_config, if that is about the head, or take "
             "another copy of the checkpoint"
         )
-
-
-def _read(match: Match, tensor: Tensor, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
-    """One tensor in our layout, where `struct` wants it; what nobody asks for stays unread."""
-    values = match.transform.forward(tensor.values())
-    if not isinstance(struct.sharding, Sharding):
-        return copy(values, struct.dtype)
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def part(index: Any) -> np.ndarray:
-        key = tuple(one.indices(n)[:2] for one, n in zip(index, struct.shape, strict=True))
-        if key not in parts:  # several devices may hold the same
-            parts[key] = copy(values[index], struct.dtype)
-        return parts[key]
-
-    array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
-    return array.block_until_ready()  # or host copies of several tensors would pile up

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from catp_jax import strict_json
-from convert.streams import copy
+from convert.rules import copy
 
 DTYPES = {
     "F32": np.dtype(np.float32),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from catp_jax.leaves import listed
+from convert.converted import open_converted
 from convert.manifest import MANIFEST, config_digest
 from convert.reader import open_hf
 
@@ -25,8 +26,6 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
         for run in source.runs(source.stored):
             endless += [filled[name].source for name in run if not is_finite(run[name])]
     else:
-        from convert.converted import open_converted  # imports Orbax
-
         converted = open_converted(folder, ignore_config)
         manifest, changed = converted.manifest, list[str]()
         if config_digest(folder) != manifest.config:

@@ -18,7 +18,7 @@ from transformers import MllamaForConditionalGeneration
 import convert
 from catp_jax import checkpoint, leaves
 from catp_jax.leaves import named
-from convert import folders, streams, writer
+from convert import folders, writer
 from convert.report import table
 from tests.convert.folders import (
     SAVES,
@@ -151,7 +151,7 @@ def test_host_memory_is_bounded_by_the_part(tmp_path: Path, monkeypatch):
     )
     one = large * 24 * 4
     monkeypatch.setattr(leaves, "RUN", 2 * one)
-    monkeypatch.setattr(streams, "AHEAD", one)
+    monkeypatch.setattr(leaves, "AHEAD", one)
     for step, into in [(convert.to_orbax, "converted"), (convert.to_hf, "again")]:
         source = folder if into == "converted" else tmp_path / "converted"
         tracemalloc.start()
@@ -327,8 +327,8 @@ def test_verify_finds_a_flipped_byte_and_nothing_is_kept(tmp_path: Path, monkeyp
 def test_threads_and_parts_change_no_byte(tmp_path: Path, monkeypatch, verify: bool):
     """And progress goes up to the total, which is twice the bytes where all is read back."""
     folder = hf_folder(tmp_path / "hf", "sharded", torch.bfloat16)
-    monkeypatch.setattr(streams, "READERS", 4)
-    monkeypatch.setattr(streams, "AHEAD", 3000)
+    monkeypatch.setattr(leaves, "READERS", 4)
+    monkeypatch.setattr(leaves, "AHEAD", 3000)
     monkeypatch.setattr(leaves, "RUN", 3000)
     calls: list[tuple[int, int]] = []
     report = convert.to_orbax(
