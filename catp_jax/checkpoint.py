@@ -174,6 +174,9 @@ def contents(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
             for key in sorted(keys)
             if key.endswith(ARRAY)
         }
+        metadata = Path(database["base"]["path"]) / "_METADATA"
+        if len(json.loads(metadata.read_bytes())["tree_metadata"]) != len(arrays):
+            raise ValueError("its metadata are of other arrays than it has")
         return {
             name: jax.ShapeDtypeStruct(tuple(array["shape"]), jnp.dtype(array["data_type"]))
             for name, array in arrays.items()

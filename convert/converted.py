@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from convert.manifest import MANIFEST, File, Manifest, config_digest, read_confi
 from convert.reader import HfSource, open_hf
 from convert.report import Report, make_report
 from convert.rules import Match, Matching
-from convert.shards import Shard, Tensor, write_shard
+from convert.shards import checksum, write_shard
 from convert.weights import INDEX, SINGLE, write_index
+from convert.writer import plan
 
 WEIGHTS = "weights"
 
@@ -51,7 +51,7 @@ class Converted:
 
     def changed(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
         """The names of parameters that are not those that were converted."""
-        return different(arrays, self.manifest.checksums)
+        return _different(arrays, self.manifest.checksums)
 
 
 def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted:
@@ -104,18 +104,19 @@ def to_orbax(
     read = sum(sizes.values())
     total = 2 * read if verify else read
     checksums: dict[str, int] = {}
-
-    def see(name: str, array: np.ndarray) -> None:
-        checksums[name] = checksum(array)
-
     with new_folder(Path(out)) as folder:
         _refuse_full_disk(folder, sum(map(leaves.nbytes, structs.values())))
-        runs = counted(source.runs(structs, see), sizes, progress, 0, total)
+        runs = counted(source.runs(structs, checksums), sizes, progress, 0, total)
         checkpoint.save_runs(folder / WEIGHTS, structs, runs)
         if verify:
             forget(folder)
             back = checkpoint.read_runs(folder / WEIGHTS, structs)
-            _verify(counted(back, sizes, progress, read, total), checksums)
+            runs = counted(back, sizes, progress, read, total)
+            if wrong := [name for run in runs for name in _different(run, checksums)]:
+                raise ValueError(
+                    f"{len(wrong)} of the tensors read back differently from what was written: "
+                    f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
+                )
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
@@ -129,18 +130,22 @@ def _manifest(
     """What leads back from a converted folder to its source."""
     matching = source.matching
     matched = {one.source for one in (*matching.filled.values(), *matching.twins)}
-    kept = [
-        (shard, [tensor for tensor in shard.tensors if tensor.name in matched])
+    dtypes = {
+        one.name: one.dtype.name
         for shard in source.shards
-    ]
+        for one in shard.tensors
+        if one.name in matched
+    }
     return Manifest(
         model_type=family_of(source.config).model_type,
         layout=source.layout.name,
         files={
-            shard.path.name: File(shard.metadata, tuple(tensor.name for tensor in tensors))
-            for shard, tensors in kept
+            shard.path.name: File(
+                shard.metadata, tuple(one.name for one in shard.tensors if one.name in matched)
+            )
+            for shard in source.shards
         },
-        dtypes={tensor.name: tensor.dtype.name for _, tensors in kept for tensor in tensors},
+        dtypes=dtypes,
         ignored=tuple(matching.ignored),
         checksums=dict(sorted(checksums.items())),
         config=config,
@@ -148,23 +153,9 @@ def _manifest(
     )
 
 
-def checksum(array: np.ndarray) -> int:
-    """The CRC-32 of a contiguous array's bytes."""
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
-
-
-def different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
+def _different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
     """The names of arrays that are not those of the checksums."""
     return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
-
-
-def _verify(runs: Iterator[dict[str, np.ndarray]], checksums: Mapping[str, int]) -> None:
-    """Raises ValueError if weights that were read back are not those of the source."""
-    if wrong := [name for run in runs for name in different(run, checksums)]:
-        raise ValueError(
-            f"{len(wrong)} of the tensors read back differently from what was written: "
-            f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
-        )
 
 
 def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
@@ -184,11 +175,9 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
         )
     matches = _matches(source)
     with new_folder(Path(out)) as target:
-        shards = [
-            Shard(target / name, file.metadata, tuple(_tensors(source, matches, target / name)))
-            for name, file in manifest.files.items()
-        ]
-        sizes = {tensor.name: tensor.nbytes for shard in shards for tensor in shard.tensors}
+        shards = plan(target, manifest.files, matches, source.stored)
+        tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         done, total = 0, sum(sizes.values())
         for shard in shards:
             mine = {tensor.name: tensor.nbytes for tensor in shard.tensors}
@@ -196,18 +185,13 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             write_shard(shard, (array for run in runs for array in run.values()))
             done += sum(mine.values())
         copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
-        is_cast = any(
-            tensor.dtype.name != manifest.dtypes[tensor.name]
-            for shard in shards
-            for tensor in shard.tensors
-        )
+        is_cast = any(one.dtype.name != manifest.dtypes[name] for name, one in tensors.items())
         # the old index counts other bytes, or names tensors that were left out
         if (manifest.ignored or is_cast) and SINGLE not in manifest.files:
             write_index(target, shards)
         elif (folder / INDEX).exists():
             shutil.copyfile(folder / INDEX, target / INDEX)
         shutil.copyfile(folder / "config.json", target / "config.json")
-    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     matching = Matching({}, [matches[name] for name in tensors], {})
     dtypes = {name: struct.dtype for name, struct in source.stored.items()}
     return make_report(folder, manifest.layout, matching, tensors, dtypes)
@@ -225,14 +209,6 @@ def _matches(source: Converted) -> dict[str, Match]:
             f"{len(source.stored)}, and they are not the same; convert again"
         )
     return matches
-
-
-def _tensors(source: Converted, matches: Mapping[str, Match], file: Path) -> Iterator[Tensor]:
-    """The tensors of a file that is to be written."""
-    for name in source.manifest.files[file.name].tensors:
-        struct = source.stored[matches[name].target]
-        shape = matches[name].transform.source_shape(struct.shape)
-        yield Tensor(name, file, struct.dtype, shape, 0)
 
 
 def _read_back(

@@ -110,4 +110,4 @@ def abstract(config: Config) -> Any:
 
 @functools.lru_cache(maxsize=4)  # reading a converted folder wants one model three times
 def _traced(config: Config) -> Any:
-    return nnx.eval_shape(lambda: family_of(config).build(config, _OneKey()))
+    return nnx.eval_shape(lambda: family_of(config).models[type(config)](config, rngs=_OneKey()))

@@ -18,13 +18,14 @@ from catp_jax import leaves
 from catp_jax.models.narrow import Weights
 from convert.adapter import find_adapter
 from convert.dtypes import READ
-from convert.families import Config, Model, family_of, read_config
+from convert.families import Config, Model, family_of
 from convert.family import Family, Layout
 from convert.folders import refuse_unfinished
 from convert.loading import Place, abstract, load_model
+from convert.manifest import read_config
 from convert.report import Report, make_report
 from convert.rules import Matching, copy
-from convert.shards import Shard, Tensor
+from convert.shards import Shard, Tensor, checksum
 from convert.weights import find_shards
 
 
@@ -54,17 +55,16 @@ class HfSource:
     def runs(
         self,
         wanted: Mapping[str, jax.ShapeDtypeStruct],
-        see: Callable[[str, Any], None] = lambda name, array: None,
+        checksums: dict[str, int] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time, as `wanted` says of them; `see` has each in the thread that
-        read it. A run is emptied when the next is asked for.
-        """
+        """Parameters, some at a time, see `convert.loading.Source`; `checksums` gets theirs."""
 
         def read(name: str) -> np.ndarray | jax.Array:
             one, struct = self.matching.filled[name], wanted[name]
             values = one.transform.forward(self.tensors[one.source].values())
             array = leaves.placed(struct, lambda index: copy(values[index], struct.dtype))
-            see(name, array)
+            if checksums is not None:
+                checksums[name] = checksum(array)
             return array
 
         return leaves.ahead(

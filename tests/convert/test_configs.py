@@ -9,7 +9,8 @@ import pytest
 from transformers import MllamaConfig as HfConfig
 
 from catp_jax.models.mllama import MllamaConfig
-from convert.families import config_json, parse_config, read_config
+from convert.families import config_json, parse_config
+from convert.manifest import read_config
 from tests.parity.tiny import CONFIGS, tiny_hf_config
 
 ELEVEN_B = MllamaConfig.llama_3_2_11b()
