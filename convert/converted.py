@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
 from convert.dtypes import cast, name_dtype, parse_dtype
-from convert.families import Config, family_of
+from convert.families import family_of
 from convert.family import wrapper_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
-from convert.loading import Progress, abstract, counted
+from convert.loading import Progress, Source, abstract, counted
 from convert.manifest import MANIFEST, File, Manifest, config_digest, read_config
 from convert.reader import HfSource, open_hf
 from convert.report import Report, make_report
@@ -37,21 +37,16 @@ WEIGHTS = "weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
-    """A converted folder, its manifest checked; no weights have been read."""
+class Converted(Source):
+    """A converted folder."""
 
-    folder: Path
     manifest: Manifest
-    stored: dict[str, jax.ShapeDtypeStruct]
-    config: Config
 
-    def runs(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time, see `convert.loading.Source`."""
-        return checkpoint.read_runs(self.folder / WEIGHTS, wanted)
+    def read(self, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+        return checkpoint.read(self.folder / WEIGHTS, name, struct)
 
-    def changed(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
-        """The names of parameters that are not those that were converted."""
-        return _different(arrays, self.manifest.checksums)
+    def is_unchanged(self, name: str, array: np.ndarray) -> bool:
+        return checksum(array) == self.manifest.checksums.get(name)
 
 
 def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted:
@@ -66,7 +61,7 @@ def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted
     if heads and heads <= stored.keys():
         config = own
     checkpoint.compare(stored, leaves.named(abstract(config)), folder / WEIGHTS)
-    return Converted(folder, manifest, stored, config)
+    return Converted(folder, config, stored, manifest)
 
 
 def to_orbax(
@@ -104,15 +99,25 @@ def to_orbax(
     read = sum(sizes.values())
     total = 2 * read if verify else read
     checksums: dict[str, int] = {}
+
+    def first(name: str) -> Any:
+        array = source.read(name, structs[name])
+        checksums[name] = checksum(array)
+        return array
+
+    def is_there(name: str) -> bool:
+        return checksums[name] == checksum(checkpoint.read(weights, name, structs[name]))
+
     with new_folder(Path(out)) as folder:
         _refuse_full_disk(folder, sum(map(leaves.nbytes, structs.values())))
-        runs = counted(source.runs(structs, checksums), sizes, progress, 0, total)
-        checkpoint.save_runs(folder / WEIGHTS, structs, runs)
+        weights = folder / WEIGHTS
+        needed = {name: leaves.nbytes(struct) for name, struct in structs.items()}
+        runs = counted(leaves.ahead(first, needed), sizes, progress, 0, total)
+        checkpoint.save_runs(weights, structs, runs)
         if verify:
             forget(folder)
-            back = checkpoint.read_runs(folder / WEIGHTS, structs)
-            runs = counted(back, sizes, progress, read, total)
-            if wrong := [name for run in runs for name in _different(run, checksums)]:
+            found = counted(leaves.ahead(is_there, needed), sizes, progress, read, total)
+            if wrong := [name for run in found for name in run if not run[name]]:
                 raise ValueError(
                     f"{len(wrong)} of the tensors read back differently from what was written: "
                     f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
@@ -153,11 +158,6 @@ def _manifest(
     )
 
 
-def _different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
-    """The names of arrays that are not those of the checksums."""
-    return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
-
-
 def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
     """Writes a converted folder back as the new Hugging Face folder `out`.
 
@@ -174,6 +174,14 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             "put the original back, and change what comes out"
         )
     matches = _matches(source)
+
+    def read(name: str) -> np.ndarray:
+        one = matches[name]
+        array = np.asarray(source.read(one.target, source.stored[one.target]))
+        if not source.is_unchanged(one.target, array):
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {one.target}; convert again")
+        return one.transform.inverse(array)
+
     with new_folder(Path(out)) as target:
         shards = plan(target, manifest.files, matches, source.stored)
         tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -181,7 +189,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
         done, total = 0, sum(sizes.values())
         for shard in shards:
             mine = {tensor.name: tensor.nbytes for tensor in shard.tensors}
-            runs = counted(_read_back(source, matches, mine), sizes, progress, done, total)
+            runs = counted(leaves.ahead(read, mine), sizes, progress, done, total)
             write_shard(shard, (array for run in runs for array in run.values()))
             done += sum(mine.values())
         copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
@@ -209,22 +217,6 @@ def _matches(source: Converted) -> dict[str, Match]:
             f"{len(source.stored)}, and they are not the same; convert again"
         )
     return matches
-
-
-def _read_back(
-    source: Converted, matches: Mapping[str, Match], sizes: Mapping[str, int]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors as they were, some at a time. Raises ValueError if their bytes have changed."""
-    weights = source.folder / WEIGHTS
-
-    def read(name: str) -> np.ndarray:
-        one = matches[name]
-        array = checkpoint.read(weights, one.target, source.stored[one.target])
-        if source.changed({one.target: array}):
-            raise ValueError(f"{weights} is damaged: {one.target}; convert again")
-        return one.transform.inverse(array)
-
-    return leaves.ahead(read, sizes)
 
 
 def _refuse_full_disk(folder: Path, wanted: int) -> None:

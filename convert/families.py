@@ -21,15 +21,6 @@ FAMILIES: dict[str, Family] = {
 }
 """By the `model_type` of config.json."""
 
-PARTS = {
-    "mllama_text_model": "the text half alone, which has no images to look at",
-    "mllama_vision_model": "the vision half alone, which writes no text",
-    "blip_2_vision_model": "the vision model alone, which writes no text",
-    "blip_2_qformer": "the Q-Former alone, which writes no text",
-    "instructblip_vision_model": "the vision model alone, which writes no text",
-    "instructblip_qformer": "the Q-Former alone, which writes no text",
-}
-
 
 def family_of(config: Config) -> Family:
     """The kind of model that a configuration describes."""
@@ -42,8 +33,9 @@ def parse_config(
     """The configuration in the content of a config.json, which `where` names in errors."""
     raw = without(raw, ignore, where)
     kind = raw.get("model_type")
-    if isinstance(kind, str) and kind in PARTS:
-        raise ValueError(f"{where} is of {PARTS[kind]} ({kind}); the whole model is wanted")
+    tables = [table for family in FAMILIES.values() for table in family.tables]
+    if any(kind == part.model_type for table in tables for part in table.inside()):
+        raise ValueError(f"{where} is of {kind} alone, a part of a model; the whole one is wanted")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type is {kind!r}; supported: {', '.join(FAMILIES)}")
     return parse(raw, where, FAMILIES[kind].tables)

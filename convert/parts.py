@@ -102,6 +102,10 @@ class Part:
             content[key] = next(p for p in candidates if p.kind is type(inside)).write(inside)
         return content | self.written(config)
 
+    def inside(self) -> list["Part"]:
+        """All candidates for the parts within it."""
+        return [part for candidates in self.parts.values() for part in candidates]
+
     def _inside(self, part: Any) -> Iterator[tuple[str, Any, "Part"]]:
         """The parts of a part, with their tables."""
         for key, candidates in self.parts.items():

@@ -6,9 +6,8 @@ stays near the largest tensor, beyond the model itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,55 +20,32 @@ from convert.dtypes import READ
 from convert.families import Config, Model, family_of
 from convert.family import Family, Layout
 from convert.folders import refuse_unfinished
-from convert.loading import Place, abstract, load_model
+from convert.loading import Place, Source, abstract, load_model
 from convert.manifest import read_config
 from convert.report import Report, make_report
 from convert.rules import Matching, copy
-from convert.shards import Shard, Tensor, checksum
+from convert.shards import Shard, Tensor
 from convert.weights import find_shards
 
 
 @dataclasses.dataclass(frozen=True)
-class HfSource:
-    """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet.
-
-    An adapter may have changed `tensors`, not `shards`.
+class HfSource(Source):
+    """A Hugging Face folder, in which every parameter has its tensor. An adapter may have changed
+    `tensors`, not `shards`.
     """
 
-    folder: Path
-    config: Config
     layout: Layout
     shards: list[Shard]
     tensors: dict[str, Tensor]
     matching: Matching
 
-    @property
-    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters, abstract, with the number types of their tensors."""
-        shapes = leaves.named(abstract(self.config))
-        return {
-            name: jax.ShapeDtypeStruct(shapes[name].shape, self.tensors[one.source].dtype)
-            for name, one in self.matching.filled.items()
-        }
+    def read(self, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+        one = self.matching.filled[name]
+        values = one.transform.forward(self.tensors[one.source].values())
+        return leaves.placed(struct, lambda index: copy(values[index], struct.dtype))
 
-    def runs(
-        self,
-        wanted: Mapping[str, jax.ShapeDtypeStruct],
-        checksums: dict[str, int] | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time, see `convert.loading.Source`; `checksums` gets theirs."""
-
-        def read(name: str) -> np.ndarray | jax.Array:
-            one, struct = self.matching.filled[name], wanted[name]
-            values = one.transform.forward(self.tensors[one.source].values())
-            array = leaves.placed(struct, lambda index: copy(values[index], struct.dtype))
-            if checksums is not None:
-                checksums[name] = checksum(array)
-            return array
-
-        return leaves.ahead(
-            read, {name: leaves.nbytes(wanted[name]) for name in self.matching.filled}
-        )
+    def called(self, name: str) -> str:
+        return self.matching.filled[name].source
 
     def report(self, dtypes: Mapping[str, np.dtype]) -> Report:
         """What becomes of every tensor, with the parameters of these number types."""
@@ -113,7 +89,11 @@ def open_hf(
     if addition is not None:
         tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
     _refuse_other_types(folder, [tensors[one.source] for one in matching.filled.values()])
-    return HfSource(folder, config, layout, shards, tensors, matching)
+    stored = {
+        name: jax.ShapeDtypeStruct(shapes[name], tensors[one.source].dtype)
+        for name, one in matching.filled.items()
+    }
+    return HfSource(folder, config, stored, layout, shards, tensors, matching)
 
 
 def _finder(

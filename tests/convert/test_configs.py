@@ -143,7 +143,11 @@ def test_what_we_write_is_what_we_read(config: MllamaConfig):
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "another model": ("", {"model_type": "llava"}, "'llava'; supported: mllama"),
     "no model type": ("", {"model_type": None}, "model_type is None"),
-    "text half": ("", {"model_type": "mllama_text_model"}, "text half alone"),
+    "text half": (
+        "",
+        {"model_type": "mllama_text_model"},
+        "mllama_text_model alone, a part",
+    ),
     "quantised": (
         "",
         {"quantization_config": {"bits": 4}},
