@@ -122,17 +122,10 @@ def restore(path: str | Path, abstract: Tree) -> Tree:
     wanted = {name: _struct(leaf) for name, leaf in leaves.named(abstract).items()}
     compare(contents(path), wanted, path)
     arrays: dict[str, Any] = {}
-    for run in read_runs(path, wanted):
+    sizes = {name: leaves.nbytes(struct) for name, struct in wanted.items()}
+    for run in leaves.ahead(lambda name: read(path, name, wanted[name]), sizes):
         arrays |= run
     return leaves.fill(abstract, arrays)
-
-
-def read_runs(
-    path: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> Iterator[dict[str, Any]]:
-    """Arrays of a checkpoint, some at a time, see `read` and `leaves.ahead`."""
-    sizes = {name: leaves.nbytes(struct) for name, struct in wanted.items()}
-    return leaves.ahead(lambda name: read(path, name, wanted[name]), sizes)
 
 
 def read(path: str | Path, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
