@@ -114,7 +114,7 @@ class Adapter:
                 f"layers of rank {rank} are merged"
             )
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        fields = vars(base) | {"origin": "adapter merged"}
+        fields: dict[str, Any] = {**vars(base), "origin": "adapter merged"}
         return Merged(**fields, down=down, up=up, scale=scale, is_turned=is_turned)
 
 
