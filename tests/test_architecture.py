@@ -21,6 +21,7 @@ BELOW_API = BELOW_GENERATION | {
 CLI = {"cli_cluster", "cli_generate", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
+    "files": set(),
     "leaves": set(),
     "lines": set(),
     "strict_json": set(),
@@ -33,7 +34,7 @@ ROOMS = {
     "targets": {"struct"},
     "convert": BELOW_MODELS | {"strict_json", "models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,
-    "readers": BELOW_GENERATION | {"strict_json", "generation"},
+    "readers": BELOW_GENERATION | {"files", "strict_json", "generation"},
     "study": BELOW_GENERATION | {"generation", "targets", "lines", "strict_json", "terminal"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},

@@ -29,7 +29,7 @@ def model():
     ids=["none", "number", "bytes", "list", "long", "zero byte", "long at home"],
 )
 def test_what_is_no_folder_is_refused(folder: Any):
-    with pytest.raises(ValueError, match="is not a folder|a model is a folder or a name"):
+    with pytest.raises(ValueError, match=r"is not a folder|a model is a folder or a name"):
         find_folder(folder)
 
 
