@@ -27,6 +27,7 @@ from catp_jax.readers.reading import Prompt, Question
 from catp_jax.sharding.distributed import agreed, is_first
 
 OF_A_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja")  # files, by their endings
+ANSWERED = {"line": (int,), "text": (str, list), "settings": (str,), "images": (list,)}
 KEYS = ("prompt", "messages", "images", "image", "begun", "id")
 SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
 
@@ -279,8 +280,11 @@ class AnswerFile:
         self.lines = JsonLines(path, "a file of answers", '{"line": ', self._read, report)
 
     def _read(self, number: int, row: Row) -> None:
-        if missing := [key for key in ("line", "text", "settings", "images") if key not in row]:
+        if missing := [key for key in ANSWERED if key not in row]:
             raise ValueError(f"an answer without {', '.join(missing)}")
+        for key, kinds in {**ANSWERED, "id": (str, int, type(None))}.items():
+            if type(row.get(key)) not in kinds:
+                raise ValueError(f"an answer whose {key} is {row[key]!r}")
         self.rows.append(row)
 
     def missing(self, requests: Sequence[Request]) -> tuple[list[Request], list[Problem]]:

@@ -16,6 +16,7 @@ from catp_jax.study.pictures import Panel, draw_kept
 from catp_jax.study.records import UNPRUNED, Result, Setting
 from catp_jax.study.report import make_folder
 from catp_jax.study.sweep import sweep
+from catp_jax.terminal import as_text
 
 EACH = 4  # questions about one image
 SHOWN = ("trimmed_llama", "catp")  # the methods that there are pictures of
@@ -70,7 +71,9 @@ def run(
                     settings_for(model),
                     name=name,
                     pictured=pictured,
-                    report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
+                    report=lambda doing, name=name, show=status.update: show(
+                        as_text(f"{name}: {doing}")
+                    ),
                 )
             )
         panels += show(model, examples, pictured, results[name])
@@ -81,7 +84,7 @@ def run(
     tables.write_json_lines(every, out / "results.jsonl")
     tables.write_csv(dict(results), out / "results.csv")
     files = ("accuracy.png", "kept.png", "results.jsonl", "results.csv")
-    console.print(f"written: {', '.join(str(out / name) for name in files)}")
+    console.print(as_text(f"written: {', '.join(str(out / name) for name in files)}"))
 
 
 def spread_out(examples: list[tasks.Example], number: int) -> list[tasks.Example]:

@@ -350,6 +350,9 @@ class Model:
     def _options(self, given: dict[str, Any]) -> Options:
         """Checked, with bad words as tokens."""
         chosen = self.defaults.over(**given)
+        for name, texts in {"bad_words": chosen.bad_words, "stop_strings": chosen.strings}.items():
+            for text in texts:
+                check_text(text, f"one of {name}")
         words = [ids for w in chosen.bad_words for ids in spellings(self.reader.tokenizer, w)]
         chosen = dataclasses.replace(
             chosen, bad_words=(), bad_words_ids=[*chosen.bad_words_ids, *words]

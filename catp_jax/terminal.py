@@ -6,6 +6,8 @@ Names of files and tensors, messages about them, answers of a model: all may hol
 import re
 import sys
 
+from rich.text import Text
+
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing
@@ -21,6 +23,11 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """The same for a name, which has no lines."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def as_text(value: object) -> Text:
+    """A name as rich takes it: without escape sequences, and markup in it is text."""
+    return Text(one_line(value))
 
 
 def say(line: object) -> None:

@@ -21,6 +21,7 @@ BELOW_API = BELOW_GENERATION | {
 CLI = {"cli_cluster", "cli_generate", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
+    "files": set(),
     "leaves": set(),
     "lines": set(),
     "strict_json": set(),
@@ -33,8 +34,8 @@ ROOMS = {
     "targets": {"struct"},
     "convert": BELOW_MODELS | {"strict_json", "models", "sharding", "checkpoint", "terminal"},
     "generation": BELOW_GENERATION,
-    "readers": BELOW_GENERATION | {"strict_json", "generation"},
-    "study": BELOW_GENERATION | {"generation", "targets", "lines", "strict_json"},
+    "readers": BELOW_GENERATION | {"files", "strict_json", "generation"},
+    "study": BELOW_GENERATION | {"generation", "targets", "lines", "strict_json", "terminal"},
     # it trains on the study's tasks, and writes what it trained in Hugging Face format
     "training": BELOW_GENERATION | {"generation", "study", "convert"},
     "answers": BELOW_GENERATION | {"generation", "readers"},
@@ -47,7 +48,8 @@ ROOMS = {
     },
     "demo": BELOW_API | {"api", "model"},
     "families": BELOW_GENERATION | {"generation", "readers", "convert"},
-    "plan": BELOW_GENERATION | {"generation", "targets", "convert", "readers", "families"},
+    "plan": BELOW_GENERATION
+    | {"generation", "targets", "convert", "readers", "families", "terminal"},
     "doctor": BELOW_GENERATION | {"convert", "families", "plan", "readers"},
     "cli_options": {"readers"},
     "cli_generate": BELOW_API | {"cli_options", "families", "api", "model", "batch"},

@@ -194,6 +194,21 @@ def test_a_request_without_a_line_has_no_place_in_a_file_of_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("id", value) for value in ([1], {}, True, 1.5)),
+        *(("line", value) for value in ([1], "1", None, True)),
+        *(("text", 5), ("settings", []), ("images", "a.png")),
+    ],
+)
+def test_an_answer_of_the_wrong_kind_is_refused_with_its_line(tmp_path, key, value):
+    row = {"line": 1, "id": "a", "prompt": "a", "images": [], "text": "b", "settings": "c"}
+    path = write(tmp_path / "answers.jsonl", row, row | {key: value}, row)
+    with pytest.raises(ValueError, match=f"line 2 of .* is an answer whose {key} is .*; delete it"):
+        AnswerFile(path).missing([Request("a", line=1)])
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"options": Options(seed=2**32 - 1)}, "seeds lie between"),

@@ -112,9 +112,13 @@ class Options:
 
     def over(self, **given: Any) -> "Options":
         """These options as defaults for those that are given. Defaults that do not go with what is
-        given are left out.
+        given are left out. Raises ValueError for what is no option.
         """
         plain = Options()
+        if unknown := [name for name in given if name not in vars(plain)]:
+            raise ValueError(
+                f"{', '.join(unknown)}: no option of generation; there are {', '.join(vars(plain))}"
+            )
         defaults = {
             name: value for name, value in vars(self).items() if value != getattr(plain, name)
         }

@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ImageLike = str | Path | Image.Image | np.ndarray | bytes | bytearray | BinaryIO | Mapping[str, Any]
+Raw = bytes | bytearray | memoryview
+ImageLike = str | Path | Image.Image | np.ndarray | Raw | BinaryIO | Mapping[str, Any]
 Fetch = Callable[[str], ImageLike]
 """What brings the image at a web address; nothing is downloaded unless a user gives one."""
 
-NO_LIST = str | bytes | bytearray | Path | Mapping | np.ndarray | Image.Image | io.IOBase
+NO_LIST = str | Raw | Path | Mapping | np.ndarray | Image.Image | io.IOBase
 """One image or text, where a list of them is wanted."""
 
 SHORTEST = 40  # characters of base64 that may be an image; a file's name may look like it
 CHANNELS = (1, 3, 4)
+URL_SAFE = bytes.maketrans(b"-_", b"+/")  # letters of base64 in addresses
 
 
 def read_image(source: ImageLike) -> Image.Image:
@@ -32,7 +35,8 @@ def read_image(source: ImageLike) -> Image.Image:
       `datasets` makes, {"bytes": …, "path": …};
     - a PIL image;
     - an array, of NumPy or another library: [height, width], with channels (1, 3 or 4) last or
-      first, of uint8, or of floats from 0 to 1. If both could be, they are last.
+      first, of uint8, other whole numbers from 0 to 255, floats from 0 to 1, or True for white. If
+      both could be, channels are last.
 
     No image may have more pixels than Pillow opens, twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -44,7 +48,9 @@ def read_image(source: ImageLike) -> Image.Image:
         source = encoded
     if isinstance(source, str | Path):
         return _from_file(source)
-    if isinstance(source, bytes | bytearray):
+    if isinstance(source, memoryview) and source.ndim > 1:
+        source = np.asarray(source)
+    if isinstance(source, Raw):
         name = f"image of {len(source)} bytes"
         return _to_rgb(_decode(io.BytesIO(source), name), name)
     if isinstance(source, Image.Image):
@@ -106,8 +112,7 @@ def _encoded(text: str) -> bytes | None:
         try:
             content = urllib.parse.unquote_to_bytes(body)
             if head.lower().endswith(";base64"):
-                content = b"".join(content.split()).rstrip(b"=")
-                content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+                content = _from_base64(content)
         except ValueError:  # no base64, or half a character
             content = b""
         if not comma or not content:
@@ -116,7 +121,7 @@ def _encoded(text: str) -> bytes | None:
     if len(text) < SHORTEST or os.path.isfile(text):
         return None
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        content = _from_base64(text.encode())
     except ValueError:
         return None
     try:
@@ -128,6 +133,12 @@ def _encoded(text: str) -> bytes | None:
     except Exception:  # of an image that is damaged or large; reading it will say so
         return content
     return content
+
+
+def _from_base64(text: bytes) -> bytes:
+    """What base64 says, that for addresses too, with or without its padding."""
+    text = b"".join(text.split()).rstrip(b"=").translate(URL_SAFE)
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
 def _local(path: str) -> str:
@@ -162,7 +173,7 @@ def _read_whole(file: Any) -> bytes:
         content = file.read()
     except Exception as error:  # closed, or of any library
         raise ValueError(f"image as an open file cannot be read: {error}") from None
-    if not isinstance(content, bytes | bytearray):
+    if not isinstance(content, Raw):
         raise ValueError("image as an open file wants one that was opened for bytes, as 'rb' does")
     return bytes(content)
 
@@ -203,6 +214,9 @@ def _check_size(pixels: int, name: str) -> None:
 
 def _from_array(source: Any) -> Image.Image:
     try:
+        if hasattr(source, "detach"):  # torch's, which a gradient or a device may hold
+            source = source.detach().cpu()
+            source = source.double() if source.is_floating_point() else source
         array = np.asarray(source)
     except Exception as error:  # of another library: on a device, or of a type NumPy lacks
         raise ValueError(f"an image array that NumPy cannot read: {error}") from None
@@ -215,12 +229,22 @@ def _from_array(source: Any) -> Image.Image:
             "an image array is [height, width], or has 1, 3 or 4 channels first or last, got "
             f"{shape}"
         )
-    if np.issubdtype(array.dtype, np.floating):
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.signedinteger):
+        if array.min() < 0 or array.max() > 255:
+            raise ValueError("an image array of whole numbers holds values from 0 to 255")
+        array = array.astype(np.uint8)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float64)  # of bfloat16, NumPy alone knows little
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("an image array of floats holds values from 0 to 1; divide by 255")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array is of uint8 or of floats from 0 to 1, got {array.dtype}")
+        raise ValueError(
+            "an image array is of uint8, of whole numbers from 0 to 255 or of floats from 0 to 1, "
+            f"got {array.dtype}"
+        )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return _decode(Image.fromarray(np.ascontiguousarray(array)), "image")

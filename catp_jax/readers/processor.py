@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from catp_jax import strict_json
+from catp_jax.files import is_there
 
 CONFIGS = (
     *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
@@ -24,7 +25,7 @@ CONFIGS = (
 )
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
                 "tokenizer.model")  # fmt: skip
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates/*.jinja"
 MARK = b"\xef\xbb\xbf"  # in front of a file that some editors save
 LARGEST = 500_000_000  # bytes
 
@@ -130,8 +131,8 @@ def fingerprint(processor: Any) -> str:
 def _check_image_processor(folder: Path) -> None:
     """Raises ValueError if there is none, where transformers would make one up."""
     whole = folder / "processor_config.json"
-    has_own = (folder / "preprocessor_config.json").exists()
-    if not has_own and not (whole.exists() and "image_processor" in strict_json.read(whole)):
+    has_own = is_there(folder / "preprocessor_config.json")
+    if not has_own and not (is_there(whole) and "image_processor" in strict_json.read(whole)):
         raise ValueError(
             f"{folder}: the image processor is missing (preprocessor_config.json, or "
             "processor_config.json with an image_processor); take the same checkpoint's"
@@ -143,20 +144,20 @@ def vocabulary(folder: Path) -> set[str]:
 
     Raises ValueError if they are missing or need a package that is.
     """
-    if (path := folder / "tokenizer.json").exists():
+    if is_there(path := folder / "tokenizer.json"):
         model = strict_json.read(path).get("model")
         found = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(found, list):  # Unigram: pairs of a token and its score
             found = [pair[0] for pair in found if isinstance(pair, list) and pair]
         return _tokens(path, found)
-    if (path := folder / "vocab.json").exists():
-        if not (folder / "merges.txt").exists():
+    if is_there(path := folder / "vocab.json"):
+        if not is_there(folder / "merges.txt"):
             raise ValueError(f"{folder} has vocab.json but no merges.txt; copy it too")
         return _tokens(path, strict_json.read(path))
-    if (path := folder / "vocab.txt").exists():
+    if is_there(path := folder / "vocab.txt"):
         return _tokens(path, [line for line in read_text(path).splitlines() if line.strip()])
     for name in ("spiece.model", "tokenizer.model"):
-        if (path := folder / name).exists():
+        if is_there(path := folder / name):
             is_text = _read(path)[:200].isascii()  # lines of base64, as Llama 3 has them
             package = "tiktoken" if is_text else "sentencepiece"
             if find_spec(package) is None:
@@ -210,11 +211,10 @@ def _copy(folder: Path, out: Path) -> None:
     """The files of a processor, without code and byte-order marks."""
     out.mkdir(exist_ok=True)
     for name in CONFIGS:
-        if (path := folder / name).exists():
+        if is_there(path := folder / name):
             (out / name).write_text(json.dumps(_without_code(path, strict_json.read(path))))
-    templates = [path for pattern in TEMPLATES for path in folder.glob(pattern)]
-    for path in [*(folder / name for name in VOCABULARIES), *templates]:
-        if path.exists():
+    for path in [*(folder / name for name in (*VOCABULARIES, TEMPLATE)), *folder.glob(TEMPLATES)]:
+        if is_there(path):
             copy = out / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(_read(path))
