@@ -47,8 +47,12 @@ class Family:
             )
         return self.reader.load(folder, config, **given)
 
-    def defaults(self, folder: Path) -> tuple[Options, str]:
-        """See `readers.generation_config.generation_defaults`."""
+    def defaults(self, folder: Path, generation_config: bool = True) -> tuple[Options, str]:
+        """Options for what is not given, and a line about them for the user, see
+        `readers.generation_config.generation_defaults`; without `generation_config` the plain ones.
+        """
+        if not generation_config:
+            return Options(), ""
         return generation_defaults(folder, self.reader.has_generation_config)
 
 
