@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from catp_jax import targets
-from catp_jax.families import PRESETS
+from catp_jax.families import PRESETS, find_config
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.plan import (
     Plan,
@@ -33,6 +33,7 @@ from catp_jax.plan import (
 )
 from catp_jax.plan.compiled import for_cpu, uses
 from catp_jax.plan.making import largest
+from catp_jax.readers.hub import FULL_NAMES
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import kv_heads, place
 from catp_jax.targets import Floor, compiling
@@ -135,6 +136,18 @@ def test_fsdp_divides_the_weights_and_gathers_them(on_eight, command_on_one):
     assert one["prefill_traffic"] == one["token_traffic"] == []
     assert {row["kind"] for row in eight["token_traffic"]} >= {"all-gather"}
     assert one["prefill_flops"] == eight["prefill_flops"]
+
+
+def test_a_published_checkpoint_needs_no_download_by_either_name():
+    for name, full in FULL_NAMES.items():
+        if "itm" not in name:  # which write no text
+            assert find_config(name) == find_config(full) == PRESETS[name]()
+
+
+def test_a_downloaded_checkpoint_comes_before_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blip2-opt-2.7b").symlink_to(MINI)
+    assert find_config("blip2-opt-2.7b") == find_config(MINI)
 
 
 @functools.cache
@@ -370,7 +383,6 @@ def test_what_makes_no_sense_is_refused(model, options, says):
         (["--prune", "nope", "--keep", "4"], "unknown pruning method 'nope'; there are catp, l2,"),
         (["--prune", "k_norm", "--prune", "random", "--keep", "4"], "--prune k_norm,random"),
         (["--prune", "k_norm,random", "--keep", "4", "--keep", "8"], "--keep 4,8"),
-        ("there are only 260 visual tokens",),
         (
             ["--prune", "trimmed_llama:k_ratio=0.1", "--keep", "auto"],
             "a plan has fixed budgets; --keep auto is for generate",
