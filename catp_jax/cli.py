@@ -53,7 +53,9 @@ def start(
             metavar="HOST:PORT",
         ),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes there are.")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="How many processes there are.", min=1)
+    ] = None,
     process_id: Annotated[
         int | None, typer.Option(help="Which of them this one is, counting from 0.")
     ] = None,
@@ -117,7 +119,7 @@ app.command()(cli_cluster.doctor)
 def match(
     model: opts.ModelFolder,
     image: Annotated[list[Path], opts.file_option("An image. Repeat it for several.")],
-    text: Annotated[list[str], typer.Option(help="A text. Repeat it for several.")],
+    text: Annotated[list[str], typer.Option(help="A text. Repeat it for several.", metavar="TEXT")],
     json_output: opts.Json = False,
     dtype: opts.Dtype = None,
     adapter: opts.Adapter = None,
@@ -163,13 +165,13 @@ def demo(
             metavar="DIR|NAME",
         ),
     ] = None,
-    questions: Annotated[int, typer.Option(help="How many test questions to answer.")] = 256,
+    limit: opts.Limit = 256,
     ignore_config: opts.IgnoreConfig = None,
 ) -> None:
     """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
     from catp_jax import demo as module
 
-    module.run(model or [], out, questions, Console(), ignore_config or ())
+    module.run(model or [], out, limit, Console(), ignore_config or ())
 
 
 app.add_typer(cli_study.app, name="study")

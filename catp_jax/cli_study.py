@@ -63,9 +63,7 @@ def run(
         float | None, typer.Option(help="vqav2: the share of the questions, drawn at random.")
     ] = None,
     data: Annotated[Path | None, opts.file_option("jsonl: the file of questions.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Ask only so many questions, at even distances.")
-    ] = None,
+    limit: opts.Limit = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -100,25 +98,32 @@ def run(
         int,
         typer.Option(
             help="Draws the fraction, what random methods keep, answers above temperature 0, and "
-            "the bootstrap."
+            "the bootstrap.",
+            min=0,
+            max=SEEDS - 1,
         ),
     ] = 42,
     batch_size: Annotated[
-        int, typer.Option(help="How many questions are answered at a time.")
+        int, typer.Option(help="How many questions are answered at a time.", min=1)
     ] = 32,
     timed: Annotated[
         bool, typer.Option("--timed", help="Measure times too, which takes programs of its own.")
     ] = False,
     chat: opts.Chat = False,
     begun: opts.Begun = "",
-    generation_config: opts.GenerationConfig = False,
+    generation_config: Annotated[
+        bool,
+        opts.generation_option(
+            "--generation-config",
+            help="Take options that are not given from the checkpoint's generation_config.json.",
+        ),
+    ] = False,
 ) -> None:
     """Answer the questions of a task unpruned and pruned, and write the figures to a file.
 
     Answers are greedy, of at most 10 new tokens, if options do not say otherwise.
     """
     from catp_jax.families import family_of
-    from catp_jax.generation.options import Options
     from catp_jax.readers.generation_config import sets_defaults
     from catp_jax.readers.hub import name_of
     from catp_jax.sharding.distributed import gathered, is_first
@@ -130,16 +135,16 @@ def run(
     from convert import load_config
 
     settings = _settings(prune, keep)
-    _check_numbers(batch_size, seed)
-    parse_mesh({} if loading.mesh is None else loading.mesh)
+    with opts.wrong_call():
+        parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
     family = family_of(load_config(model, loading.ignore_config or ()), model)
-    defaults = family.defaults(model)[0] if generation_config else Options()
-    options = defaults.over(
-        **{"max_new_tokens": MAX_NEW_TOKENS} | generation.given(), num_return_sequences=1
-    )
-    if prompt is not None:
-        check_prompt(prompt)
+    defaults, note = family.defaults(model, generation_config)
+    given = {"max_new_tokens": MAX_NEW_TOKENS} | generation.given()
+    with opts.wrong_call():
+        options = defaults.over(**given, num_return_sequences=1)
+        if prompt is not None:
+            check_prompt(prompt)
     name = name_of(model)
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
@@ -164,7 +169,7 @@ def run(
         batch=batch_size,
         options=options,
         seed=seed,
-        loading=_loading_settings(loading),
+        loading=loading.settings(name_of),
     )
     journal.check(**known_parts(conditions, examples))
 
@@ -178,6 +183,8 @@ def run(
                 "a study generates by its own options: generation_config.json is left aside "
                 "(--generation-config takes it)"
             )
+        if note:
+            say(note)
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         settings = settings or _all_that_fit(loaded, keep)
         _check_fit(settings, loaded)
@@ -197,7 +204,7 @@ def report(
         typer.Argument(
             help="The files that `catp-jax study` has written, one a model.",
             parser=opts.path,
-            metavar="FILE…",
+            metavar="FILE",
         ),
     ],
     out: Annotated[Path, opts.file_option("The folder for the report.")] = Path("report"),
@@ -310,13 +317,14 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
     """Each --prune with each --keep of as many budgets, checked as far as that goes without a
     model; none if that decides which methods there are.
 
-    Raises BadParameter for one that meets no other, and ValueError for what is no method or budget.
+    Raises BadParameter for one that meets no other, and for what is no method or budget.
     """
     from catp_jax.pruning.named import AUTO, listed, named
     from catp_jax.study.records import Setting
 
     methods = {",".join(words): len(words) for words in map(listed, prune or [])}
-    budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
+    with opts.wrong_call():
+        budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
     if any(AUTO in some for some in budgets):
         raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
     counted = {f"--prune {method}": count for method, count in methods.items()}
@@ -334,8 +342,9 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
         for some in budgets
         if len(some) == count
     ]
-    for setting in settings:
-        named(setting.method, setting.keep)
+    with opts.wrong_call():
+        for setting in settings:
+            named(setting.method, setting.keep)
     return settings
 
 
@@ -363,23 +372,3 @@ def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
 
     for spec in dict.fromkeys(spec for setting in settings for spec in listed(setting.method)):
         make(spec, 1, model.sites)
-
-
-def _loading_settings(loading: opts.Loading) -> dict[str, Any]:
-    """How the model is loaded, as far as its own description does not tell: dtype and weights."""
-    from catp_jax.readers.hub import name_of
-
-    return {
-        name: name_of(value) if isinstance(value, Path) else value
-        for name, value in opts.given(loading.keywords()).items()
-        if name not in ("dtype", "weights", "mesh")
-    }
-
-
-def _check_numbers(batch_size: int, seed: int) -> None:
-    """Raises BadParameter for a number out of range."""
-    for option, value, bound in (("--batch-size", batch_size, 1), ("--seed", seed, 0)):
-        if value < bound:
-            raise typer.BadParameter(f"{option} must be at least {bound}, got {value}")
-    if seed >= SEEDS:
-        raise typer.BadParameter(f"--seed must be below {SEEDS}, got {seed}")

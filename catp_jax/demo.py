@@ -40,7 +40,7 @@ def settings_for(model: Model) -> list[Setting]:
 def run(
     folders: Sequence[Path],
     out: Path,
-    questions: int,
+    limit: int | None,
     console: Console,
     ignore_config: Sequence[str] = (),
 ) -> None:
@@ -57,7 +57,7 @@ def run(
         name: api.load(folder, ignore_config=ignore_config)
         for name, folder in zip(names, folders, strict=True)
     }
-    examples = spread_out(list(tasks.easy_vqa("test")), questions)
+    examples = spread_out(list(tasks.easy_vqa("test")), limit or 256)
 
     results: dict[str, list[Result]] = {}
     panels: list[list[Panel]] = []

@@ -22,13 +22,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
-from catp_jax.families import PRESETS, find_config
+from catp_jax.families import find_config, find_folder
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.models.blocks import Block, KeysValues, Read
 from catp_jax.plan import abstract_model, shard_bytes
 from catp_jax.pruning.scores import keep_best
-from catp_jax.readers import hub
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place
 from convert.report import readable
@@ -85,8 +84,7 @@ def examine(
             config = find_config(model, ignore_config)
             abstract = abstract_model(config, jnp.dtype(dtype or jnp.bfloat16))
             checkpoint = Checkpoint(config, None, abstract)  # should its weights not do
-            if str(model) not in PRESETS:
-                folder = hub.find_folder(model)
+            if (folder := find_folder(model)) is not None:
                 abstract = convert.load_abstract(folder, dtype, ignore_config)
                 checkpoint = Checkpoint(config, folder, abstract)
         except (ValueError, TypeError, OSError) as error:

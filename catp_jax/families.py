@@ -52,8 +52,12 @@ class Family:
                 raise ValueError(f"{mode} is {' or '.join(self.modes[mode])}, got {value!r}")
         return self.reader.load(folder, config, **given)
 
-    def defaults(self, folder: Path) -> tuple[Options, str]:
-        """See `readers.generation_config.generation_defaults`."""
+    def defaults(self, folder: Path, generation_config: bool = True) -> tuple[Options, str]:
+        """Options for what is not given, and a line about them for the user, see
+        `readers.generation_config.generation_defaults`; without `generation_config` the plain ones.
+        """
+        if not generation_config:
+            return Options(), ""
         return generation_defaults(folder, self.reader.has_generation_config)
 
 
@@ -65,7 +69,9 @@ FAMILIES = (
         modes={"mask_mode": get_args(MaskMode), "vision_mode": get_args(VisionMode)},
         presets={
             "Llama-3.2-11B-Vision": MllamaConfig.llama_3_2_11b,
+            "Llama-3.2-11B-Vision-Instruct": MllamaConfig.llama_3_2_11b,
             "Llama-3.2-90B-Vision": MllamaConfig.llama_3_2_90b,
+            "Llama-3.2-90B-Vision-Instruct": MllamaConfig.llama_3_2_90b,
         },
     ),
     Family(
@@ -95,9 +101,12 @@ FAMILIES = (
 )
 
 PRESETS: Mapping[str, Callable[[], Any]] = {
-    name: preset for family in FAMILIES for name, preset in family.presets.items()
+    key: preset
+    for family in FAMILIES
+    for name, preset in family.presets.items()
+    for key in (name, hub.FULL_NAMES[name])
 }
-"""Configurations by the names of the published checkpoints."""
+"""Configurations by the names of the published checkpoints, with and without `org/`."""
 
 
 def family_of(config: Any, name: str | Path) -> Family:
@@ -114,15 +123,22 @@ def family_of(config: Any, name: str | Path) -> Family:
 
 
 def find_config(model: str | Path, ignore_config: Sequence[str] = ()) -> Any:
-    """A configuration by its checkpoint's name, or that of a folder, also one in the local Hugging
-    Face cache by its name, org/name. config.json is read without the keys `ignore_config`. Raises
+    """The configuration of a model, by its folder or its name: config.json without the keys
+    `ignore_config`, or the preset of a published checkpoint that is not downloaded. Raises
     ValueError for others.
     """
-    if str(model) in PRESETS:
-        return PRESETS[str(model)]()
+    folder = find_folder(model)
+    return PRESETS[str(model)]() if folder is None else convert.read_config(folder, ignore_config)
+
+
+def find_folder(model: str | Path) -> Path | None:
+    """The folder of a model, see `readers.hub.find_folder`; None for one of the `PRESETS` that is
+    not downloaded.
+    """
     try:
-        folder = hub.find_folder(model)
+        return hub.find_folder(model)
     except ValueError as error:
-        names = ", ".join(PRESETS)
+        if str(model) in PRESETS:
+            return None
+        names = ", ".join(name for name in PRESETS if "/" not in name)
         raise ValueError(f"{error}. Published checkpoints are known as {names}") from None
-    return convert.read_config(folder, ignore_config)

@@ -92,7 +92,7 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
         names = ", ".join(f"{name}={value!r}" for name, value in missing.items())
         raise ValueError(
             f"{path} asks for {names}, which is not implemented; take it out, or leave the file "
-            "aside (--no-generation-config, in Python generation_config=False)"
+            "aside (generate --no-generation-config, in Python generation_config=False)"
         )
     try:
         options = Options(**_options(given))
