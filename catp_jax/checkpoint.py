@@ -31,6 +31,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import type_handlers
 
 from catp_jax import leaves
+from catp_jax.messages import listed
 
 Tree = TypeVar("Tree")
 Shape = tuple[int, ...]
@@ -212,9 +213,7 @@ def compare(
             if stored[name].shape != wanted[name].shape
         ],
     }
-    lines = [
-        f"  {len(names)} {kind}: {leaves.listed(names)}" for kind, names in kinds.items() if names
-    ]
+    lines = [f"  {len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lines:
         raise ValueError(
             f"the checkpoint {path} does not fit the tree it is restored into; "

@@ -4,7 +4,7 @@ A tree is anything that JAX can look inside, NNX modules among it. An abstract a
 `jax.ShapeDtypeStruct`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +13,6 @@ from flax import nnx
 Tree = TypeVar("Tree")
 
 RUN = 384 * 2**20  # bytes of arrays that are read or written as one; a larger array is alone
-LISTED = 20  # names of one kind that an error shows
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -54,12 +53,6 @@ def runs(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:
         found[-1].append(name)
         room -= size
     return found
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some of the names, and how many more there are."""
-    more = f", … and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _is_variable(node: Any) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
+from catp_jax.messages import listed
 from convert.dtypes import cast, name_dtype, parse_dtype
 from convert.families import Config, family_of
 from convert.family import wrapper_of
@@ -163,7 +164,7 @@ def _verify(runs: Iterator[dict[str, np.ndarray]], checksums: Mapping[str, int])
     if wrong := [name for run in runs for name in different(run, checksums)]:
         raise ValueError(
             f"{len(wrong)} of the tensors read back differently from what was written: "
-            f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
+            f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
         )
 
 
@@ -245,7 +246,7 @@ def _read_back(
         arrays = checkpoint.read(source.folder / WEIGHTS, wanted)
         if wrong := source.changed(arrays):
             raise ValueError(
-                f"{source.folder / WEIGHTS} is damaged: {leaves.listed(wrong)}; convert again"
+                f"{source.folder / WEIGHTS} is damaged: {listed(wrong)}; convert again"
             )
         run = {
             name: matches[name].transform.inverse(arrays[matches[name].target]) for name in names

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from catp_jax.leaves import listed
+from catp_jax.messages import listed
 from convert.manifest import MANIFEST, config_digest
 from convert.reader import open_hf
 
