@@ -3,8 +3,11 @@
 Names of files and tensors, messages about them, answers of a model: all may hold such sequences.
 """
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed
@@ -21,6 +24,20 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """The same for a name, which has no lines."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Inside, transformers does not advise to install PyTorch, which nothing here needs."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def say(line: object) -> None:

@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
         "checkpoint": "leaves messages",
         "convert": "leaves messages strict_json terminal models checkpoint",
         "generation": "struct contract",
-        "readers": "struct messages strict_json models pruning sharding generation",
+        "readers": "struct messages strict_json terminal models pruning sharding generation",
         "study": "struct contract lines messages strict_json targets pruning generation readers",
         # it trains on the study's tasks, and writes what it trained in Hugging Face format
         "training": "struct contract models study convert",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from catp_jax import strict_json
+from catp_jax.terminal import without_advice
 
 CONFIGS = (
     *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
@@ -33,7 +34,8 @@ def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -
     Raises ValueError if a file is missing, damaged or of another kind, or if it names code that
     transformers itself does not have.
     """
-    from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
+    with without_advice():
+        from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
 
     _check_image_processor(folder)
     vocabularies = {}
