@@ -1,6 +1,7 @@
 """Requests by the file: answered a batch at a time, and one that cannot be used costs no other.
 
-    {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     images: also one, or none
+    {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     see `readers.rows`
+    {"prompt": "what is this?", "images": "a.png", "begun": "It is"}    the answer goes on from that
     {"messages": [{"role": "user", "content": "what is this?"}]}        for the chat template; its
                                                     parts may hold images, see `readers.chat`
 
@@ -15,21 +16,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax import strict_json
 from catp_jax.answers import Answers, Unsound
 from catp_jax.generation.options import Options
 from catp_jax.generation.sampling import check_seeds
 from catp_jax.lines import JsonLines, Row
 from catp_jax.model import Model
 from catp_jax.readers.chat import take_images
-from catp_jax.readers.images import within
 from catp_jax.readers.reading import Prompt, Question
+from catp_jax.readers.rows import lines_of, parse
 from catp_jax.sharding.distributed import agreed, is_first
 
 OF_A_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja")  # files, by their endings
 ANSWERED = {"line": (int,), "text": (str, list), "settings": (str,), "images": (list,)}
 KEYS = ("prompt", "messages", "images", "image", "begun", "id")
-SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +112,8 @@ def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
 
     Images' paths start from the file's folder. Raises ValueError if there is no file or no line.
     """
-    if not path.is_file():
-        raise ValueError(f"batch file {str(path)!r} is not a file")
     requests, problems, lines = [], [], {}
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         try:
             request = _request(line, number, path.parent)
             if request.key is not None and lines.setdefault(request.key, number) != number:
@@ -128,40 +122,25 @@ def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
         except ValueError as error:
             problems.append(Problem(number, str(error)))
     if not requests and not problems:
-        raise ValueError(f"batch file {str(path)!r} has no lines")
+        raise ValueError(f"{path} has no requests; give one JSON object a line")
     return requests, problems
 
 
 def _request(line: bytes, number: int, folder: Path) -> Request:
     """A line's request. Raises ValueError if it is none."""
-    try:
-        row = strict_json.parse(line)
-    except ValueError as error:
-        shown = line[:80].decode(errors="replace")
-        raise ValueError(f"{error}; {SHAPE}: {shown}") from None
-    if unknown := [key for key in row if key not in KEYS]:
-        raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; {SHAPE}")
+    row = parse(line, KEYS, folder)
     if ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"either a prompt or messages are wanted; {SHAPE}")
-    if "image" in row and "images" in row:
-        raise ValueError("image and images are the same; give one of them")
+        raise ValueError("give either a prompt or messages")
     prompt: Any = row.get("prompt", row.get("messages"))
     if not isinstance(prompt, str if "prompt" in row else list):
-        raise ValueError(f"a prompt is a text, and messages are a list; {SHAPE}")
-    images = row.get("images", row.get("image"))
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"images are a list of paths; {SHAPE}")
-    key = row.get("id")
-    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
-        raise ValueError(f"an id is a text or a whole number, got {key!r}")
+        raise ValueError(f"a prompt is a text, and messages are a list; got {prompt!r}")
     begun = row.get("begun", "")
     if not isinstance(begun, str):
         raise ValueError(f"what is begun of an answer is a text, got {begun!r}")
-    images = [within(image, folder) for image in images]
+    images = row["images"]
     if isinstance(prompt, list):
         prompt, images = take_images(prompt, images, folder)
-    return Request(prompt, tuple(images), number - 1, number, key, begun)
+    return Request(prompt, tuple(images), number - 1, number, row["id"], begun)
 
 
 def answer(

@@ -29,6 +29,7 @@ import tensorstore as ts
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from catp_jax import leaves
+from catp_jax.messages import listed
 
 Tree = TypeVar("Tree")
 
@@ -223,9 +224,7 @@ def compare(
             if stored[name].shape != wanted[name].shape
         ],
     }
-    lines = [
-        f"  {len(names)} {kind}: {leaves.listed(names)}" for kind, names in kinds.items() if names
-    ]
+    lines = [f"  {len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lines:
         raise ValueError(
             f"the checkpoint {path} does not fit the tree it is restored into; "

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from catp_jax import strict_json
-from catp_jax.leaves import listed
+from catp_jax.messages import listed
 from convert.shards import Tensor, read_shard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

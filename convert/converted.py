@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
+from catp_jax.messages import listed
 from convert.dtypes import cast, name_dtype, parse_dtype
 from convert.families import family_of
 from convert.family import wrapper_of
@@ -120,7 +121,7 @@ def to_orbax(
             if wrong := [name for run in found for name in run if not run[name]]:
                 raise ValueError(
                     f"{len(wrong)} of the tensors read back differently from what was written: "
-                    f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
+                    f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
                 )
         copy_side_files(source.folder, folder)
         if wanted is not None:

@@ -188,7 +188,20 @@ def beams(
     early_stopping: EarlyStopping = "heuristic",
     logprobs: int | None = None,
 ) -> Beams:
-    """Beam search's numbers. Raises ValueError for those out of range."""
+    """Beam search's numbers. Raises ValueError as `check_beams` does."""
+    check_beams(num_beams, answers, length_penalty, early_stopping)
+    return Beams(
+        num_beams=num_beams,
+        num_answers=answers,
+        early_stopping=early_stopping,
+        length_penalty=jnp.asarray(length_penalty, jnp.float32),
+        rules=rules or Rules.of(),
+        logprobs=logprobs,
+    )
+
+
+def check_beams(num_beams: int, answers: int, length_penalty: float, early_stopping: Any) -> None:
+    """Raises ValueError for numbers out of range."""
     if num_beams < 1:
         raise ValueError(f"num_beams is at least 1, got {num_beams}")
     if not 1 <= answers <= num_beams:
@@ -201,11 +214,3 @@ def beams(
         raise ValueError(
             f"early_stopping is 'heuristic', 'first' or 'never', got {early_stopping!r}"
         )
-    return Beams(
-        num_beams=num_beams,
-        num_answers=answers,
-        early_stopping=early_stopping,
-        length_penalty=jnp.asarray(length_penalty, jnp.float32),
-        rules=rules or Rules.of(),
-        logprobs=logprobs,
-    )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
+from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.llama import LlamaConfig
@@ -147,7 +147,7 @@ class QueryingReader:
         longest = max(map(len, begun))
         if not longest:
             return packed
-        table = np.full((len(begun), round_up(longest, (1, 2, 4, 8, *TEXT_LENGTHS))), -1, np.int32)
+        table = np.full((len(begun), round_up(longest, TOKEN_COUNTS)), -1, np.int32)
         for row, tokens in enumerate(begun):
             table[row, : len(tokens)] = tokens
         return dataclasses.replace(packed, inputs=replace(packed.inputs, begun=table))

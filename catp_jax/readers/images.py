@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from catp_jax.messages import short
+
 Raw = bytes | bytearray | memoryview
 ImageLike = str | Path | Image.Image | np.ndarray | Raw | BinaryIO | Mapping[str, Any]
 Fetch = Callable[[str], ImageLike]
@@ -64,6 +66,22 @@ def read_image(source: ImageLike) -> Image.Image:
     )
 
 
+def check_image(source: str | Path) -> None:
+    """Raises ValueError as `read_image` does. A JPEG, which must be whole, is decoded at its
+    smallest scale, so that many are looked at in little time.
+    """
+    encoded = _encoded(source) if isinstance(source, str) else None
+    if encoded is None:
+        _from_file(source, is_draft=True)
+    else:
+        read_image(encoded)
+
+
+def quoted(text: str) -> str:
+    """A path or address in quotes, without the megabytes that it may hold."""
+    return repr(short(text, 60) if len(text) > 500 else text)
+
+
 def is_web_address(source: Any) -> bool:
     """Whether an image would have to be fetched."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
@@ -73,15 +91,15 @@ def fetch_image(address: str, fetch: Fetch | None) -> ImageLike:
     """The image at a web address. Raises ValueError if `fetch` is missing or fails."""
     if fetch is None:
         raise ValueError(
-            f"image {_short(address)} is a web address, and nothing is downloaded unasked; save it "
+            f"image {quoted(address)} is a web address, and nothing is downloaded unasked; save it "
             "as a file, or load the model with fetch=, a function from address to bytes"
         )
     try:
         found = fetch(address)
     except Exception as error:  # of any library
-        raise ValueError(f"image {_short(address)} could not be fetched: {error}") from error
+        raise ValueError(f"image {quoted(address)} could not be fetched: {error}") from error
     if is_web_address(found):
-        raise ValueError(f"image {_short(address)}: fetch must return the image, not an address")
+        raise ValueError(f"image {quoted(address)}: fetch must return the image, not an address")
     return found
 
 
@@ -116,7 +134,7 @@ def _encoded(text: str) -> bytes | None:
         except ValueError:  # no base64, or half a character
             content = b""
         if not comma or not content:
-            raise ValueError(f"image {_short(text)} is no data: URI that holds anything")
+            raise ValueError(f"image {quoted(text)} is no data: URI that holds anything")
         return content
     if len(text) < SHORTEST or os.path.isfile(text):
         return None
@@ -147,12 +165,12 @@ def _local(path: str) -> str:
         return path
     host, slash, rest = path[7:].partition("/")
     if host not in ("", "localhost"):
-        raise ValueError(f"image {_short(path)} lies on another machine; copy it to this one")
+        raise ValueError(f"image {quoted(path)} lies on another machine; copy it to this one")
     return urllib.parse.unquote(slash + rest)
 
 
-def _from_file(source: str | Path) -> Image.Image:
-    name = f"image {_short(str(source))}"
+def _from_file(source: str | Path, is_draft: bool = False) -> Image.Image:
+    name = f"image {quoted(str(source))}"
     if is_web_address(source):
         fetch_image(str(source), None)
     path = _local(source) if isinstance(source, str) else source
@@ -162,7 +180,7 @@ def _from_file(source: str | Path) -> Image.Image:
         raise ValueError(f"{name} is not a file")
     if not os.path.getsize(path):
         raise ValueError(f"{name} is an empty file")
-    return _to_rgb(_decode(path, name), name)
+    return _to_rgb(_decode(path, name, is_draft), name)
 
 
 def _read_whole(file: Any) -> bytes:
@@ -178,8 +196,10 @@ def _read_whole(file: Any) -> bytes:
     return bytes(content)
 
 
-def _decode(source: str | Path | BinaryIO | Image.Image, name: str) -> Image.Image:
-    """All pixels, upright, in the image's own mode."""
+def _decode(
+    source: str | Path | BinaryIO | Image.Image, name: str, is_draft: bool = False
+) -> Image.Image:
+    """All pixels, upright, in the image's own mode; of a JPEG that is a draft, few."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have one limit
@@ -189,6 +209,8 @@ def _decode(source: str | Path | BinaryIO | Image.Image, name: str) -> Image.Ima
             with Image.open(source) as image:
                 if image.format == "EPS":  # a program, which Pillow gives to Ghostscript to run
                     raise UnidentifiedImageError
+                if is_draft:
+                    image.draft(None, (1, 1))
                 return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is in no image format that can be read") from None
@@ -248,11 +270,6 @@ def _from_array(source: Any) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return _decode(Image.fromarray(np.ascontiguousarray(array)), "image")
-
-
-def _short(text: str) -> str:
-    """A path or address in quotes, without the megabytes that it may hold."""
-    return repr(text if len(text) <= 500 else f"{text[:60]}…")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -18,6 +18,7 @@ import numpy as np
 
 from catp_jax import strict_json
 from catp_jax.files import is_there
+from catp_jax.terminal import without_advice
 
 CONFIGS = (
     *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
@@ -26,8 +27,6 @@ CONFIGS = (
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
                 "tokenizer.model")  # fmt: skip
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates/*.jinja"
-MARK = b"\xef\xbb\xbf"  # in front of a file that some editors save
-LARGEST = 500_000_000  # bytes
 
 
 def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -> Any:
@@ -36,7 +35,8 @@ def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -
     Raises ValueError if a file is missing, damaged or of another kind, or if it names code that
     transformers itself does not have.
     """
-    from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
+    with without_advice():
+        from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
 
     _check_image_processor(folder)
     vocabularies = {}
@@ -158,7 +158,8 @@ def vocabulary(folder: Path) -> set[str]:
         return _tokens(path, [line for line in read_text(path).splitlines() if line.strip()])
     for name in ("spiece.model", "tokenizer.model"):
         if is_there(path := folder / name):
-            is_text = _read(path)[:200].isascii()  # lines of base64, as Llama 3 has them
+            # lines of base64, as Llama 3 has them
+            is_text = strict_json.read_bytes(path)[:200].isascii()
             package = "tiktoken" if is_text else "sentencepiece"
             if find_spec(package) is None:
                 raise ValueError(
@@ -176,23 +177,12 @@ def vocabulary(folder: Path) -> set[str]:
 def read_text(path: Path) -> str:
     """A file's text. Raises ValueError, which names the file."""
     try:
-        return _read(path).decode()
+        return strict_json.read_bytes(path).decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
             f"{path} is not UTF-8 text: byte {byte:#04x} at place {error.start}; save it as UTF-8"
         ) from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path} has more than {LARGEST} bytes; it is no file of a processor")
-        return path.read_bytes().removeprefix(MARK)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _tokens(path: Path, found: Any) -> set[str]:
@@ -217,7 +207,7 @@ def _copy(folder: Path, out: Path) -> None:
         if is_there(path):
             copy = out / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(_read(path))
+            copy.write_bytes(strict_json.read_bytes(path))
 
 
 def _without_code(path: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from catp_jax.contract import Site
 from catp_jax.pruning import named
+from catp_jax.readers.images import quoted
 from catp_jax.struct import replace
 from catp_jax.study.cost import in_parallel
 from catp_jax.study.records import UNPRUNED, Conditions, Setting
@@ -23,7 +24,7 @@ Pruners = tuple[Any, ...]
 
 @runtime_checkable
 class Answerer(Protocol):
-    """What a study needs of a loaded model (`catp_jax.api`).
+    """What a study needs of a loaded model (`catp_jax.model`).
 
     `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
@@ -115,7 +116,7 @@ class Batches:
                     self.model.prepare([example.image], [prompt], begun[:1])
                 except ValueError as error:
                     raise ValueError(
-                        f"question {example.id!r} about {str(example.image)!r}: {error}"
+                        f"question {example.id!r} about {quoted(str(example.image))}: {error}"
                     ) from None
             raise
 
