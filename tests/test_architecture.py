@@ -240,7 +240,7 @@ def test_checker_finds(module: str, source: str, fault: str):
         ("catp_jax.readers.chat", "from catp_jax import models, pruning", False),
         ("convert.mllama", "from catp_jax.models.mllama import MllamaConfig", False),
         ("convert.configs", "import transformers", False),
-        ("catp_jax.api", "from convert import reader\nfrom . import generation", False),
+        ("catp_jax.api", "from convert import reader\nfrom . import readers", False),
         ("catp_jax", "from .api import load", True),
     ],
 )
