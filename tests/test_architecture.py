@@ -32,7 +32,9 @@ ROOMS: dict[str, set[str]] = {
         "convert": "leaves messages strict_json terminal models checkpoint",
         "generation": "struct contract",
         "readers": "struct files messages strict_json terminal models pruning sharding generation",
-        "study": "struct contract lines messages strict_json terminal targets pruning generation readers",
+        "study": (
+            "struct contract lines messages strict_json terminal targets pruning generation readers"
+        ),
         # it trains on the study's tasks, and writes what it trained in Hugging Face format
         "training": "struct contract models study convert",
         "answers": "contract generation readers",
@@ -46,12 +48,9 @@ ROOMS: dict[str, set[str]] = {
         "doctor": "models pruning sharding convert families plan",
         "cli_options": "pruning readers",
         "cli_generate": (
-            "terminal sharding generation readers convert families model api batch "
-            "cli_options"
+            "terminal sharding generation readers convert families model api batch cli_options"
         ),
-        "cli_study": (
-            "terminal pruning sharding readers study convert families api cli_options"
-        ),
+        "cli_study": ("terminal pruning sharding readers study convert families api cli_options"),
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",
         "cli": (
             "terminal sharding readers convert matching demo cli_options cli_generate "
