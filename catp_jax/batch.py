@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax.answers import Answers, Unsound
+from catp_jax.answers import Answers, NonFinite
 from catp_jax.generation.options import Options
 from catp_jax.generation.sampling import check_seeds
 from catp_jax.lines import JsonLines, Row
@@ -220,17 +220,17 @@ def _begin(
         model.pack([question for _, question in filled]),
         prune=prune,
         keep=keep,
-        **{**dataclasses.asdict(options), "seed": seeds},
+        **vars(dataclasses.replace(options, seed=seeds)),
     )
 
     def answers() -> Iterator[Answer | Problem]:
         try:
             found = fetch()
-        except Unsound as error:
+        except NonFinite as error:
             bad = [usable[number][0] for number in error.numbers if number < len(usable)]
             if any(request.line is None for request in bad):
                 raise
-            yield from (Problem(request.line, str(Unsound())) for request in bad)
+            yield from (Problem(request.line, str(NonFinite())) for request in bad)
             numbers = {request.number for request in bad}
             rest = [pair for pair in usable if pair[0].number not in numbers]
             yield from _begin(model, rest, batch_size, prune, keep, options)

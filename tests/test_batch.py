@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catp_jax.answers import Unsound
+from catp_jax.answers import NonFinite
 from catp_jax.api import load
 from catp_jax.batch import Answer, AnswerFile, Problem, Request, answer, read_requests
 from catp_jax.generation.options import Options
@@ -273,7 +273,7 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
         return fails if len(batches) == 1 else begun(packed, **options)
 
     def fails():
-        raise Unsound([1])
+        raise NonFinite([1])
 
     monkeypatch.setattr(type(model), "begin", begin)
     found = [*answer(model, asked, batch_size=3)]
@@ -286,7 +286,7 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
         (4, "red"),
         (8, "red"),
     ]  # a shallow model
-    assert batches == [[0, 1, 2], [0, 2, 0]]
+    assert batches == [(0, 1, 2), (0, 2, 0)]
 
 
 def test_out_is_for_a_file_of_requests():

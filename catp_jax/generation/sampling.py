@@ -25,7 +25,7 @@ class Drawing:
     number: Int[Array, ""]
     written: Written
     is_open: Bool[Array, " r"]
-    is_sound: Bool[Array, " r"]
+    is_finite: Bool[Array, " r"]
 
 
 @pytree
@@ -54,7 +54,7 @@ class Sampling:
             number=jnp.asarray(0, jnp.int32),
             written=Written.start((answers,), stop, self.logprobs),
             is_open=jnp.ones(answers, bool),
-            is_sound=jnp.ones(answers, bool),
+            is_finite=jnp.ones(answers, bool),
         )
 
     def advance(
@@ -63,7 +63,7 @@ class Sampling:
         """One token more for each answer, padding for one that has ended."""
         allowed = self.rules(logits, state.written.tokens, state.number, stop)
         chosen = self.choose(allowed, state.number)
-        sound = jnp.isfinite(chosen.scores) | ~state.is_open
+        finite = jnp.isfinite(chosen.scores) | ~state.is_open
         chosen = replace(chosen, tokens=jnp.where(state.is_open, chosen.tokens, stop.pad))
         written = state.written.extended(chosen, state.number, stop)
         state = Drawing(
@@ -71,8 +71,8 @@ class Sampling:
             written=replace(
                 written, lengths=jnp.where(state.is_open, written.lengths, state.written.lengths)
             ),
-            is_open=state.is_open & sound & ~written.has_ended(chosen, stop),
-            is_sound=state.is_sound & sound,
+            is_open=state.is_open & finite & ~written.has_ended(chosen, stop),
+            is_finite=state.is_finite & finite,
         )
         return chosen.tokens, None, state
 

@@ -80,6 +80,13 @@ class Reader(Protocol):
     @property
     def tokenizer(self) -> Any: ...
     @property
+    def cross_layers(self) -> int | None:
+        """Layers in which the visual tokens look at the image before the language model gets them;
+        None: they are the image's own.
+        """
+        ...
+
+    @property
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
         ...
@@ -97,10 +104,6 @@ class Reader(Protocol):
 
     def length(self, question: Question[Any]) -> int:
         """How many tokens of the language model a question is."""
-        ...
-
-    def visual_tokens(self, question: Question[Any]) -> int:
-        """How many visual tokens a question has, before any pruning."""
         ...
 
     def pack(self, questions: Sequence[Question[Any]], shares: int = 1) -> Packed[Any]:
@@ -121,7 +124,7 @@ class Reader(Protocol):
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         ...
 
-    def attention_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
+    def kept_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
         """How much of each part of a prompt's image is in the kept tokens, [rows, columns] from 0
         to 1.
         """

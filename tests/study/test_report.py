@@ -321,9 +321,9 @@ def test_json_lines_have_the_figures_alone(finished, tmp_path):
     assert "answers" not in rows[0]
 
 
-def test_curves_of_one_model_need_no_name_and_no_unpruned_row(finished, tmp_path):
+def test_curves_need_no_unpruned_row(finished, tmp_path):
     pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
-    draw_accuracy(pruned, tmp_path / "a.png")
+    draw_accuracy({"a": pruned}, tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
 
 
