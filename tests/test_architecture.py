@@ -18,7 +18,7 @@ BELOW_GENERATION = BELOW_MODELS | {"models", "pruning", "sharding", "checkpoint"
 BELOW_API = BELOW_GENERATION | {
     *("generation", "readers", "study", "training", "convert", "terminal"),
 }
-CLI = {"cli_cluster", "cli_generate", "cli_options", "cli_study"}
+CLI = {"cli_cluster", "cli_demo", "cli_generate", "cli_options", "cli_study"}
 ROOMS = {
     "struct": set(),
     "leaves": set(),
@@ -45,16 +45,16 @@ ROOMS = {
     | {
         *("generation", "readers", "answers", "model", "lines", "strict_json"),
     },
-    "demo": BELOW_API | {"api", "model"},
     "families": BELOW_GENERATION | {"generation", "readers", "convert"},
     "plan": BELOW_GENERATION | {"generation", "targets", "convert", "readers", "families"},
     "doctor": BELOW_GENERATION | {"convert", "families", "plan", "readers"},
-    "cli_options": {"readers"},
+    "cli_options": {"readers", "pruning"},
     "cli_generate": BELOW_API | {"cli_options", "families", "api", "model", "batch"},
-    "cli_study": BELOW_API | {"cli_options", "families", "api"},
+    "cli_demo": BELOW_API | {"cli_options", "cli_study", "api", "model"},
+    "cli_study": BELOW_API | {"cli_options", "families", "api", "model"},
     "cli_cluster": BELOW_GENERATION
     | {"cli_options", "families", "targets", "plan", "doctor", "terminal"},
-    "cli": BELOW_API | {"families", "matching", "api", "batch", "demo", "catp_jax"} | CLI,
+    "cli": BELOW_API | {"families", "matching", "api", "batch", "catp_jax"} | CLI,
     "catp_jax": {"answers", "api", "matching", "model"},
     "__main__": {"cli"},
 }
@@ -183,7 +183,7 @@ def test_arrows_have_no_cycle():
     assert "pruning" not in ROOMS["models"]
     importers = {room for room, below in ROOMS.items() if "convert" in below}
     assert importers == {
-        *("api", "matching", "cli", "cli_generate", "cli_study", "demo", "doctor", "families"),
+        *("api", "matching", "cli", "cli_generate", "cli_study", "cli_demo", "doctor", "families"),
         *("plan", "training"),
     }
 
