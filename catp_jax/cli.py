@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from catp_jax import cli_cluster, cli_generate, cli_study
+import catp_jax
+from catp_jax import cli_cluster, cli_demo, cli_generate, cli_study
 from catp_jax import cli_options as opts
 from catp_jax.terminal import printable, say
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="BLIP-2 and Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
+    help=catp_jax.__doc__,
 )
 
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
@@ -153,27 +153,7 @@ def match(
         print(json.dumps(row) if json_output else printable(line))
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, opts.file_option("The folder for the figures.")] = Path("demo"),
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A model's folder or name; the mini models of this package, if not given. Repeat "
-            "it for several.",
-            parser=opts.folder,
-            metavar="DIR|NAME",
-        ),
-    ] = None,
-    limit: opts.Limit = 256,
-    ignore_config: opts.IgnoreConfig = None,
-) -> None:
-    """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
-    from catp_jax import demo as module
-
-    module.run(model or [], out, limit, Console(), ignore_config or ())
-
-
+app.command()(cli_demo.demo)
 app.add_typer(cli_study.app, name="study")
 
 

@@ -18,12 +18,13 @@ from catp_jax import cli_options as opts
 from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
+    from catp_jax.model import Model
+    from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions, Setting
-    from catp_jax.study.tasks import Task
+    from catp_jax.study.tasks import Example, Task
 
 RUN = "run"
 LEVELS = ("50%", "25%", "12.5%")
-MAX_NEW_TOKENS = 10
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
@@ -131,7 +132,7 @@ def run(
     from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions
     from catp_jax.study.sweep import known_parts
-    from catp_jax.study.tasks import check_prompt, spread
+    from catp_jax.study.tasks import check_prompt, first_of_each_image, spread
     from convert import load_config
 
     settings = _settings(prune, keep)
@@ -140,7 +141,7 @@ def run(
     find_devices()
     family = family_of(load_config(model, loading.ignore_config or ()), model)
     defaults, note = family.defaults(model, generation_config)
-    given = {"max_new_tokens": MAX_NEW_TOKENS} | generation.given()
+    given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
     with opts.wrong_call():
         options = defaults.over(**given, num_return_sequences=1)
         if prompt is not None:
@@ -189,7 +190,17 @@ def run(
         settings = settings or _all_that_fit(loaded, keep)
         _check_fit(settings, loaded)
         with interruptible():
-            _sweep(loaded, chosen, examples, settings, conditions, journal, name, timed)
+            sweep(
+                loaded,
+                chosen,
+                examples,
+                settings,
+                conditions,
+                journal,
+                name,
+                pictured=first_of_each_image(examples)[:PICTURED],
+                is_timed=timed,
+            )
     finally:
         journal.release()
     print(
@@ -218,25 +229,27 @@ def report(
     print(one_line(f"written: {', '.join(map(str, written))}"))
 
 
-def _sweep(
-    loaded: Any,
+def sweep(
+    loaded: "Model",
     task: "Task",
-    examples: Any,
-    settings: "list[Setting]",
+    examples: "Sequence[Example]",
+    settings: "Sequence[Setting]",
     conditions: "Conditions",
-    journal: Any,
+    journal: "Journal",
     name: str,
-    is_timed: bool,
+    *,
+    pictured: Sequence[int],
+    is_timed: bool = False,
 ) -> None:
-    """Runs the sweep under a progress bar and prints its table."""
+    """Runs a sweep and prints its table; how far it is, as a bar or, where that is a file or a
+    pipe, as a line for each tenth.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from catp_jax.study.sweep import sweep
+    from catp_jax.sharding.distributed import is_first
+    from catp_jax.study import sweep as module
     from catp_jax.study.tables import table
 
-    seen: dict[int, int] = {}
-    for number, example in enumerate(examples):
-        seen.setdefault(example.image_id, number)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -247,15 +260,20 @@ def _sweep(
         disable=not console.is_terminal,
     )
     line = bar.add_task("", questions=0, of=len(examples))
+    tenths = 0
 
     def progress(done: int, total: int) -> None:
+        nonlocal tenths
         questions = done * len(examples) // total
         bar.update(line, completed=done, total=total, questions=questions)
+        if 10 * done // total > tenths and is_first() and not console.is_terminal:
+            tenths = 10 * done // total
+            say(f"{one_line(name)}: {10 * tenths} % answered")
 
     try:
         with bar:
             results = list(
-                sweep(
+                module.sweep(
                     loaded,
                     examples,
                     settings,
@@ -264,13 +282,14 @@ def _sweep(
                     journal=journal,
                     name=name,
                     is_timed=is_timed,
-                    pictured=list(seen.values())[:PICTURED],
+                    pictured=pictured,
                     report=lambda doing: bar.update(line, description=doing),
                     progress=progress,
                 )
             )
     except KeyboardInterrupt:
-        say(f"{journal.path} has what was answered; the same command resumes")
+        if journal.path is not None:
+            say(f"{journal.path} has what was answered; the same command resumes")
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))

@@ -43,18 +43,20 @@ ROOMS: dict[str, set[str]] = {
         "api": "models sharding readers convert families model",
         "matching": "models sharding generation readers convert",
         "batch": "lines sharding generation readers answers model",
-        "demo": "contract terminal readers study model api",
         "plan": "leaves terminal targets models pruning sharding generation convert families",
         "doctor": "models pruning sharding convert families plan",
         "cli_options": "pruning readers",
         "cli_generate": (
             "terminal sharding generation readers convert families model api batch cli_options"
         ),
-        "cli_study": ("terminal pruning sharding readers study convert families api cli_options"),
+        "cli_study": (
+            "terminal pruning sharding readers study convert families model api cli_options"
+        ),
+        "cli_demo": "contract terminal readers study model api cli_options cli_study",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",
         "cli": (
-            "terminal sharding readers convert matching demo cli_options cli_generate "
-            "cli_study cli_cluster"
+            "terminal sharding readers convert matching catp_jax cli_options cli_generate "
+            "cli_study cli_cluster cli_demo"
         ),
         "catp_jax": "answers model api matching",
         "__main__": "cli",

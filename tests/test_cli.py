@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 
+import catp_jax as package
 from catp_jax import api as catp_jax_api
-from catp_jax import cli, cli_cluster, cli_generate, cli_options, cli_study
+from catp_jax import cli, cli_cluster, cli_demo, cli_generate, cli_options, cli_study
 from catp_jax.generation.beam import EarlyStopping
 from catp_jax.generation.options import Options
 from catp_jax.matching import load_matcher
@@ -24,6 +26,7 @@ from catp_jax.models.narrow import Weights
 from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
+from catp_jax.study.records import Conditions
 from catp_jax.targets import GPUS
 from convert.dtypes import READ as DTYPES
 from tests.command import catp_jax
@@ -292,7 +295,7 @@ def test_every_keyword_of_load_can_be_given():
 
 
 def test_options_that_commands_share_say_the_same():
-    commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli.demo]
+    commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli_demo.demo]
     commands += [cli_cluster.plan, cli_cluster.doctor]
     own = {"out", "seed", "prune", "keep", "prompt", "batch_size", "image", "mesh", "dtype"}
     own |= {"model"}
@@ -364,6 +367,19 @@ def test_an_interrupt_ends_with_a_line_and_130(library):
 def test_choices_are_those_of_the_library(options, name, choices):
     listed, _none = get_args(get_type_hints(options)[name])
     assert {*get_args(listed)} == {*choices}
+
+
+def test_a_study_has_the_same_defaults_from_the_command_line_and_in_python():
+    plain, given = Conditions(), parameters(cli_study.run)
+    assert (given["batch_size"].default, given["seed"].default) == (plain.batch, plain.seed)
+    assert f"of at most {plain.options.max_new_tokens} new tokens" in cli_study.run.__doc__
+
+
+def test_one_sentence_says_what_this_is():
+    (said,) = {package.__doc__, cli.app.info.help}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["description"] == said
+    assert said in (ROOT / "README.md").read_text().replace("`", "")
 
 
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():

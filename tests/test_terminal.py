@@ -1,5 +1,6 @@
 """catp_jax.terminal: nothing that is shown steers the terminal."""
 
+import dataclasses
 import io
 import unicodedata
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from catp_jax import demo
+from catp_jax import api, cli_demo
 from catp_jax.plan import Plan
 from catp_jax.plan import table as plan_table
+from catp_jax.study import tasks
 from catp_jax.study.records import Setting
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tables import table as study_table
@@ -83,17 +85,13 @@ def test_a_name_is_shown_as_it_is_and_not_obeyed(name, table):
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(demo.api, "load", lambda *given, **options: Tiny())
-    monkeypatch.setattr(demo.tasks, "easy_vqa", lambda split: examples(4))
-    monkeypatch.setattr(demo, "settings_for", lambda model: [Setting("l2", 2)])
-    monkeypatch.setattr(demo, "show", lambda *given: [])
-    monkeypatch.setattr(demo, "draw_kept", lambda panels, path: None)
-    monkeypatch.setattr(demo.curves, "draw_accuracy", lambda results, path: None)
-    out = tmp_path / name.replace("/", "")
-    console = Console(width=400, file=io.StringIO(), force_terminal=True, color_system=None)
-    demo.run([Path(name)], out, 4, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"{one_line(Path(name).name)}: 4 questions" in text
-    assert one_line(out.name) in text
-    assert "\x1b[31m" not in text
+def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(api, "load", lambda *given, **options: Tiny())
+    task = dataclasses.replace(tasks.easy_vqa_task(), examples=tuple(examples(4)))
+    monkeypatch.setattr(tasks, "easy_vqa_task", lambda: task)
+    monkeypatch.setattr(cli_demo, "settings_for", lambda model: [Setting("l2", 2)])
+    cli_demo.demo(tmp_path / name.replace("/", ""), [Path(name)], 4, None)
+    out, err = capsys.readouterr()
+    assert one_line(Path(name).name) in err
+    assert one_line(name.replace("/", "")) in out
+    assert "\x1b[31m" not in out + err

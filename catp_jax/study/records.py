@@ -52,9 +52,9 @@ class Conditions:
     prompt: str = QUESTION
     is_chat: bool = False
     begun: str = ""
-    batch: int = 64
-    options: Options = Options(max_new_tokens=4)  # noqa: RUF009 it is frozen
-    seed: int = 0
+    batch: int = 32
+    options: Options = Options(max_new_tokens=10)  # noqa: RUF009 it is frozen
+    seed: int = 42
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def ask(self, question: str) -> str | list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tables of a study's results: Markdown, a terminal's, CSV, JSON lines."""
+"""Tables of a study's results: Markdown, a terminal's, CSV."""
 
 import csv
 import json
@@ -126,10 +126,3 @@ def write_csv(results: Mapping[str, Sequence[Result]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_json_lines(results: Sequence[Result], path: Path) -> None:
-    """One JSON object a line, figures only."""
-    with path.open("w", encoding="utf-8") as file:
-        for result in results:
-            file.write(json.dumps(result.figures()) + "\n")

@@ -219,6 +219,14 @@ def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...
     return tuple(examples[number * len(examples) // limit] for number in range(limit))
 
 
+def first_of_each_image(examples: Sequence[Example]) -> list[int]:
+    """The number of the first question about each image."""
+    first: dict[int, int] = {}
+    for number, example in enumerate(examples):
+        first.setdefault(example.image_id, number)
+    return list(first.values())
+
+
 def digest(examples: Sequence[Example]) -> str:
     """A fingerprint of questions, answers and images' names, in order."""
     out = hashlib.sha256()
