@@ -65,7 +65,8 @@ def load(
     defaults, note = family.defaults(folder, generation_config)
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
     reader = family.load_reader(processor_folder, config, modes)
-    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
+    size = reader.config.text.vocab_size
+    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config, size)
     network, _ = convert.load(
         folder,
         dtype,

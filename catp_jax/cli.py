@@ -168,7 +168,6 @@ def leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point: errors of the input become messages, not tracebacks."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         app()
     except ModuleNotFoundError:

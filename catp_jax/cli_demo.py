@@ -8,7 +8,7 @@ import typer
 
 from catp_jax import cli_options as opts
 from catp_jax import cli_study
-from catp_jax.terminal import say
+from catp_jax.terminal import printable, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.model import Model
@@ -60,7 +60,7 @@ def demo(
             loaded, task, examples, settings, conditions, journal, name, pictured=pick(examples)
         )
         studies[name] = study_of(journal)
-    print(f"written: {', '.join(map(str, draw_report(studies, out)))}")
+    print(printable(f"written: {', '.join(map(str, draw_report(studies, out)))}"))
 
 
 def minis() -> list[Path]:

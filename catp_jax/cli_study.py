@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from catp_jax import cli_options as opts
-from catp_jax.terminal import say
+from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.model import Model
@@ -203,7 +203,9 @@ def run(
             )
     finally:
         journal.release()
-    print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
+    print(
+        one_line(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
+    )
 
 
 @app.command()
@@ -224,7 +226,7 @@ def report(
     written, messages = write_report(files, out)
     for message in messages:
         say(message)
-    print(f"written: {', '.join(map(str, written))}")
+    print(one_line(f"written: {', '.join(map(str, written))}"))
 
 
 def sweep(
@@ -250,7 +252,7 @@ def sweep(
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[questions]}/{task.fields[of]} questions"),
         TimeRemainingColumn(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax import strict_json
-from catp_jax.terminal import one_line
+from catp_jax.terminal import one_line, without_advice
 from convert.adapter import alone
 from convert.shards import UNQUANTISED
 
@@ -75,8 +75,9 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def fill_defaults(raw: dict[str, Any]) -> Any:
     """transformers' own reading of it. Imported here, so that `import convert` stays light."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    with without_advice():
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it only warns of what is refused anyway

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
-from catp_jax.terminal import one_line
+from catp_jax.terminal import as_text
 from convert.rules import Matching
 from convert.shards import Tensor
 
@@ -34,7 +33,6 @@ class Ignored:
 
     source: str
     reason: str
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,30 +70,27 @@ def make_report(
 
     `dtypes` are the number types of the parameters.
     """
-    rows = []
-    for match in (*matching.filled.values(), *matching.twins):
-        tensor = tensors[match.source]
-        rows.append(
-            Row(
-                source=match.source,
-                target=match.target,
-                change=", ".join(filter(None, (match.transform.name, tensor.origin))),
-                file=tensor.file.name,
-                shape=tensor.shape,
-                dtype=tensor.dtype.name,
-                stored_dtype=dtypes[match.target].name,
-                nbytes=tensor.nbytes,
-            )
+    rows = [
+        Row(
+            source=match.source,
+            target=match.target,
+            change=", ".join(filter(None, (match.transform.name, tensor.origin))),
+            file=tensor.file.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype.name,
+            stored_dtype=dtypes[match.target].name,
+            nbytes=tensor.nbytes,
         )
-    left = [
-        Ignored(name, reason, tensors[name].nbytes) for name, reason in matching.ignored.items()
+        for match in (*matching.filled.values(), *matching.twins)
+        for tensor in [tensors[match.source]]
     ]
+    left = [Ignored(name, reason) for name, reason in matching.ignored.items()]
     return Report(checkpoint, layout, tuple(rows), tuple(left))
 
 
 def table(report: Report) -> Table:
     """Every tensor in a line, for a terminal: what names have in them is shown, not obeyed."""
-    shown = Table(title=_text(report.checkpoint), caption=report.summary(), highlight=False)
+    shown = Table(title=as_text(report.checkpoint), caption=report.summary(), highlight=False)
     for name in ("tensor", "parameter", "change"):
         shown.add_column(name, overflow="fold")
     shown.add_column("shape", justify="right", no_wrap=True)
@@ -103,15 +98,10 @@ def table(report: Report) -> Table:
     for row in report.rows:
         types = {row.dtype: None, row.stored_dtype: None}
         shape = "×".join(map(str, row.shape))
-        shown.add_row(*map(_text, (row.source, row.target, row.change, shape, " → ".join(types))))
+        shown.add_row(*map(as_text, (row.source, row.target, row.change, shape, " → ".join(types))))
     for left in report.ignored:
-        shown.add_row(*map(_text, (left.source, "ignored", left.reason, "", "")))
+        shown.add_row(*map(as_text, (left.source, "ignored", left.reason, "", "")))
     return shown
-
-
-def _text(value: object) -> Text:
-    """A cell without escape sequences or markup."""
-    return Text(one_line(value))
 
 
 def readable(nbytes: int) -> str:

@@ -26,9 +26,14 @@ def find_folder(model: str | Path) -> Path:
 
     Nothing is downloaded. Raises ValueError if there is neither, with what to do.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"a model is a folder or a name (org/name), got {model!r}")
     for path in (Path(model), Path(os.path.expanduser(model))):
-        if path.exists():
-            return path
+        try:
+            if path.exists():
+                return path
+        except (OSError, ValueError):  # longer than any path, or with a zero byte
+            continue
     name = FULL_NAMES.get(str(model), str(model))
     if not NAME.fullmatch(name):
         raise ValueError(

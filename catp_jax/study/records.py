@@ -53,8 +53,7 @@ class Conditions:
     is_chat: bool = False
     begun: str = ""
     batch: int = 32
-    # made when it is asked for: options hold arrays, and an import starts no device
-    options: Options = dataclasses.field(default_factory=lambda: Options(max_new_tokens=10))
+    options: Options = Options(max_new_tokens=10)  # noqa: RUF009 it is frozen
     seed: int = 42
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 
