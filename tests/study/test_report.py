@@ -313,7 +313,7 @@ def test_columns_without_a_figure_are_left_out(finished):
     assert "ms" not in titles
 
 
-def test_curves_of_one_model_need_no_name_and_no_unpruned_row(finished, tmp_path):
+def test_curves_need_no_unpruned_row(finished, tmp_path):
     pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
     draw_accuracy({"a": pruned}, tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
