@@ -135,8 +135,8 @@ def _no_weights(folder: Path) -> str:
             return f"{folder} has weights only as {kind} ({', '.join(files[:3])}), not read; {way}"
     if (folder / "weights").is_dir():
         return (
-            f"{folder} has weights/, as catp-jax convert makes it, but its catp_jax.json is missing; "
-            "copy it too, or convert again"
+            f"{folder} has weights/, as catp-jax convert makes it; its catp_jax.json is missing, "
+            "copy it, or convert again"
         )
     return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"
 
