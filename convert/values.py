@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from catp_jax import leaves
+from catp_jax.files import is_there
 from catp_jax.messages import listed
 from convert.converted import Converted, open_converted
 from convert.manifest import MANIFEST, config_digest
@@ -20,7 +21,7 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
 
     Raises ValueError if the folder cannot be read at all.
     """
-    is_converted = (folder / MANIFEST).exists()
+    is_converted = is_there(folder / MANIFEST)
     source = (open_converted if is_converted else open_hf)(folder, ignore_config)
     if isinstance(source, Converted) and config_digest(folder) != source.manifest.config:
         yield "config.json was changed after the conversion"

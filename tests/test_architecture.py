@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
         "pruning": "struct contract",
         "sharding": "struct",
         "checkpoint": "leaves messages",
-        "convert": "leaves messages strict_json terminal models checkpoint",
+        "convert": "files leaves messages strict_json terminal models checkpoint",
         "generation": "struct contract",
         "readers": "struct files messages strict_json terminal models pruning sharding generation",
         "study": (
