@@ -33,11 +33,15 @@ def parse_config(
     """The configuration in the content of a config.json, which `where` names in errors."""
     raw = without(raw, ignore, where)
     kind = raw.get("model_type")
+    supported = ", ".join(FAMILIES)
     tables = [table for family in FAMILIES.values() for table in family.tables]
     if any(kind == part.model_type for table in tables for part in table.inside()):
-        raise ValueError(f"{where} is of {kind} alone, a part of a model; the whole one is wanted")
+        raise ValueError(
+            f"{where} is of {kind} alone, a part of a model; the whole one is wanted (supported: "
+            f"{supported})"
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{where}: model_type is {kind!r}; supported: {', '.join(FAMILIES)}")
+        raise ValueError(f"{where}: model_type is {kind!r}; supported: {supported}")
     return parse(raw, where, FAMILIES[kind].tables)
 
 

@@ -101,7 +101,7 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
     parts, plain = [], Options()
     taken = {name: value for name, value in vars(options).items() if value != getattr(plain, name)}
     if taken:
-        parts.append(", ".join(f"{name}={value!r}" for name, value in taken.items()))
+        parts.append(", ".join(f"{name}={_as_given(value)!r}" for name, value in taken.items()))
     if given.get("max_length", LENGTH) != LENGTH:
         parts.append(f"max_length={given['max_length']!r} is not used, give max_new_tokens")
     if unknown := [name for name in given if name not in KNOWN]:
@@ -109,6 +109,11 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
     if options.temperature:
         parts.append("temperature 0 is greedy")
     return options, f"defaults from {path}: {'; '.join(parts)}" if parts else ""
+
+
+def _as_given(value: Any) -> Any:
+    """A value as the file has it, where lists are lists."""
+    return [*map(_as_given, value)] if isinstance(value, tuple) else value
 
 
 def sets_defaults(folder: Path, is_used: bool) -> bool:
