@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from catp_jax import strict_json
@@ -27,20 +29,29 @@ KEYS = ("image", "images", "question", "answer", "answers", "id")  # of one's ow
 SHOWN = 5  # faults that a message spells out; the others are counted
 
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, from 0 to 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One question about one image.
 
     `answer` is the (most common) right answer, `answers` all that count where there are several,
     one per person in VQAv2. `image_id` is the same for all questions of an image.
+
+    Where the task knows it: `family` is the kind of question, and `needed` the parts of the image
+    that its answer depends on.
     """
 
-    image: Path
+    image: Path | UInt8[np.ndarray, "height width 3"]
     question: str
     answer: str
     id: str
     image_id: int
     answers: tuple[str, ...] = ()
+    family: str = ""
+    needed: tuple[Box, ...] = ()
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -255,11 +266,13 @@ def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of questions, answers and images' names, in order."""
+    """A fingerprint of questions, answers and images (files by their names), in order."""
     out = hashlib.sha256()
     for example in examples:
-        row = [example.id, example.image.name, example.question, example.answer, *example.answers]
+        row = [example.id, example.question, example.answer, *example.answers]
         out.update(json.dumps(row).encode())
+        image = example.image
+        out.update(image.name.encode() if isinstance(image, Path) else image.tobytes())
     return out.hexdigest()[:16]
 
 

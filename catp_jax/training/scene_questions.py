@@ -16,12 +16,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
+from catp_jax.study.tasks import QUESTION, Box, Example, Task, exact_match
 from catp_jax.training.scenes import (
     COLOURS,
     DIGITS,
     SHAPES,
     SIZES,
-    Box,
     Dials,
     Dice,
     Scene,
@@ -30,6 +30,7 @@ from catp_jax.training.scenes import (
 )
 
 COUNTS = ("one", "two", "three", "four")
+SCENES = 400  # of the task
 BESIDE = 1.25  # times as far as the nearest object all others have to be
 
 
@@ -174,6 +175,33 @@ def questions_of(
                 said[family, best.kind, best.answer] += 1
         out.append((scene, asked))
     return out
+
+
+def scenes_task(
+    dials: Dials | None = None, split: str = "test", scenes: int = SCENES, each: int = 1
+) -> Task:
+    """Questions about the scenes of a split, scored by exact match."""
+    dials = dials or Dials()
+    examples = [
+        Example(
+            image=scene.pixels,
+            question=asked.question,
+            answer=asked.answer,
+            id=f"scenes-{split}-{scene.number}-{number}",
+            image_id=scene.number,
+            family=asked.family,
+            needed=asked.boxes(scene),
+        )
+        for scene, questions in questions_of(split, scenes, each, dials)
+        for number, asked in enumerate(questions)
+    ]
+    return Task(
+        name="scenes",
+        examples=tuple(examples),
+        score=exact_match,
+        prompt=QUESTION,
+        source={"split": split, "scenes": scenes, "each": each, **dataclasses.asdict(dials)},
+    )
 
 
 def drawn(dice: Dice, scene: Scene, families: Iterable[str]) -> list[Asked]:

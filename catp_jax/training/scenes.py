@@ -13,10 +13,12 @@ only integers are computed, from the raw stream of PCG64, which NumPy keeps as i
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, UInt8
+
+from catp_jax.study.tasks import Box
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -53,9 +55,6 @@ GLYPHS = {
 }
 
 T = TypeVar("T")
-Size = Literal["small", "large", "mixed"]
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of a part of an image, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Dials:
     """
 
     objects: int | None = None
-    size: Size = "mixed"
+    size: str = "mixed"
     tiles: int = 4
 
     def __post_init__(self) -> None:
@@ -188,7 +187,7 @@ def make_scene(split: str, number: int, dials: Dials | None = None, seed: int = 
     things = _things(dice, dials)
     pixels = _ground(dice, *(CELL * cells for cells in dials.grid))
     for thing in things:
-        mask = _mask(thing, *pixels.shape[:2])
+        mask = mask_of(thing, *pixels.shape[:2])
         shade = dice.below(31) - 15
         pixels[mask] = np.clip(np.array(COLOURS[thing.colour]) + shade, 0, 255)
     noise = dice.grid(pixels.shape[0], pixels.shape[1], 17) - 8
@@ -230,14 +229,14 @@ def _ground(dice: Dice, height: int, width: int) -> np.ndarray:
     return blotches[:, :, None] + tint
 
 
-def _mask(thing: Thing, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+def mask_of(thing: Thing, height: int, width: int) -> Bool[np.ndarray, "height width"]:
     """Which pixels an object covers."""
     # twice the distance of pixels' centres from the object's middle, which is a pixel's corner
     y = 2 * (np.arange(height)[:, None] - thing.y) + 1
     x = 2 * (np.arange(width)[None] - thing.x) + 1
     half = SIZES[thing.size]
     if thing.is_digit:
-        side = half // 3  # pixels of a glyph's pixel
+        side = 2 * half // 7  # pixels of a glyph's pixel
         glyph = np.array([[bit == "1" for bit in row] for row in GLYPHS[thing.name].split()])
         rows, columns = (y + 7 * side) // (2 * side), (x + 5 * side) // (2 * side)
         inside = (rows >= 0) & (rows < 7) & (columns >= 0) & (columns < 5)
@@ -256,3 +255,9 @@ def _mask(thing: Thing, height: int, width: int) -> Bool[np.ndarray, "height wid
 
 def _either(words: Any) -> str:
     return " or ".join(map(str, words))
+
+
+if __name__ == "__main__":
+    from catp_jax.training.scene_sheet import command
+
+    command()
