@@ -16,7 +16,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, oracle, anti"
+METHODS = (
+    "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, oracle, "
+    "anti"
+)
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
 
