@@ -12,6 +12,9 @@ from jaxtyping import Float, Int
 from catp_jax.training.scenes import CELL, COLOURS, DIGITS, SHAPES, SIZES, Scene, mask_of
 
 NAMES = (*SHAPES, *DIGITS)
+SEEN = (*NAMES, *COLOURS, *SIZES)
+"""Words for what a patch may show."""
+
 LABELS = {
     "name": ("background", *NAMES),
     "colour": ("background", *COLOURS),
