@@ -4,15 +4,23 @@ A tree is anything that JAX can look inside, NNX modules among it. An abstract a
 `jax.ShapeDtypeStruct`.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 RUN = 384 * 2**20  # bytes of arrays that are read or written as one; a larger array is alone
+AHEAD = 384 * 2**20  # bytes that are under way at a time, besides the largest run
+READERS = min(4, os.cpu_count() or 1)  # threads
 LISTED = 20  # names of one kind that an error shows
 
 
@@ -54,6 +62,54 @@ def runs(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:
         found[-1].append(name)
         room -= size
     return found
+
+
+def ahead(work: Callable[[str], Result], sizes: Mapping[str, int]) -> Iterator[dict[str, Result]]:
+    """Run by run, `work` done on the names by several threads, which go on with the next runs.
+
+    What is under way or waits here, and what the caller has, is of no more bytes (`sizes`) in all
+    than the largest run and `AHEAD`: a run is emptied when the caller asks for the next.
+    """
+    names = runs(sizes)
+    costs = [sum(sizes[name] for name in run) for run in names]
+    limit = max(costs, default=0) + AHEAD
+    started: deque[dict[str, Future[Result]]] = deque()
+    begun = held = 0
+    pool = ThreadPoolExecutor(READERS, "read")
+    try:
+        for cost in costs:
+            while begun < len(names) and held + costs[begun] <= limit:
+                started.append({name: pool.submit(work, name) for name in names[begun]})
+                held += costs[begun]
+                begun += 1
+            futures = started.popleft()
+            done = {name: futures.pop(name).result() for name in [*futures]}
+            yield done
+            done.clear()
+            held -= cost
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def placed(
+    struct: jax.ShapeDtypeStruct, part: Callable[[Any], np.ndarray]
+) -> np.ndarray | jax.Array:
+    """The array that `struct` describes, on the devices that its sharding says, or in host memory
+    if it has none. `part` gives a part of it by an index; what no device here holds is not asked
+    for, what several hold once.
+    """
+    if not isinstance(struct.sharding, Sharding):
+        return part(...)
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def once(index: Any) -> np.ndarray:
+        key = tuple(one.indices(n)[:2] for one, n in zip(index, struct.shape, strict=True))
+        if key not in parts:
+            parts[key] = part(index)
+        return parts[key]
+
+    array = jax.make_array_from_callback(struct.shape, struct.sharding, once)
+    return array.block_until_ready()  # or host copies of several would pile up
 
 
 def listed(names: Sequence[str]) -> str:

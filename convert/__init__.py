@@ -8,12 +8,12 @@ to_hf("llama-orbax", "llama-again")                             # byte-equal ten
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jax.typing import DTypeLike
 
 from catp_jax.models.narrow import Weights, check
 from convert.adapter import alone
+from convert.converted import open_converted, to_hf, to_orbax
 from convert.families import Config, Model, config_json
 from convert.folders import refuse_unfinished
 from convert.loading import Place, Source, abstract, abstract_as, load_model
@@ -22,9 +22,6 @@ from convert.reader import load_hf, open_hf
 from convert.report import Report, table
 from convert.values import faults
 from convert.writer import write_hf
-
-if TYPE_CHECKING:
-    from convert.converted import to_hf, to_orbax
 
 __all__ = [
     "Config",
@@ -43,14 +40,6 @@ __all__ = [
     "to_orbax",
     "write_hf",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("to_hf", "to_orbax"):  # on first use: they import Orbax
-        from convert import converted
-
-        return getattr(converted, name)
-    raise AttributeError(f"module 'convert' has no attribute {name!r}")
 
 
 def load(
@@ -99,8 +88,6 @@ def _opened(
             f"{folder} is converted; merge {adapter} as you convert (convert --adapter), or "
             "load the Hugging Face folder with it"
         )
-    from convert.converted import open_converted  # which imports Orbax
-
     return open_converted(folder, ignore_config)
 
 

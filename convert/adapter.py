@@ -12,7 +12,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,33 +78,18 @@ class Adapter:
         """
         changed: dict[str, Tensor] = {}
         problems = []
-
-        def base(name: str) -> Tensor:
-            tensor_name = find(name)
-            return changed.get(tensor_name, tensors[tensor_name])
-
-        def replaced(name: str, tensor: Tensor) -> Tensor:
-            old = base(name)
-            if old.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tensor.shape}, the base's {old.shape}")
-            return dataclasses.replace(tensor, name=old.name, origin="the adapter's")
-
-        def merged(module: str, pair: Mapping[str, Tensor]) -> Tensor:
-            tensor = base(f"{module}.weight")
-            if isinstance(tensor, Merged):
-                raise ValueError(f"{module} is adapted twice, under two names")
-            return self._merge(module, tensor, pair)
-
         # whole tensors first: products may be added to them
-        changes = [partial(replaced, name, tensor) for name, tensor in self.whole.items()]
-        changes += [partial(merged, module, pair) for module, pair in self.pairs.items()]
-        for change in changes:
+        pairs = {f"{module}.weight": pair for module, pair in self.pairs.items()}
+        for name, change in (*self.whole.items(), *pairs.items()):
             try:
-                tensor = change()
+                own = find(name)
+                base = changed.get(own, tensors[own])
+                if isinstance(change, Tensor):
+                    changed[own] = _replace(name, base, change)
+                else:
+                    changed[own] = self._merge(name.removesuffix(".weight"), base, change)
             except ValueError as error:
                 problems.append(str(error))
-                continue
-            changed[tensor.name] = tensor
         if problems:
             raise ValueError(
                 f"the adapter {self.folder} does not fit the model; check that it was trained on "
@@ -115,6 +99,8 @@ class Adapter:
 
     def _merge(self, module: str, base: Tensor, pair: Mapping[str, Tensor]) -> Merged:
         settings = self.settings
+        if isinstance(base, Merged):
+            raise ValueError(f"{module} is adapted twice, under two names")
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{module} has one of lora_A and lora_B, not both")
         rank = _by_pattern(settings.get("rank_pattern"), module, settings["r"])
@@ -128,18 +114,15 @@ class Adapter:
                 f"layers of rank {rank} are merged"
             )
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        return Merged(
-            name=base.name,
-            file=base.file,
-            dtype=base.dtype,
-            shape=base.shape,
-            start=base.start,
-            origin="adapter merged",
-            down=down,
-            up=up,
-            scale=scale,
-            is_turned=is_turned,
-        )
+        fields = vars(base) | {"origin": "adapter merged"}
+        return Merged(**fields, down=down, up=up, scale=scale, is_turned=is_turned)
+
+
+def _replace(name: str, base: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the adapter in the place of the base's."""
+    if base.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {tensor.shape}, the base's {base.shape}")
+    return dataclasses.replace(tensor, name=base.name, origin="the adapter's")
 
 
 def find_adapter(folder: Path, adapter: Path | None) -> Adapter | None:

@@ -8,12 +8,10 @@ import dataclasses
 from collections.abc import Iterable
 from functools import partial
 
-from flax import nnx
-
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
-from convert.blip2_config import read, read_instructblip, with_own_head, write
+from convert import blip2_config
 from convert.family import HUB, Family, Layout
 from convert.rules import THREE, THREE_BIASES, Rule, patches
 
@@ -64,13 +62,6 @@ ORIGINAL = (
 )
 
 
-def build(config: Blip2Config | RetrievalConfig, rngs: nnx.Rngs) -> Blip2 | Blip2Retrieval:
-    """A new model."""
-    if isinstance(config, RetrievalConfig):
-        return Blip2Retrieval(config, rngs=rngs)
-    return Blip2(config, rngs=rngs)
-
-
 def detect(names: Iterable[str], where: str, script: str = "blip_2") -> Layout:
     """The layout of a checkpoint: there is only one. Raises ValueError for LAVIS's own."""
     if theirs := next((name for name in names if name.startswith(ORIGINAL)), None):
@@ -84,17 +75,15 @@ def detect(names: Iterable[str], where: str, script: str = "blip_2") -> Layout:
 
 BLIP2 = Family(
     model_type="blip-2",
-    configs=(Blip2Config, RetrievalConfig),
-    read=read,
-    write=write,
-    build=build,
+    models={Blip2Config: Blip2, RetrievalConfig: Blip2Retrieval},
+    tables=(blip2_config.BLIP2, blip2_config.RETRIEVER),
     rules=lambda config: RULES,
     ignores=IGNORES,
     hints=HINTS,
     detect=detect,
     twins=TWINS,
     head=HEAD,
-    with_own_head=with_own_head,
+    with_own_head=blip2_config.with_own_head,
     float32=("qformer.", "query_tokens"),
     not_float16=(".DenseReluDense.wo.kernel",),  # of T5, see `catp_jax.models.t5`
 )
@@ -115,9 +104,8 @@ ROTARY = {
 INSTRUCTBLIP = dataclasses.replace(
     BLIP2,
     model_type="instructblip",
-    configs=(InstructBlipConfig,),
-    read=read_instructblip,
-    build=lambda config, rngs: InstructBlip(config, rngs=rngs),
+    models={InstructBlipConfig: InstructBlip},
+    tables=(blip2_config.INSTRUCTBLIP,),
     ignores=IGNORES | ROTARY,
     hints={HEAD: HINTS[HEAD]},
     detect=partial(detect, script="instructblip"),

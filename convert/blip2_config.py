@@ -14,7 +14,6 @@ from catp_jax.models.querying import QueryingConfig
 from catp_jax.models.retrieval import RetrievalConfig
 from catp_jax.models.t5 import T5Config
 from catp_jax.models.vit import VitConfig
-from convert.configs import short
 from convert.language_config import LLAMA, OPT, T5
 from convert.parts import (
     ACTIVATION,
@@ -24,13 +23,8 @@ from convert.parts import (
     Part,
     check_heads,
     check_patches,
-    parse,
     sizes,
 )
-
-GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
-GENERATORS = (GENERATION, "Blip2Model")  # the base class has the language model, head and all
-INSTRUCT = "InstructBlipForConditionalGeneration"
 
 VISION = Part(
     VitConfig,
@@ -102,24 +96,27 @@ BLIP2 = Part(
     Blip2Config,
     "blip-2",
     FIELDS,
+    # the base class has the language model, head and all
+    architectures=("Blip2ForConditionalGeneration", "Blip2Model"),
     parts={"vision_config": [VISION], "qformer_config": [QFORMER], "text_config": [OPT, T5]},
     unread=f"{UNREAD} image_text_hidden_size",
     together=_check,
-    written=lambda config: {"architectures": [GENERATION], **_kind_of(config)},
+    written=_kind_of,
 )
 RETRIEVER = Part(
     RetrievalConfig,
     "blip-2",
     FIELDS | {"image_text_hidden_size": SIZE},
+    architectures=("Blip2ForImageTextRetrieval",),
     parts={"vision_config": [VISION], "qformer_config": [QFORMER]},
     unread=f"{UNREAD} text_config",  # a remnant that nothing is built from
     together=_check_retrieval,
-    written=lambda config: {"architectures": [RETRIEVAL]},
 )
 INSTRUCTBLIP = Part(
     InstructBlipConfig,
     "instructblip",
     FIELDS,
+    architectures=("InstructBlipForConditionalGeneration",),  # the base class has no head
     parts={
         "vision_config": [dataclasses.replace(VISION, model_type="instructblip_vision_model")],
         "qformer_config": [INSTRUCT_QFORMER],
@@ -127,45 +124,8 @@ INSTRUCTBLIP = Part(
     },
     unread=UNREAD,
     together=_check,
-    written=lambda config: {"architectures": [INSTRUCT], **_kind_of(config)},
+    written=_kind_of,
 )
-
-
-def read(raw: dict[str, Any], where: str) -> Blip2Config | RetrievalConfig:
-    """The configuration in a BLIP-2's config.json. Raises ValueError."""
-    names = _architectures(raw, where, GENERATION)
-    if RETRIEVAL in names:
-        return parse(raw, where, RETRIEVER)
-    if any(name in GENERATORS for name in names):
-        return parse(raw, where, BLIP2)
-    raise ValueError(
-        f"{where} is of {' and '.join(names)}, a part of BLIP-2; a whole model is wanted "
-        f"({GENERATION} or {RETRIEVAL})"
-    )
-
-
-def read_instructblip(raw: dict[str, Any], where: str) -> InstructBlipConfig:
-    """The configuration in an InstructBLIP's config.json. Raises ValueError."""
-    names = _architectures(raw, where, INSTRUCT)
-    if INSTRUCT not in names:
-        raise ValueError(
-            f"{where} is of {' and '.join(names)}, a part of InstructBLIP without a "
-            f"head; a whole model is wanted ({INSTRUCT})"
-        )
-    return parse(raw, where, INSTRUCTBLIP)
-
-
-def _architectures(raw: dict[str, Any], where: str, default: str) -> list[str]:
-    names = raw.get("architectures") or [default]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: architectures is {short(names)}; a list of names is wanted")
-    return names
-
-
-def write(config: Blip2Config | RetrievalConfig | InstructBlipConfig) -> dict[str, Any]:
-    """The config.json of a configuration."""
-    tables = (BLIP2, RETRIEVER, INSTRUCTBLIP)
-    return next(table for table in tables if table.kind is type(config)).write(config)
 
 
 def with_own_head(config: Any) -> Any:

@@ -11,8 +11,7 @@ import dataclasses
 import errno
 import os
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,32 @@ from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
 from convert.dtypes import cast, name_dtype, parse_dtype
-from convert.families import Config, family_of
+from convert.families import family_of
 from convert.family import wrapper_of
 from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
-from convert.loading import Progress, abstract, counted
+from convert.loading import Progress, Source, abstract, counted
 from convert.manifest import MANIFEST, File, Manifest, config_digest, read_config
 from convert.reader import HfSource, open_hf
 from convert.report import Report, make_report
 from convert.rules import Match, Matching
-from convert.shards import Shard, Tensor, write_shard
+from convert.shards import checksum, write_shard
 from convert.weights import INDEX, SINGLE, write_index
+from convert.writer import plan
 
 WEIGHTS = "weights"
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
-    """A converted folder, its manifest checked; no weights have been read."""
+class Converted(Source):
+    """A converted folder."""
 
-    folder: Path
     manifest: Manifest
-    stored: dict[str, jax.ShapeDtypeStruct]
-    config: Config
 
-    def runs(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time, see `convert.loading.Source`."""
-        return checkpoint.read_runs(self.folder / WEIGHTS, wanted)
+    def read(self, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+        return checkpoint.read(self.folder / WEIGHTS, name, struct)
 
-    def changed(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
-        """The names of parameters that are not those that were converted."""
-        return different(arrays, self.manifest.checksums)
+    def is_unchanged(self, name: str, array: np.ndarray) -> bool:
+        return checksum(array) == self.manifest.checksums.get(name)
 
 
 def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted:
@@ -66,7 +61,7 @@ def open_converted(folder: Path, ignore_config: Sequence[str] = ()) -> Converted
     if heads and heads <= stored.keys():
         config = own
     checkpoint.compare(stored, leaves.named(abstract(config)), folder / WEIGHTS)
-    return Converted(folder, manifest, stored, config)
+    return Converted(folder, config, stored, manifest)
 
 
 def to_orbax(
@@ -105,17 +100,28 @@ def to_orbax(
     total = 2 * read if verify else read
     checksums: dict[str, int] = {}
 
-    def see(name: str, array: np.ndarray) -> None:
+    def first(name: str) -> Any:
+        array = source.read(name, structs[name])
         checksums[name] = checksum(array)
+        return array
+
+    def is_there(name: str) -> bool:
+        return checksums[name] == checksum(checkpoint.read(weights, name, structs[name]))
 
     with new_folder(Path(out)) as folder:
         _refuse_full_disk(folder, sum(map(leaves.nbytes, structs.values())))
-        runs = counted(source.runs(structs, see), sizes, progress, 0, total)
-        checkpoint.save_runs(folder / WEIGHTS, structs, runs)
+        weights = folder / WEIGHTS
+        needed = {name: leaves.nbytes(struct) for name, struct in structs.items()}
+        runs = counted(leaves.ahead(first, needed), sizes, progress, 0, total)
+        checkpoint.save_runs(weights, structs, runs)
         if verify:
             forget(folder)
-            back = checkpoint.read_runs(folder / WEIGHTS, structs)
-            _verify(counted(back, sizes, progress, read, total), checksums)
+            found = counted(leaves.ahead(is_there, needed), sizes, progress, read, total)
+            if wrong := [name for run in found for name in run if not run[name]]:
+                raise ValueError(
+                    f"{len(wrong)} of the tensors read back differently from what was written: "
+                    f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
+                )
         copy_side_files(source.folder, folder)
         if wanted is not None:
             name_dtype(folder / "config.json", wanted)
@@ -129,42 +135,27 @@ def _manifest(
     """What leads back from a converted folder to its source."""
     matching = source.matching
     matched = {one.source for one in (*matching.filled.values(), *matching.twins)}
-    kept = [
-        (shard, [tensor for tensor in shard.tensors if tensor.name in matched])
+    dtypes = {
+        one.name: one.dtype.name
         for shard in source.shards
-    ]
+        for one in shard.tensors
+        if one.name in matched
+    }
     return Manifest(
         model_type=family_of(source.config).model_type,
         layout=source.layout.name,
         files={
-            shard.path.name: File(shard.metadata, tuple(tensor.name for tensor in tensors))
-            for shard, tensors in kept
+            shard.path.name: File(
+                shard.metadata, tuple(one.name for one in shard.tensors if one.name in matched)
+            )
+            for shard in source.shards
         },
-        dtypes={tensor.name: tensor.dtype.name for _, tensors in kept for tensor in tensors},
+        dtypes=dtypes,
         ignored=tuple(matching.ignored),
         checksums=dict(sorted(checksums.items())),
         config=config,
         ignore_config=tuple(ignore_config),
     )
-
-
-def checksum(array: np.ndarray) -> int:
-    """The CRC-32 of a contiguous array's bytes."""
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
-
-
-def different(arrays: Mapping[str, np.ndarray], checksums: Mapping[str, int]) -> list[str]:
-    """The names of arrays that are not those of the checksums."""
-    return [name for name, array in arrays.items() if checksum(array) != checksums.get(name)]
-
-
-def _verify(runs: Iterator[dict[str, np.ndarray]], checksums: Mapping[str, int]) -> None:
-    """Raises ValueError if weights that were read back are not those of the source."""
-    if wrong := [name for run in runs for name in different(run, checksums)]:
-        raise ValueError(
-            f"{len(wrong)} of the tensors read back differently from what was written: "
-            f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
-        )
 
 
 def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = None) -> Report:
@@ -183,31 +174,32 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
             "put the original back, and change what comes out"
         )
     matches = _matches(source)
+
+    def read(name: str) -> np.ndarray:
+        one = matches[name]
+        array = np.asarray(source.read(one.target, source.stored[one.target]))
+        if not source.is_unchanged(one.target, array):
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {one.target}; convert again")
+        return one.transform.inverse(array)
+
     with new_folder(Path(out)) as target:
-        shards = [
-            Shard(target / name, file.metadata, tuple(_tensors(source, matches, target / name)))
-            for name, file in manifest.files.items()
-        ]
-        sizes = {tensor.name: tensor.nbytes for shard in shards for tensor in shard.tensors}
+        shards = plan(target, manifest.files, matches, source.stored)
+        tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         done, total = 0, sum(sizes.values())
         for shard in shards:
             mine = {tensor.name: tensor.nbytes for tensor in shard.tensors}
-            runs = counted(_read_back(source, matches, mine), sizes, progress, done, total)
+            runs = counted(leaves.ahead(read, mine), sizes, progress, done, total)
             write_shard(shard, (array for run in runs for array in run.values()))
             done += sum(mine.values())
         copy_side_files(folder, target, besides=(MANIFEST, "config.json", INDEX))
-        is_cast = any(
-            tensor.dtype.name != manifest.dtypes[tensor.name]
-            for shard in shards
-            for tensor in shard.tensors
-        )
+        is_cast = any(one.dtype.name != manifest.dtypes[name] for name, one in tensors.items())
         # the old index counts other bytes, or names tensors that were left out
         if (manifest.ignored or is_cast) and SINGLE not in manifest.files:
             write_index(target, shards)
         elif (folder / INDEX).exists():
             shutil.copyfile(folder / INDEX, target / INDEX)
         shutil.copyfile(folder / "config.json", target / "config.json")
-    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     matching = Matching({}, [matches[name] for name in tensors], {})
     dtypes = {name: struct.dtype for name, struct in source.stored.items()}
     return make_report(folder, manifest.layout, matching, tensors, dtypes)
@@ -225,34 +217,6 @@ def _matches(source: Converted) -> dict[str, Match]:
             f"{len(source.stored)}, and they are not the same; convert again"
         )
     return matches
-
-
-def _tensors(source: Converted, matches: Mapping[str, Match], file: Path) -> Iterator[Tensor]:
-    """The tensors of a file that is to be written."""
-    for name in source.manifest.files[file.name].tensors:
-        struct = source.stored[matches[name].target]
-        shape = matches[name].transform.source_shape(struct.shape)
-        yield Tensor(name, file, struct.dtype, shape, 0)
-
-
-def _read_back(
-    source: Converted, matches: Mapping[str, Match], sizes: Mapping[str, int]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors as they were, some at a time. Raises ValueError if their bytes have changed."""
-    for names in leaves.runs(sizes):
-        targets = {matches[name].target for name in names}
-        wanted = {target: source.stored[target] for target in targets}
-        arrays = checkpoint.read(source.folder / WEIGHTS, wanted)
-        if wrong := source.changed(arrays):
-            raise ValueError(
-                f"{source.folder / WEIGHTS} is damaged: {leaves.listed(wrong)}; convert again"
-            )
-        run = {
-            name: matches[name].transform.inverse(arrays[matches[name].target]) for name in names
-        }
-        del arrays
-        yield run
-        run.clear()
 
 
 def _refuse_full_disk(folder: Path, wanted: int) -> None:

@@ -1,7 +1,6 @@
 """The kinds of model there are, and what is done alike for all of them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from catp_jax.models.blip2 import Blip2, Blip2Config
@@ -9,9 +8,10 @@ from catp_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.retrieval import Blip2Retrieval, RetrievalConfig
 from convert.blip2 import BLIP2, INSTRUCTBLIP
-from convert.configs import read_json, without
+from convert.configs import without
 from convert.family import Family
 from convert.mllama import MLLAMA
+from convert.parts import parse
 
 Config = MllamaConfig | Blip2Config | RetrievalConfig | InstructBlipConfig
 Model = Mllama | Blip2 | Blip2Retrieval | InstructBlip
@@ -21,27 +21,10 @@ FAMILIES: dict[str, Family] = {
 }
 """By the `model_type` of config.json."""
 
-PARTS = {
-    "mllama_text_model": "the text half alone, which has no images to look at",
-    "mllama_vision_model": "the vision half alone, which writes no text",
-    "blip_2_vision_model": "the vision model alone, which writes no text",
-    "blip_2_qformer": "the Q-Former alone, which writes no text",
-    "instructblip_vision_model": "the vision model alone, which writes no text",
-    "instructblip_qformer": "the Q-Former alone, which writes no text",
-}
-
 
 def family_of(config: Config) -> Family:
     """The kind of model that a configuration describes."""
-    return next(family for family in FAMILIES.values() if isinstance(config, family.configs))
-
-
-def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
-    """The configuration in a Hugging Face folder's config.json, read without the keys `ignore`.
-
-    Raises ValueError listing everything in it that is not supported.
-    """
-    return parse_config(read_json(folder), str(folder / "config.json"), ignore)
+    return next(family for family in FAMILIES.values() if type(config) in family.models)
 
 
 def parse_config(
@@ -50,11 +33,12 @@ def parse_config(
     """The configuration in the content of a config.json, which `where` names in errors."""
     raw = without(raw, ignore, where)
     kind = raw.get("model_type")
-    if isinstance(kind, str) and kind in PARTS:
-        raise ValueError(f"{where} is of {PARTS[kind]} ({kind}); the whole model is wanted")
+    tables = [table for family in FAMILIES.values() for table in family.tables]
+    if any(kind == part.model_type for table in tables for part in table.inside()):
+        raise ValueError(f"{where} is of {kind} alone, a part of a model; the whole one is wanted")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type is {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind].read(raw, where)
+    return parse(raw, where, FAMILIES[kind].tables)
 
 
 def config_json(config: Config, **extra: Any) -> dict[str, Any]:
@@ -63,6 +47,7 @@ def config_json(config: Config, **extra: Any) -> dict[str, Any]:
 
     Tokens that are not given are None, where transformers would put those of some language model.
     """
-    content = family_of(config).write(config)
+    tables = family_of(config).tables
+    content = next(one for one in tables if one.kind is type(config)).write(config)
     content["text_config" if "text_config" in content else "qformer_config"] |= extra
     return content

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from convert.parts import Part
 from convert.rules import Match, Names, Rule, tensor_of
 
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "_forward_module.", "pretrained_model.")
@@ -56,20 +57,18 @@ HUB = Layout("hub")
 class Family:
     """One `model_type`. Tensors are named here as on the hub.
 
-    `read` and `write` go from a config.json to one of `configs` and back. `ours` is how a model's
-    parameters are named, and `rules` say of these names, given the hub's prefixes, what does not go
-    without saying; `twins`, `ignores` and `hints` are as in `Names`. `detect` tells the layout from
-    the tensors' names. `head` is a tensor that may be a twin or have values of its own; then
-    `with_own_head` corrects what config.json said. Parameters whose name begins with one of
-    `float32` stay float32 when others are cast, those that end with one of `not_float16` when
-    others are cast to that.
+    `models` are by their configurations; `tables` read and write its kinds of config.json, of which
+    the first is the usual one. `ours` is how a model's parameters are named, and `rules` say of
+    these names, given the hub's prefixes, what does not go without saying; `twins`, `ignores` and
+    `hints` are as in `Names`. `detect` tells the layout from the tensors' names. `head` is a tensor
+    that may be a twin or have values of its own; then `with_own_head` corrects what config.json
+    said. Parameters whose name begins with one of `float32` stay float32 when others are cast,
+    those that end with one of `not_float16` when others are cast to that.
     """
 
     model_type: str
-    configs: tuple[type, ...]
-    read: Callable[[dict[str, Any], str], Any]
-    write: Callable[[Any], dict[str, Any]]
-    build: Callable[[Any, nnx.Rngs], nnx.Module]
+    models: Mapping[type, Callable[..., nnx.Module]]
+    tables: Sequence[Part]
     rules: Callable[[Any], Sequence[Rule]]
     ignores: Mapping[str, str]
     hints: Mapping[str, str]

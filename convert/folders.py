@@ -1,8 +1,8 @@
 """Output folders: written beside their name, renamed when whole, so no half is taken for one.
 
-A folder that is being written has a name of its own and holds a file UNFINISHED; what a killed run
-leaves behind is refused by either when somebody tries to load it. The run has the folder locked,
-which ends with its process: the next run towards the same name removes what is no longer locked.
+A folder that is being written has a name by which it is refused when somebody tries to load it, and
+what makes it a model comes last. The run has it locked, which ends with its process: the next run
+towards the same name removes what is no longer locked.
 """
 
 import contextlib
@@ -13,10 +13,9 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-UNFINISHED = "UNFINISHED"
 HALF = re.compile(r"\.unfinished-[0-9a-f]{8}$")  # the name of a folder that is being written
 
 SIDE_FOLDERS = (
@@ -40,16 +39,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         half.mkdir()
         with _locked(half):
-            (half / UNFINISHED).write_text("what an interrupted conversion left; delete it\n")
             yield half
             sync(half)
-            (half / UNFINISHED).unlink()
-            half.rename(path)  # until here its name says that it is unfinished
+            half.rename(path)
             _sync_file(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            _remove(half)
-        shutil.rmtree(half, ignore_errors=True)  # what a write still under way brought back
+        for _ in range(2):  # what a write still under way brings back, too
+            shutil.rmtree(half, ignore_errors=True)
         if isinstance(error, OSError):
             raise ValueError(
                 f"{path} could not be written: {error.strerror or error}; nothing of it was kept"
@@ -82,7 +78,7 @@ def remove_leftovers(path: Path) -> list[Path]:
             with _locked(half) as is_ours:
                 if not is_ours:
                     continue  # a living run's
-                _remove(half)
+                shutil.rmtree(half)
         except OSError:
             continue  # somebody else's, or gone by now
         removed.append(half)
@@ -113,55 +109,40 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _remove(half: Path) -> None:
-    """Removes a folder, what marks it as unfinished last: this, too, can be interrupted."""
-    for path in half.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != UNFINISHED:
-            path.unlink()
-    shutil.rmtree(half)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Locks a folder; False if another process has it, or the file system knows no locks."""
     file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = True
     except OSError:
-        is_ours = False
-    try:
-        yield is_ours
+        yield False
+    else:
+        yield True
     finally:
         os.close(file)
 
 
 def refuse_unfinished(folder: Path) -> None:
     """Raises ValueError if the folder is what an interrupted run left."""
-    if HALF.search(folder.name) or (folder / UNFINISHED).exists():
+    if HALF.search(folder.name):
         raise ValueError(
             f"{folder} is what an interrupted conversion left; delete it and convert again"
         )
 
 
-def copy_side_files(source: Path, out: Path, besides: tuple[str, ...] = ()) -> list[str]:
-    """Copies config, tokenizer, processor and the like, byte by byte; not weights or other folders
-    than `SIDE_FOLDERS`.
-
-    `besides` names files to leave out. Returns the names copied.
+def copy_side_files(source: Path, out: Path, besides: Sequence[str] = ()) -> None:
+    """Copies config, tokenizer, processor and the like, byte by byte; not weights, what is hidden,
+    other folders than `SIDE_FOLDERS`, or the names `besides`.
     """
-    copied = []
     for path in sorted(source.iterdir()):
         if path.name in SIDE_FOLDERS and path.is_dir():
             (out / path.name).mkdir()
-            copied += [f"{path.name}/{name}" for name in copy_side_files(path, out / path.name)]
-            continue
-        is_side = path.is_file() and path.suffix not in WEIGHTS
-        if path.name in besides or path.name == "adapter_config.json":  # merged by now
-            continue
-        if is_side and not path.name.startswith("."):
+            copy_side_files(path, out / path.name)
+        elif (
+            path.is_file()
+            and path.suffix not in WEIGHTS
+            and not path.name.startswith(".")
+            and path.name not in (*besides, "adapter_config.json")  # merged by now
+        ):
             shutil.copyfile(path, out / path.name)
-            copied.append(path.name)
-    return copied

@@ -1,12 +1,14 @@
 """A model from the arrays that a folder holds, whichever kind of folder it is."""
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -24,21 +26,29 @@ Place = Callable[[Any], Any]
 """Gives the leaves of an abstract model (jax.ShapeDtypeStruct) the shardings they are read onto."""
 
 
-class Source(Protocol):
-    """A checked folder. `stored` are its parameters, abstract, with the number types they have."""
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC):
+    """A checked folder; nothing has been read of its parameters. `stored` are these, abstract, with
+    the number types they have.
+    """
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def stored(self) -> Mapping[str, jax.ShapeDtypeStruct]: ...
+    folder: Path
+    config: Config
+    stored: Mapping[str, jax.ShapeDtypeStruct]
 
-    def runs(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time: with the number types and on the devices that `wanted` says,
-        or in host memory if it says none.
+    @abc.abstractmethod
+    def read(self, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+        """A parameter: with the number type and on the devices that `struct` says, or in host
+        memory if it says none. Raises ValueError if it is damaged.
         """
-        ...
+
+    def called(self, name: str) -> str:
+        """What the folder's files call a parameter."""
+        return name
+
+    def is_unchanged(self, name: str, array: np.ndarray) -> bool:
+        """Whether a parameter, as it is stored, is what it was when the folder was written."""
+        return True
 
 
 def load_model(
@@ -51,10 +61,14 @@ def load_model(
     model = abstract_as(source, dtype)
     if place is not None:
         model = place(model)
+    wanted = leaves.named(model)
+    sizes = {name: leaves.nbytes(wanted[name]) for name in source.stored}
     arrays: dict[str, jax.Array] = {}
-    for run in source.runs(leaves.named(model)):
+    for run in leaves.ahead(lambda name: source.read(name, wanted[name]), sizes):
         for name in [*run]:
-            array = jnp.asarray(run.pop(name)).block_until_ready()  # or host copies would pile up
+            array = jax.device_put(
+                run.pop(name)
+            ).block_until_ready()  # or host copies would pile up
             arrays |= {name: array} if weights is None else _narrowed(name, array, weights)
             del array
     if weights is not None:
@@ -109,4 +123,4 @@ def abstract(config: Config) -> Any:
 
 @functools.lru_cache(maxsize=4)  # reading a converted folder wants one model three times
 def _traced(config: Config) -> Any:
-    return nnx.eval_shape(lambda: family_of(config).build(config, _OneKey()))
+    return nnx.eval_shape(lambda: family_of(config).models[type(config)](config, rngs=_OneKey()))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax import strict_json
-from convert import families
-from convert.families import FAMILIES, Config
+from convert.configs import read_json
+from convert.families import FAMILIES, Config, parse_config
 from convert.shards import DTYPES, is_text_by_text
 from convert.weights import check_weights_file
 
@@ -113,4 +113,5 @@ def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
     Raises ValueError listing everything in config.json that is not supported.
     """
     also = Manifest.read(folder).ignore_config if (folder / MANIFEST).exists() else ()
-    return families.read_config(folder, sorted({*also, *ignore}))
+    where = str(folder / "config.json")
+    return parse_config(read_json(folder), where, sorted({*also, *ignore}))

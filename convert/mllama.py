@@ -6,11 +6,9 @@ transformers saves; the other layouts differ from it in their prefixes.
 
 from collections.abc import Iterable
 
-from flax import nnx
-
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from convert.family import Family, Layout
-from convert.mllama_config import read, write
+from convert.mllama_config import MODEL
 from convert.rules import Rule, patches
 
 ROTARY = "RoPE frequencies, which are computed from config.json"
@@ -85,17 +83,10 @@ def detect_layout(names: Iterable[str], where: str) -> Layout:
     return LAYOUTS[next(iter(examples), "hub")]
 
 
-def build(config: MllamaConfig, rngs: nnx.Rngs) -> Mllama:
-    """A new model."""
-    return Mllama(config, rngs=rngs)
-
-
 MLLAMA = Family(
     model_type="mllama",
-    configs=(MllamaConfig,),
-    read=read,
-    write=write,
-    build=build,
+    models={MllamaConfig: Mllama},
+    tables=(MODEL,),
     rules=rules,
     ignores=IGNORES,
     hints=HINTS,

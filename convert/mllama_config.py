@@ -16,7 +16,6 @@ from convert.parts import (
     check_heads,
     check_patches,
     is_positive,
-    parse,
     sizes,
 )
 
@@ -113,13 +112,3 @@ MODEL = Part(
     together=_check,
     written=lambda config: {"architectures": ["MllamaForConditionalGeneration"]},
 )
-
-
-def read(raw: dict[str, Any], where: str) -> MllamaConfig:
-    """The configuration in a config.json. Raises ValueError."""
-    return parse(raw, where, MODEL)
-
-
-def write(config: MllamaConfig) -> dict[str, Any]:
-    """The config.json of a configuration."""
-    return MODEL.write(config)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from catp_jax.models.layers import ACTIVATIONS
-from convert.configs import check_keys, check_repeated, fill_defaults
+from convert.configs import check_keys, check_repeated, fill_defaults, short
 
 MOST_LAYERS, LARGEST, WIDEST = 1000, 2**24, 2**14  # of layers, of anything else; pixels of a side
 
@@ -35,6 +35,7 @@ class Field:
 class Part:
     """A part of a config.json, or all of it, and the configuration `kind` that it becomes.
 
+    `architectures` are the classes of transformers whose files it reads; none: any.
     `parts` are the parts within it: of several candidates, `model_type` says which. `fixed` are
     keys that have one value here (of what others are, `hint` says), those in `must_be_false` have
     none in the file, and those in `unread` change nothing. `together` says what is wrong with
@@ -45,6 +46,7 @@ class Part:
     kind: type
     model_type: str
     fields: Mapping[str, Field]
+    architectures: Sequence[str] = ()
     parts: Mapping[str, Sequence["Part"]] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hint: str = ""
@@ -90,6 +92,8 @@ class Part:
     def write(self, config: Any) -> dict[str, Any]:
         """The part of a config.json that `read` makes into `config`."""
         content: dict[str, Any] = {"model_type": self.model_type, **self.fixed}
+        if self.architectures:
+            content["architectures"] = [self.architectures[0]]
         content |= dict.fromkeys(self.must_be_false.split(), False)
         for key, field in self.fields.items():
             content[key] = field.write(getattr(config, field.name or key))
@@ -97,6 +101,10 @@ class Part:
             inside = getattr(config, _name(key))
             content[key] = next(p for p in candidates if p.kind is type(inside)).write(inside)
         return content | self.written(config)
+
+    def inside(self) -> list["Part"]:
+        """All candidates for the parts within it."""
+        return [part for candidates in self.parts.values() for part in candidates]
 
     def _inside(self, part: Any) -> Iterator[tuple[str, Any, "Part"]]:
         """The parts of a part, with their tables."""
@@ -116,11 +124,20 @@ def _choose(key: str, candidates: Sequence[Part], kind: str) -> Part:
     return by_type[kind]
 
 
-def parse(raw: dict[str, Any], where: str, table: Part) -> Any:
-    """The configuration in a config.json, which `where` names in errors.
+def parse(raw: dict[str, Any], where: str, tables: Sequence[Part]) -> Any:
+    """The configuration in a config.json, which `where` names in errors, by the table of its
+    architecture: by the first if it names none.
 
     Raises ValueError with all that is not supported.
     """
+    names = raw.get("architectures") or tables[0].architectures
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: architectures is {short(names)}; a list of names is wanted")
+    fit = [one for one in tables if not one.architectures or {*names} & {*one.architectures}]
+    if not fit:
+        wanted = " or ".join(one.architectures[0] for one in tables)
+        raise ValueError(f"{where} is of {' and '.join(names)}; a whole model is wanted ({wanted})")
+    table = fit[0]
     try:
         problems = table.check_keys(raw)
     except ValueError as error:

@@ -6,69 +6,46 @@ stays near the largest tensor, beyond the model itself.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from catp_jax import leaves
 from catp_jax.models.narrow import Weights
 from convert.adapter import find_adapter
 from convert.dtypes import READ
-from convert.families import Config, Model, family_of, read_config
+from convert.families import Config, Model, family_of
 from convert.family import Family, Layout
 from convert.folders import refuse_unfinished
-from convert.loading import Place, abstract, load_model
+from convert.loading import Place, Source, abstract, load_model
+from convert.manifest import read_config
 from convert.report import Report, make_report
-from convert.rules import Match, Matching
+from convert.rules import Matching, copy
 from convert.shards import Shard, Tensor
-from convert.streams import ahead, copy
 from convert.weights import find_shards
 
 
 @dataclasses.dataclass(frozen=True)
-class HfSource:
-    """A checked Hugging Face folder: every parameter has its tensor, nothing has been read yet.
-
-    An adapter may have changed `tensors`, not `shards`.
+class HfSource(Source):
+    """A Hugging Face folder, in which every parameter has its tensor. An adapter may have changed
+    `tensors`, not `shards`.
     """
 
-    folder: Path
-    config: Config
     layout: Layout
     shards: list[Shard]
     tensors: dict[str, Tensor]
     matching: Matching
 
-    @property
-    def stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The parameters, abstract, with the number types of their tensors."""
-        shapes = leaves.named(abstract(self.config))
-        return {
-            name: jax.ShapeDtypeStruct(shapes[name].shape, self.tensors[one.source].dtype)
-            for name, one in self.matching.filled.items()
-        }
+    def read(self, name: str, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
+        one = self.matching.filled[name]
+        values = one.transform.forward(self.tensors[one.source].values())
+        return leaves.placed(struct, lambda index: copy(values[index], struct.dtype))
 
-    def runs(
-        self,
-        wanted: Mapping[str, jax.ShapeDtypeStruct],
-        see: Callable[[str, Any], None] = lambda name, array: None,
-    ) -> Iterator[dict[str, Any]]:
-        """Parameters, some at a time, as `wanted` says of them; `see` has each in the thread that
-        read it. A run is emptied when the next is asked for.
-        """
-
-        def read(name: str) -> np.ndarray | jax.Array:
-            one = self.matching.filled[name]
-            array = _read(one, self.tensors[one.source], wanted[name])
-            see(name, array)
-            return array
-
-        return ahead(read, {name: leaves.nbytes(wanted[name]) for name in self.matching.filled})
+    def called(self, name: str) -> str:
+        return self.matching.filled[name].source
 
     def report(self, dtypes: Mapping[str, np.dtype]) -> Report:
         """What becomes of every tensor, with the parameters of these number types."""
@@ -112,7 +89,11 @@ def open_hf(
     if addition is not None:
         tensors |= addition.apply(tensors, _finder(family, config, layout, tensors, shapes))
     _refuse_other_types(folder, [tensors[one.source] for one in matching.filled.values()])
-    return HfSource(folder, config, layout, shards, tensors, matching)
+    stored = {
+        name: jax.ShapeDtypeStruct(shapes[name], tensors[one.source].dtype)
+        for name, one in matching.filled.items()
+    }
+    return HfSource(folder, config, stored, layout, shards, tensors, matching)
 
 
 def _finder(
@@ -170,20 +151,3 @@ def _refuse_other_values(folder: Path, tensors: Mapping[str, Tensor], matching: 
             "tie_word_embeddings to false in text_config, if that is about the head, or take "
             "another copy of the checkpoint"
         )
-
-
-def _read(match: Match, tensor: Tensor, struct: jax.ShapeDtypeStruct) -> np.ndarray | jax.Array:
-    """One tensor in our layout, where `struct` wants it; what nobody asks for stays unread."""
-    values = match.transform.forward(tensor.values())
-    if not isinstance(struct.sharding, Sharding):
-        return copy(values, struct.dtype)
-    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def part(index: Any) -> np.ndarray:
-        key = tuple(one.indices(n)[:2] for one, n in zip(index, struct.shape, strict=True))
-        if key not in parts:  # several devices may hold the same
-            parts[key] = copy(values[index], struct.dtype)
-        return parts[key]
-
-    array = jax.make_array_from_callback(struct.shape, struct.sharding, part)
-    return array.block_until_ready()  # or host copies of several tensors would pile up

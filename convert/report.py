@@ -34,7 +34,6 @@ class Ignored:
 
     source: str
     reason: str
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +71,21 @@ def make_report(
 
     `dtypes` are the number types of the parameters.
     """
-    rows = []
-    for match in (*matching.filled.values(), *matching.twins):
-        tensor = tensors[match.source]
-        rows.append(
-            Row(
-                source=match.source,
-                target=match.target,
-                change=", ".join(filter(None, (match.transform.name, tensor.origin))),
-                file=tensor.file.name,
-                shape=tensor.shape,
-                dtype=tensor.dtype.name,
-                stored_dtype=dtypes[match.target].name,
-                nbytes=tensor.nbytes,
-            )
+    rows = [
+        Row(
+            source=match.source,
+            target=match.target,
+            change=", ".join(filter(None, (match.transform.name, tensor.origin))),
+            file=tensor.file.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype.name,
+            stored_dtype=dtypes[match.target].name,
+            nbytes=tensor.nbytes,
         )
-    left = [
-        Ignored(name, reason, tensors[name].nbytes) for name, reason in matching.ignored.items()
+        for match in (*matching.filled.values(), *matching.twins)
+        for tensor in [tensors[match.source]]
     ]
+    left = [Ignored(name, reason) for name, reason in matching.ignored.items()]
     return Report(checkpoint, layout, tuple(rows), tuple(left))
 
 

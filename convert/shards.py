@@ -12,6 +12,7 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
 import dataclasses
 import json
 import math
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from catp_jax import strict_json
-from convert.streams import copy
+from convert.rules import copy
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -179,6 +180,11 @@ def _tensor(name: str, entry: Any, path: Path, data: int) -> Tensor:
     if tensor.nbytes != stop - start:
         raise ValueError(f"{name} {list(shape)} needs {tensor.nbytes} bytes, has {stop - start}")
     return tensor
+
+
+def checksum(array: Any) -> int:
+    """The CRC-32 of a contiguous array's bytes."""
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def is_text_by_text(content: Any) -> bool:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from catp_jax.leaves import listed
+from catp_jax import leaves
+from convert.converted import Converted, open_converted
 from convert.manifest import MANIFEST, config_digest
 from convert.reader import open_hf
 
@@ -18,29 +19,24 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
 
     Raises ValueError if the folder cannot be read at all.
     """
-    endless: list[str] = []
-    if not (folder / MANIFEST).exists():
-        source = open_hf(folder, ignore_config)
-        filled = source.matching.filled
-        for run in source.runs(source.stored):
-            endless += [filled[name].source for name in run if not is_finite(run[name])]
-    else:
-        from convert.converted import open_converted  # imports Orbax
+    is_converted = (folder / MANIFEST).exists()
+    source = (open_converted if is_converted else open_hf)(folder, ignore_config)
+    if isinstance(source, Converted) and config_digest(folder) != source.manifest.config:
+        yield "config.json was changed after the conversion"
 
-        converted = open_converted(folder, ignore_config)
-        manifest, changed = converted.manifest, list[str]()
-        if config_digest(folder) != manifest.config:
-            yield "config.json was changed after the conversion"
-        for run in converted.runs(converted.stored):
-            changed += converted.changed(run)
-            endless += [name for name in run if not is_finite(run[name])]
-        if changed:
-            yield (
-                f"{len(changed)} parameters are not those that were converted: {listed(changed)}; "
-                "check the disk and convert again"
-            )
-    if endless:
-        yield f"{len(endless)} tensors have NaN or infinity in them: {listed(endless)}"
+    def look(name: str) -> tuple[bool, bool]:
+        array = np.asarray(source.read(name, source.stored[name]))
+        return source.is_unchanged(name, array), is_finite(array)
+
+    sizes = {name: leaves.nbytes(struct) for name, struct in source.stored.items()}
+    found = {name: said for run in leaves.ahead(look, sizes) for name, said in run.items()}
+    if changed := [name for name, (is_unchanged, _) in found.items() if not is_unchanged]:
+        yield (
+            f"{len(changed)} parameters are not those that were converted: "
+            f"{leaves.listed(changed)}; check the disk and convert again"
+        )
+    if endless := [source.called(name) for name, (_, is_whole) in found.items() if not is_whole]:
+        yield f"{len(endless)} tensors have NaN or infinity in them: {leaves.listed(endless)}"
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -54,29 +54,25 @@ def find_shards(folder: Path) -> list[Shard]:
 def _find_listed(folder: Path) -> list[Shard]:
     """The weight files that an index names."""
     listed = _read_index(folder / INDEX)
-    shards, problems = [], []
-    for name in sorted(set(listed.values())):
+    shards: dict[str, Shard] = {}
+    problems = []
+    for name in sorted({*listed.values()}):
         if not os.path.lexists(folder / name):
             problems.append(f"{folder / name} is missing, though {INDEX} names it")
             continue
         try:
-            shards.append(read_shard(folder / name))
+            shards[name] = read_shard(folder / name)
         except NotRead:
             raise
         except ValueError as error:
             problems.append(str(error))
-            continue
-        here = {tensor.name for tensor in shards[-1].tensors}
-        there = {tensor for tensor, file in listed.items() if file == name}
-        problems += [
-            f"{folder / name} has no {tensor}, though {INDEX} says so"
-            for tensor in sorted(there - here)
-        ]
-        problems += [
-            f"{folder / name} has {tensor}, which {INDEX} puts "
-            + (f"in {listed[tensor]}" if tensor in listed else "nowhere")
-            for tensor in sorted(here - there)
-        ]
+    there = {(name, file) for name, file in listed.items() if file in shards}
+    here = {(tensor.name, file) for file, shard in shards.items() for tensor in shard.tensors}
+    for name, file in sorted(there - here):
+        problems.append(f"{folder / file} has no {name}, though {INDEX} says so")
+    for name, file in sorted(here - there):
+        place = f"in {listed[name]}" if name in listed else "nowhere"
+        problems.append(f"{folder / file} has {name}, which {INDEX} puts {place}")
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
@@ -84,7 +80,7 @@ def _find_listed(folder: Path) -> list[Shard]:
             + "\n  ".join(problems[:20])
             + more
         )
-    return shards
+    return [*shards.values()]
 
 
 def _read_index(path: Path) -> dict[str, str]:

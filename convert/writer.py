@@ -14,6 +14,8 @@ import numpy as np
 from catp_jax import leaves
 from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
+from convert.manifest import File
+from convert.rules import Match
 from convert.shards import DTYPES, Shard, Tensor, write_shard
 from convert.weights import INDEX, SINGLE, write_index
 
@@ -49,24 +51,15 @@ def write_hf(
         )
     matches = dict(sorted(family.names(arrays, model.config).wanted.items()))
     sizes = {name: leaves.nbytes(arrays[one.target]) for name, one in matches.items()}
-    files = split(sizes, max_shard_bytes)
+    files = {
+        file: File({"format": "pt"}, tuple(names))
+        for file, names in split(sizes, max_shard_bytes).items()
+    }
     with new_folder(Path(out)) as folder:
-        shards = []
-        for file, names in files.items():
-            parts = [(matches[name], arrays[matches[name].target]) for name in names]
-            tensors = tuple(
-                Tensor(
-                    one.source,
-                    folder / file,
-                    np.dtype(array.dtype),
-                    one.transform.source_shape(array.shape),
-                    0,
-                )
-                for one, array in parts
-            )
-            shards.append(Shard(folder / file, {"format": "pt"}, tensors))
-            values = (one.transform.inverse(np.asarray(array)) for one, array in parts)
-            write_shard(shards[-1], values)
+        shards = plan(folder, files, matches, arrays)
+        for shard in shards:
+            found = [matches[tensor.name] for tensor in shard.tensors]
+            write_shard(shard, (x.transform.inverse(np.asarray(arrays[x.target])) for x in found))
         if len(shards) > 1:
             write_index(folder, shards)
         if side_files is not None:
@@ -74,6 +67,26 @@ def write_hf(
         (folder / "config.json").write_text(
             json.dumps(config_json, indent=2, sort_keys=True) + "\n"
         )
+
+
+def plan(
+    folder: Path, files: Mapping[str, File], matches: Mapping[str, Match], parameters: Any
+) -> list[Shard]:
+    """Files to be written of parameters, which may be abstract: tensors as a checkpoint has them,
+    in the parameters' number types.
+    """
+
+    def tensor(name: str, path: Path) -> Tensor:
+        one = matches[name]
+        parameter = parameters[one.target]
+        shape = one.transform.source_shape(parameter.shape)
+        return Tensor(name, path, np.dtype(parameter.dtype), shape, 0)
+
+    return [
+        Shard(path, file.metadata, tuple(tensor(name, path) for name in file.tensors))
+        for name, file in files.items()
+        for path in [folder / name]
+    ]
 
 
 def split(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:

@@ -152,7 +152,7 @@ def last_row_scores(view: View, sample: int) -> list[float]:
     return np.mean(rows, axis=0)[:QUERIES].tolist()
 
 
-@functools.partial(jax.jit, static_argnames="first")
+@jax.jit
 def masked_opt(model: Blip2, inputs: Blip2Inputs, allowed: jax.Array, first: int) -> jax.Array:
     """Logits of every row, layer by layer over the whole sequence: from layer `first` on, the
     visual tokens that are not `allowed` [b, q] are masked for every row.
@@ -167,5 +167,6 @@ def masked_opt(model: Blip2, inputs: Blip2Inputs, allowed: jax.Array, first: int
     x = x + language.model.decoder.embed_positions(place + 2)
     earlier = jnp.tril(jnp.ones((length, length), bool))[None]
     for number, layer in enumerate(language.model.decoder.layers):
-        x, _, _ = layer(x, earlier & (left if number >= first else real)[:, None])
+        seen = jnp.where(number >= first, left, real)  # one program, whatever the layer
+        x, _, _ = layer(x, earlier & seen[:, None])
     return language.logits(x)

@@ -100,12 +100,12 @@ def _drop_compiled_programs() -> Iterator[None]:
 # Files go to the workers in this order, then the others by name: what takes minutes must not be
 # what one worker is left with while the other is done. The summary says when this is out of date.
 FIRST = (
-    *("sharding/test_processes", "test_readme", "generation/test_asked", "test_begun"),
-    *("sharding/test_meshes", "test_benchmarks", "test_stream", "test_plan"),
+    *("sharding/test_processes", "test_benchmarks", "targets/test_gpu_programs", "test_readme"),
+    *("sharding/test_meshes", "generation/test_cache_sites", "generation/test_asked"),
+    *("test_blip2_properties", "test_blip2_programs", "test_begun", "test_stream", "test_plan"),
     *("sharding/test_load", "convert/test_blip2", "test_api", "test_api_blip2"),
-    *("test_blip2_properties", "training/test_mini_llama_vision", "test_properties"),
-    *("parity/test_blip2", "training/test_mini_blip2", "test_blip2_programs"),
-    *("convert/test_converted", "test_programs", "test_cli"),
+    *("training/test_mini_llama_vision", "test_properties", "parity/test_blip2"),
+    *("training/test_mini_blip2", "convert/test_converted", "test_programs", "test_cli"),
 )
 
 

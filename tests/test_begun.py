@@ -9,6 +9,7 @@ from tests.both import BEGUN, CIRCLE, NAMES, PROMPTS, Both, folder_of
 from tests.shallow import shallow
 
 NEW = 6
+GREEDY: dict[str, Any] = {"repetition_penalty": 1.3, "min_new_tokens": 4}
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}"
     "<|end_header_id|>\n\n{% for part in message.content %}{% if part.type == 'image' %}<|image|>"
@@ -27,7 +28,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     "options",
     [
-        {"repetition_penalty": 1.3, "min_new_tokens": 4},
+        GREEDY,
         {"num_beams": 2, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
     ],
     ids=["greedy", "beams"],
@@ -40,7 +41,7 @@ def test_tokens_are_transformers_whatever_the_neighbours_have_begun(
 
 
 def test_the_text_goes_on_where_the_answer_was_begun(both: Both):
-    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": 4}
+    options: dict[str, Any] = {"max_new_tokens": NEW, **GREEDY}
     out = both.answers(begun=BEGUN, **options)
     tokenizer = both.ours.reader.tokenizer
     for text, tokens, begun in zip(out.text, out.tokens, BEGUN, strict=True):

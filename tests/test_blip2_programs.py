@@ -135,12 +135,11 @@ class Longest(Scored):
 @pytest.mark.parametrize(
     "after",
     [
-        (fastv(2),),
         (Position(keep=3),),
         (Position(keep=3), fastv(2)),
         (fastv(3, 1), fastv(2, 2)),
     ],
-    ids=["a later site", "the same site", "both", "two later sites"],
+    ids=["the same site", "both", "two later sites"],
 )
 def test_pruners_after_one_that_finds_its_own_number_have_their_turn(after: tuple[Any, ...]):
     model, batch, pruners = random_blip2("opt"), packed(), (Longest(), *after)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -109,6 +110,19 @@ def test_runs_make_one_checkpoint_and_nothing_stands_before_the_end(tmp_path: Pa
     assert_equal(checkpoint.restore(path, model), model)
     assert checkpoint.contents(path)["layers.2.kernel"] == jax.ShapeDtypeStruct((4, 8), np.float32)
     assert capfd.readouterr() == ("", "")  # Orbax has much to say
+
+
+@pytest.mark.parametrize("write", [checkpoint.save, save_runs])
+def test_orbax_reads_what_is_written(tmp_path: Path, write):
+    arrays = {"x": np.arange(6.0).reshape(2, 3), "y": np.ones(3, jnp.bfloat16), "z": np.zeros(())}
+    write(tmp_path / "a", arrays)
+    found = ocp.load(str(tmp_path / "a"))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+        there = checkpoint.read(tmp_path / "a", name, jax.ShapeDtypeStruct(array.shape, "float32"))
+        np.testing.assert_array_equal(there, array.astype(np.float32))
 
 
 @pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt(), RuntimeError("x")])

@@ -4,7 +4,8 @@ Blocks fenced `sh` and `python` are tested; output and commands that need other 
 stand in `text` blocks. All blocks share one folder that looks like a clone, since a reader's do.
 
 What starts with `catp-jax` is run in the test's own process, but for the first: starting one takes
-longer than most answers.
+longer than most answers. The shipped models have their first layers alone, since only what a
+command does is looked at; what the whole ones answer is tested in training/.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import catp_jax
+from tests.shallow import ASSETS, CUT, shallow
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -103,9 +105,12 @@ STEPS = [
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a clone holds, and whatever the steps before have made."""
     folder = tmp_path_factory.mktemp("clone")
-    for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.name not in MADE:
-            (folder / path.name).symlink_to(path)
+    assets = folder / "catp_jax" / "assets"
+    assets.mkdir(parents=True)
+    for path in (*ROOT.iterdir(), *(ROOT / "catp_jax").iterdir(), *ASSETS.iterdir()):
+        own = folder / path.relative_to(ROOT)
+        if not (own.exists() or path.name.startswith(".") or path.name in MADE):
+            own.symlink_to(shallow(path.name) if path.name in CUT else path)
     return folder
 
 

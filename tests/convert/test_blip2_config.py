@@ -182,7 +182,7 @@ def architectures(name: str) -> dict[str, list[str]]:
 
 
 BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "a part": ("opt", "", {"architectures": ["Blip2QFormerModel"]}, "a part of BLIP-2"),
+    "a part": ("opt", "", {"architectures": ["Blip2QFormerModel"]}, "a whole model is wanted"),
     "vision alone": ("opt", "", {"model_type": "blip_2_vision_model"}, "vision model alone"),
     "unknown key": ("opt", "", {"sparkle": 3}, r"sparkle is unknown \(it is 3\)"),
     "quantised": ("opt", "", {"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),

@@ -23,7 +23,6 @@ def test_verified_run_says_what_it_removed(tmp_path: Path):
     folder = hf_folder(tmp_path / "hf")
     left = tmp_path / "out.unfinished-0123abcd"
     left.mkdir()
-    (left / "UNFINISHED").touch()
     done = catp_jax("convert", folder, tmp_path / "out", "--verify")
     assert done.returncode == 0, done.stderr
     assert "removed out.unfinished-0123abcd, which an interrupted run left" in done.stderr

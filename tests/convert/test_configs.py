@@ -9,7 +9,8 @@ import pytest
 from transformers import MllamaConfig as HfConfig
 
 from catp_jax.models.mllama import MllamaConfig
-from convert.families import config_json, parse_config, read_config
+from convert.families import config_json, parse_config
+from convert.manifest import read_config
 from tests.parity.tiny import CONFIGS, tiny_hf_config
 
 ELEVEN_B = MllamaConfig.llama_3_2_11b()
@@ -142,7 +143,11 @@ def test_what_we_write_is_what_we_read(config: MllamaConfig):
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "another model": ("", {"model_type": "llava"}, "'llava'; supported: mllama"),
     "no model type": ("", {"model_type": None}, "model_type is None"),
-    "text half": ("", {"model_type": "mllama_text_model"}, "text half alone"),
+    "text half": (
+        "",
+        {"model_type": "mllama_text_model"},
+        "mllama_text_model alone, a part",
+    ),
     "quantised": (
         "",
         {"quantization_config": {"bits": 4}},

@@ -163,7 +163,7 @@ def test_hub_file_is_the_preset():
         ("text_config", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
         ("qformer_config", {"use_qformer_text_input": False}, "use_qformer_text_input is unknown"),
         ("", {"image_token_index": 40000}, "image_token_index is 40000"),
-        ("", {"architectures": ["InstructBlipModel"]}, "without a head"),
+        ("", {"architectures": ["InstructBlipModel"]}, "a whole model is wanted"),
         ("", {"model_type": "instructblip_qformer"}, "the Q-Former alone"),
     ],
 )

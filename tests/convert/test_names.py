@@ -126,7 +126,7 @@ def test_no_name_steers_the_terminal(tmp_path: Path):
         assert "\x1b" not in shown
         assert "\\x1b[31m[bold]ghost\\x1b]0;title\\x07" in shown
     console = Console(width=200, record=True)
-    report = Report(Path("[red]\x1b[7mx"), "hub", (), (Ignored(ghost, "[b]why", 0),))
+    report = Report(Path("[red]\x1b[7mx"), "hub", (), (Ignored(ghost, "[b]why"),))
     with console.capture() as shown:
         console.print(table(report))
     assert "\x1b" not in shown.get()

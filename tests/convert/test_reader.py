@@ -18,7 +18,7 @@ import convert
 from catp_jax import leaves
 from catp_jax.leaves import named
 from catp_jax.models.mllama import Mllama
-from convert import reader, streams
+from convert import reader
 from tests.convert.folders import SAVES, edit_config, edit_tensors, hf_folder
 from tests.parity.tiny import tiny
 
@@ -142,8 +142,8 @@ def test_slice_that_several_devices_hold_is_read_once(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_any_number_of_threads_reads_the_same(tmp_path: Path, monkeypatch, threads: int):
-    monkeypatch.setattr(streams, "READERS", threads)
-    monkeypatch.setattr(streams, "AHEAD", 5000)
+    monkeypatch.setattr(leaves, "READERS", threads)
+    monkeypatch.setattr(leaves, "AHEAD", 5000)
     monkeypatch.setattr(leaves, "RUN", 5000)
     model, _ = convert.load_hf(hf_folder(tmp_path / "hf", "sharded"))
     assert_same(model, tiny("gqa")[1])
@@ -165,7 +165,7 @@ def test_host_memory_stays_near_one_tensor_beyond_the_model(tmp_path: Path, monk
     )
     one = large * 24 * 4
     monkeypatch.setattr(leaves, "RUN", one)
-    monkeypatch.setattr(streams, "AHEAD", one)
+    monkeypatch.setattr(leaves, "AHEAD", one)
     tracemalloc.start()
     try:
         model, report = convert.load_hf(folder)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from catp_jax.answers import Answers
 from catp_jax.struct import replace
 from tests.both import CIRCLE, NAMES, PROMPTS, Both, folder_of
 
@@ -27,10 +28,19 @@ def free(both: Both) -> list[list[int]]:
     return both.tokens(**LONG)
 
 
+# Both have every rule, so that a model compiles one program for them: what one is not about forbids
+# a token that is hardly ever next.
+RARE = 30
+
+
 def penalised(free: list[list[int]]) -> dict[str, Any]:
     return {
         "repetition_penalty": 1.5,
         "begin_suppress_tokens": [free[0][0]],
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[RARE], [RARE, RARE]],
+        "suppress_tokens": [RARE],
+        "forced_eos_token_id": 20,
         "max_new_tokens": NEW,
         "min_new_tokens": 5,
     }
@@ -38,6 +48,8 @@ def penalised(free: list[list[int]]) -> dict[str, Any]:
 
 def forbidden(free: list[list[int]]) -> dict[str, Any]:
     return {
+        "repetition_penalty": 1.01,
+        "begin_suppress_tokens": [RARE],
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[free[1][0]], free[2][1:3]],
         "suppress_tokens": [free[0][1]],
@@ -63,13 +75,23 @@ def test_a_token_that_the_model_does_not_have_is_refused(both: Both):
         both.answers(suppress_tokens=[9999])
 
 
-def test_answers_end_with_a_stop_string_as_in_transformers(both: Both):
-    whole = both.answers(**LONG)
-    string = whole.text[0][1:4]  # which begins and ends within tokens
+@pytest.fixture(scope="module")
+def stopped(both: Both) -> tuple[Answers, list[Any]]:
+    """Ours and transformers' answers, with log-probabilities, up to a text that begins and ends
+    within tokens.
+    """
+    string = both.answers(**LONG).text[0][1:4]
     options = {**LONG, "stop_strings": [string, "no such text"]}
-    ours = both.answers(**options)
-    assert ours.tokens == both.tokens(**options, tokenizer=both.processor.tokenizer)
-    assert string in ours.text[0]
+    tokenizer = both.processor.tokenizer
+    expected = both.expected(**options, tokenizer=tokenizer, output_scores=True)
+    return both.answers(logprobs=3, **options), expected
+
+
+def test_answers_end_with_a_stop_string_as_in_transformers(both: Both, stopped: Any):
+    ours, expected = stopped
+    whole = both.answers(**LONG)
+    assert ours.tokens == [hf.new for hf in expected]
+    assert whole.text[0][1:4] in ours.text[0]
     assert len(ours.tokens[0]) < len(whole.tokens[0])
 
 
@@ -83,14 +105,14 @@ def test_logits_that_are_not_finite_name_the_prompt(both: Both):
         both.ours.generate_packed(dataclasses.replace(packed, inputs=inputs), **LONG)
 
 
-def test_log_probabilities_come_with_their_tokens(both: Both):
-    out = both.answers(logprobs=3, **LONG)
-    for row, hf in enumerate(both.expected(output_scores=True, **LONG)):
+def test_log_probabilities_come_with_their_tokens(both: Both, stopped: Any):
+    out, expected = stopped
+    for row, hf in enumerate(expected):
         tokens, scores = out.tokens[row], torch.stack(hf.scores, dim=1).log_softmax(-1)[0]
         assert tokens == hf.new
         assert len(out.logprobs[row]) == len(out.alternatives[row]) == len(tokens)
-        expected = scores[range(len(tokens)), tokens].tolist()
-        np.testing.assert_allclose(out.logprobs[row], expected, atol=1e-3)
+        their = scores[range(len(tokens)), tokens].tolist()
+        np.testing.assert_allclose(out.logprobs[row], their, atol=1e-3)
         for place, likely in enumerate(out.alternatives[row]):
             assert [token for token, _ in likely] == scores[place].topk(3).indices.tolist()
             assert likely[0] == (tokens[place], out.logprobs[row][place])

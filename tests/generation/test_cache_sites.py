@@ -312,9 +312,9 @@ def test_what_a_state_starts_from_is_what_steps_show(kind: str, long: int, monke
     """Of a cache that was pruned, and with slots that hold no token."""
     monkeypatch.setattr(blocks, "LONG", long)
     jax.clear_caches()
-    first = Sums(keep=4)
-    _, (_, states) = steps.__wrapped__(kind, (first, Mass()))
-    start = programs.prefill(model_of(kind), (first,), inputs_of(kind), new_slots=NEW)
+    pruners = (Sums(keep=4), Mass())
+    _, (_, states) = steps.__wrapped__(kind, pruners)
+    start = programs.prefill(model_of(kind), pruners, inputs_of(kind), new_slots=NEW)
     tokens = np.asarray(inputs_of(kind).token_valid)
     for part in prompts_of(start.cache):
         for layer in part.layers:
