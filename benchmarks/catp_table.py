@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from catp_jax import api
-from catp_jax.demo import spread_out
 from catp_jax.generation.options import Options
 from catp_jax.study import tasks
 from catp_jax.study.journal import Journal
@@ -149,7 +148,7 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=5)
     arguments = parser.parse_args()
     console = Console()
-    examples = spread_out(list(tasks.easy_vqa("test")), arguments.questions)
+    examples = tasks.spread(list(tasks.easy_vqa("test")), arguments.questions)
     conditions = Conditions(
         task="easy-vqa",
         options=Options(

@@ -6,6 +6,8 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import dataclasses
+import io
 import json
 import re
 import sys
@@ -13,10 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from benchmarks.programs import LLAMA, OPT
+from catp_jax.plan import Plan, Work
+from catp_jax.plan import table as plan_table
+from catp_jax.targets import Floor
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+FILES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "clusters.md", ROOT / "README.md")
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FUSED = ", one kernel"
@@ -131,6 +138,38 @@ def saved() -> str:
     )
 
 
+def plans() -> list[Plan]:
+    """Those of 11B on an H100: of one batch, with the largest batch compiled for, and pruned."""
+    names = {field.name for field in dataclasses.fields(Plan)}
+    found = []
+    for row in read("plan_11b_h100")["rows"]:
+        known = {name: value for name, value in row.items() if name in names}
+        for phase in ("prefill_work", "token_work"):
+            work = row[phase]
+            known[phase] = Work(**{**work, "floor": Floor(**work["floor"])})
+        largest = row["largest_batch"] if row["largest_batch_is_compiled"] else None
+        found.append(Plan(**known, found_batch=largest))
+    return found
+
+
+def plan() -> str:
+    """What `catp-jax plan` prints, as a block of text."""
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(plan_table(plans()[0]))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    return "\n".join(["```text", *lines, "```"]).replace("\n\n```", "\n```")
+
+
+def found() -> str:
+    """How the largest batch by a line compares with the one that was compiled for."""
+    by_a_line, compiled, _ = plans()
+    return (
+        f"`--largest-batch` compiles for several batches until one fits and the next does not, "
+        f"which takes minutes; without it, the number comes from a line through one batch, often "
+        f"too few: here {by_a_line.largest_batch}, and compiling found {compiled.largest_batch}."
+    )
+
+
 def hardware() -> str:
     """What 11B wants, in README's words."""
     one = next(row for row in read("plan_11b_h100")["rows"] if row["kept"] == row["visual_tokens"])
@@ -138,8 +177,8 @@ def hardware() -> str:
     eight = next(row for row in read("plan_90b_8xh100")["rows"])
     return (
         f"In bfloat16 its weights take {gigabytes(one['weights'])} GB, and the cache of an image "
-        f"of four tiles {gigabytes(prompt)} GB: a card of 80 GB answers about "
-        f"{one['largest_batch']} prompts at a time. Of 90B, each of 8 cards holds "
+        f"of four tiles {gigabytes(prompt)} GB: an H100, of {one['memory'] / 1e9:.0f} GB, answers "
+        f"about {one['largest_batch']} prompts at a time. Of 90B, each of 8 cards holds "
         f"{gigabytes(eight['weights'])} GB. `catp-jax plan` says what fits elsewhere. No GPU has "
         "run this yet: programs were compiled for one and read."
     )
@@ -151,12 +190,14 @@ PARTS: dict[str, Callable[[], str]] = {
     "pruning": pruning,
     "saved": saved,
     "hardware": hardware,
+    "plan": plan,
+    "found": found,
 }
 
 
 def wrapped(text: str) -> str:
-    """Prose in lines of 100 characters; a table as it is."""
-    if text.startswith("|"):
+    """Prose in lines of 100 characters; a table, or a block of text, as it is."""
+    if text.startswith(("|", "```")):
         return text
     lines, line = [], ""
     for word in text.split():

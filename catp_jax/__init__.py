@@ -1,4 +1,4 @@
-"""BLIP-2 and Llama 3.2 Vision in JAX, with visual-token pruning that keeps shapes fixed."""
+"""BLIP-2, InstructBLIP and Llama 3.2 Vision in JAX/Flax, visual tokens pruned under jax.jit."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -12,7 +12,7 @@ from catp_jax.generation.decoding import Written
 from catp_jax.readers.reading import Kept
 
 
-class Unsound(ValueError):
+class NonFinite(ValueError):
     """Logits that no token can be chosen from, at the prompts `numbers`; of one alone, if none."""
 
     def __init__(self, numbers: Sequence[int] = ()):

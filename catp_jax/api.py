@@ -11,7 +11,6 @@ from typing import Any
 
 import convert
 from catp_jax.families import family_of
-from catp_jax.generation.options import Options
 from catp_jax.model import Model
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import freeze
@@ -63,10 +62,11 @@ def load(
     # before the weights, which may take minutes
     config = convert.load_config(folder, ignore_config)
     family = family_of(config, folder)
-    defaults, note = family.defaults(folder) if generation_config else (Options(), "")
+    defaults, note = family.defaults(folder, generation_config)
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
     reader = family.load_reader(processor_folder, config, modes)
-    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
+    size = reader.config.text.vocab_size
+    ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config, size)
     network, _ = convert.load(
         folder,
         dtype,

@@ -1,6 +1,7 @@
 """Requests by the file: answered a batch at a time, and one that cannot be used costs no other.
 
-    {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     images: also one, or none
+    {"prompt": "what is this?", "images": ["a.png"], "id": "first"}     see `readers.rows`
+    {"prompt": "what is this?", "images": "a.png", "begun": "It is"}    the answer goes on from that
     {"messages": [{"role": "user", "content": "what is this?"}]}        for the chat template; its
                                                     parts may hold images, see `readers.chat`
 
@@ -15,20 +16,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from catp_jax import strict_json
-from catp_jax.answers import Answers, Unsound
+from catp_jax.answers import Answers, NonFinite
 from catp_jax.generation.options import Options
 from catp_jax.generation.sampling import check_seeds
 from catp_jax.lines import JsonLines, Row
 from catp_jax.model import Model
 from catp_jax.readers.chat import take_images
-from catp_jax.readers.images import within
 from catp_jax.readers.reading import Prompt, Question
+from catp_jax.readers.rows import lines_of, parse
 from catp_jax.sharding.distributed import agreed, is_first
 
 OF_A_MODEL = (".safetensors", ".json", ".model", ".txt", ".jinja")  # files, by their endings
+ANSWERED = {"line": (int,), "text": (str, list), "settings": (str,), "images": (list,)}
 KEYS = ("prompt", "messages", "images", "image", "begun", "id")
-SHAPE = 'a line is {"prompt": text, "images": [paths], "id": text or number}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +112,8 @@ def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
 
     Images' paths start from the file's folder. Raises ValueError if there is no file or no line.
     """
-    if not path.is_file():
-        raise ValueError(f"batch file {str(path)!r} is not a file")
     requests, problems, lines = [], [], {}
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         try:
             request = _request(line, number, path.parent)
             if request.key is not None and lines.setdefault(request.key, number) != number:
@@ -127,40 +122,25 @@ def read_requests(path: Path) -> tuple[list[Request], list[Problem]]:
         except ValueError as error:
             problems.append(Problem(number, str(error)))
     if not requests and not problems:
-        raise ValueError(f"batch file {str(path)!r} has no lines")
+        raise ValueError(f"{path} has no requests; give one JSON object a line")
     return requests, problems
 
 
 def _request(line: bytes, number: int, folder: Path) -> Request:
     """A line's request. Raises ValueError if it is none."""
-    try:
-        row = strict_json.parse(line)
-    except ValueError as error:
-        shown = line[:80].decode(errors="replace")
-        raise ValueError(f"{error}; {SHAPE}: {shown}") from None
-    if unknown := [key for key in row if key not in KEYS]:
-        raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; {SHAPE}")
+    row = parse(line, KEYS, folder)
     if ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"either a prompt or messages are wanted; {SHAPE}")
-    if "image" in row and "images" in row:
-        raise ValueError("image and images are the same; give one of them")
+        raise ValueError("give either a prompt or messages")
     prompt: Any = row.get("prompt", row.get("messages"))
     if not isinstance(prompt, str if "prompt" in row else list):
-        raise ValueError(f"a prompt is a text, and messages are a list; {SHAPE}")
-    images = row.get("images", row.get("image"))
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"images are a list of paths; {SHAPE}")
-    key = row.get("id")
-    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
-        raise ValueError(f"an id is a text or a whole number, got {key!r}")
+        raise ValueError(f"a prompt is a text, and messages are a list; got {prompt!r}")
     begun = row.get("begun", "")
     if not isinstance(begun, str):
         raise ValueError(f"what is begun of an answer is a text, got {begun!r}")
-    images = [within(image, folder) for image in images]
+    images = row["images"]
     if isinstance(prompt, list):
         prompt, images = take_images(prompt, images, folder)
-    return Request(prompt, tuple(images), number - 1, number, key, begun)
+    return Request(prompt, tuple(images), number - 1, number, row["id"], begun)
 
 
 def answer(
@@ -240,17 +220,17 @@ def _begin(
         model.pack([question for _, question in filled]),
         prune=prune,
         keep=keep,
-        **{**dataclasses.asdict(options), "seed": seeds},
+        **vars(dataclasses.replace(options, seed=seeds)),
     )
 
     def answers() -> Iterator[Answer | Problem]:
         try:
             found = fetch()
-        except Unsound as error:
+        except NonFinite as error:
             bad = [usable[number][0] for number in error.numbers if number < len(usable)]
             if any(request.line is None for request in bad):
                 raise
-            yield from (Problem(request.line, str(Unsound())) for request in bad)
+            yield from (Problem(request.line, str(NonFinite())) for request in bad)
             numbers = {request.number for request in bad}
             rest = [pair for pair in usable if pair[0].number not in numbers]
             yield from _begin(model, rest, batch_size, prune, keep, options)
@@ -279,8 +259,11 @@ class AnswerFile:
         self.lines = JsonLines(path, "a file of answers", '{"line": ', self._read, report)
 
     def _read(self, number: int, row: Row) -> None:
-        if missing := [key for key in ("line", "text", "settings", "images") if key not in row]:
+        if missing := [key for key in ANSWERED if key not in row]:
             raise ValueError(f"an answer without {', '.join(missing)}")
+        for key, kinds in {**ANSWERED, "id": (str, int, type(None))}.items():
+            if type(row.get(key)) not in kinds:
+                raise ValueError(f"an answer whose {key} is {row[key]!r}")
         self.rows.append(row)
 
     def missing(self, requests: Sequence[Request]) -> tuple[list[Request], list[Problem]]:

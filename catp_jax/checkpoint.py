@@ -29,12 +29,14 @@ import tensorstore as ts
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from catp_jax import leaves
+from catp_jax.messages import listed
 
 Tree = TypeVar("Tree")
 
 PIECE = 32 * 2**20  # bytes of an array that are stored, and read, as one
 PATTERN = re.compile(r"[*?\[\]\\]")  # a path with these is a pattern to Orbax
 ARRAY = "/zarr.json"  # how the key of an array's description ends
+DICT = 2  # Orbax's word for a key of a dictionary
 
 
 def save(path: str | Path, tree: Any) -> None:
@@ -167,8 +169,9 @@ def contents(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
             for key in sorted(keys)
             if key.endswith(ARRAY)
         }
-        metadata = Path(database["base"]["path"]) / "_METADATA"
-        if len(json.loads(metadata.read_bytes())["tree_metadata"]) != len(arrays):
+        metadata = json.loads((Path(database["base"]["path"]) / "_METADATA").read_bytes())
+        keys = [key for one in metadata["tree_metadata"].values() for key in one["key_metadata"]]
+        if {(key["key"], key["key_type"]) for key in keys} != {(name, DICT) for name in arrays}:
             raise ValueError("its metadata are of other arrays than it has")
         return {
             name: jax.ShapeDtypeStruct(tuple(array["shape"]), jnp.dtype(array["data_type"]))
@@ -223,9 +226,7 @@ def compare(
             if stored[name].shape != wanted[name].shape
         ],
     }
-    lines = [
-        f"  {len(names)} {kind}: {leaves.listed(names)}" for kind, names in kinds.items() if names
-    ]
+    lines = [f"  {len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if lines:
         raise ValueError(
             f"the checkpoint {path} does not fit the tree it is restored into; "

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from catp_jax import cli_cluster, cli_generate, cli_study
+import catp_jax
+from catp_jax import cli_cluster, cli_demo, cli_generate, cli_study
 from catp_jax import cli_options as opts
 from catp_jax.terminal import printable, say
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="BLIP-2 and Llama 3.2 Vision in JAX, with visual tokens pruned at fixed shapes.",
+    help=catp_jax.__doc__,
 )
 
 SEVERAL = ("generate", "study", "doctor")  # commands that may run on several hosts
@@ -53,7 +53,9 @@ def start(
             metavar="HOST:PORT",
         ),
     ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many processes there are.")] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="How many processes there are.", min=1)
+    ] = None,
     process_id: Annotated[
         int | None, typer.Option(help="Which of them this one is, counting from 0.")
     ] = None,
@@ -117,7 +119,7 @@ app.command()(cli_cluster.doctor)
 def match(
     model: opts.ModelFolder,
     image: Annotated[list[Path], opts.file_option("An image. Repeat it for several.")],
-    text: Annotated[list[str], typer.Option(help="A text. Repeat it for several.")],
+    text: Annotated[list[str], typer.Option(help="A text. Repeat it for several.", metavar="TEXT")],
     json_output: opts.Json = False,
     dtype: opts.Dtype = None,
     adapter: opts.Adapter = None,
@@ -151,27 +153,7 @@ def match(
         print(json.dumps(row) if json_output else printable(line))
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, opts.file_option("The folder for the figures.")] = Path("demo"),
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A model's folder or name; the mini models of this package, if not given. Repeat "
-            "it for several.",
-            parser=opts.folder,
-            metavar="DIR|NAME",
-        ),
-    ] = None,
-    questions: Annotated[int, typer.Option(help="How many test questions to answer.")] = 256,
-    ignore_config: opts.IgnoreConfig = None,
-) -> None:
-    """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
-    from catp_jax import demo as module
-
-    module.run(model or [], out, questions, Console(), ignore_config or ())
-
-
+app.command()(cli_demo.demo)
 app.add_typer(cli_study.app, name="study")
 
 
@@ -186,7 +168,6 @@ def leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point: errors of the input become messages, not tracebacks."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     try:
         app()
     except ModuleNotFoundError:

@@ -1,12 +1,10 @@
 """The commands that look before a job is sent: `catp-jax plan`, `catp-jax doctor`."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +17,13 @@ GPUS = "h100, h200, a100, b200"
 
 
 def plan(
-    model: opts.ModelOrPreset,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"A model's folder, of which only config.json is read, {opts.PRESET}",
+            metavar="MODEL",
+        ),
+    ],
     mesh: Annotated[
         str,
         typer.Option(
@@ -28,28 +32,28 @@ def plan(
             metavar="SIZES",
         ),
     ] = "tensor=1",
-    batch: Annotated[
+    batch_size: Annotated[
         int | None,
         typer.Option(
             help="How many prompts at a time, with an image each; data × fsdp of them, if not "
-            "given."
+            "given.",
+            min=1,
         ),
     ] = None,
     tiles: Annotated[
         int | None,
-        typer.Option(help="Llama Vision: how many tiles an image has; all, if not given."),
+        typer.Option(help="Llama Vision: how many tiles an image has; all, if not given.", min=1),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="How many text tokens a prompt has.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="How many tokens an answer has.")] = 128,
-    prune: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{opts.PRUNE} The model's first, if only --keep is given.", metavar="METHOD,…"
-        ),
-    ] = None,
-    keep: Annotated[str | None, typer.Option(help=opts.KEEP, metavar="N|P%,…")] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="How many text tokens a prompt has.", min=1)
+    ] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="The longest answer, in tokens.", min=1)
+    ] = 128,
+    prune: opts.Prune = None,
+    keep: Annotated[list[str] | None, typer.Option(help=opts.KEEP, metavar="N|P%,…")] = None,
     dtype: Annotated[
-        opts.DtypeName, typer.Option(help="The number type of the weights.")
+        opts.DtypeName, opts.model_option("The number type of the weights.")
     ] = "bfloat16",
     ignore_config: opts.IgnoreConfig = None,
     target: Annotated[
@@ -62,7 +66,9 @@ def plan(
     ] = None,
     hosts: Annotated[
         int | None,
-        typer.Option(help="How many hosts the target's GPUs are on; 8 share one, if not given."),
+        typer.Option(
+            help="How many hosts the target's GPUs are on; 8 share one, if not given.", min=1
+        ),
     ] = None,
     largest_batch: Annotated[
         bool,
@@ -80,54 +86,42 @@ def plan(
     json_output: opts.Json = False,
 ) -> None:
     """Say what each device of a mesh would hold, compute and send, without loading any weights."""
-    if prune is not None and keep is None:
-        raise typer.BadParameter("--prune requires --keep")
+    chosen = opts.methods(prune, keep)
     if memory is not None and not 0 < memory < math.inf:
         raise typer.BadParameter(f"--memory must be a size above 0, got {memory:g}")
     if target is None and (largest_batch or hosts is not None):
         raise typer.BadParameter("--largest-batch and --hosts require --target")
     from catp_jax import plan as planning
     from catp_jax.families import find_config
-    from catp_jax.pruning import budget, make, methods_for
-    from catp_jax.pruning.named import named
     from catp_jax.sharding.mesh import parse_mesh
     from catp_jax.targets import devices_of, find_gpu
 
     find_config(model, ignore_config or ())
-    with wrong_call():
+    with opts.wrong_call():
         places = math.prod(parse_mesh(mesh).values())
         gpu = None if target is None else find_gpu(target)
     planning.force_devices(places if gpu is None else 1)
     if gpu is not None:
         devices_of(gpu)  # says so if there is no compiler
 
-    def pruners(visual: int, sites: Any) -> tuple[Any, ...]:
-        methods = () if keep is None else named(prune or methods_for(sites)[0], keep)
-        budget.check([some for _, some in methods], visual)
-        made, slots = [], visual
-        for spec, some in methods:
-            slots = budget.count(some, slots)
-            made.append(make(spec, slots, sites))
-        return tuple(made)
-
-    def tell(batch: int, total: int) -> None:
+    def report(batch: int, total: int) -> None:
         print(f"a batch of {batch}: {total / 1e9:.3g} GB a device", file=sys.stderr, flush=True)
 
-    with wrong_call():
+    with opts.wrong_call():
         made = planning.make_plan(
             model,
             mesh,
-            batch=batch,
+            batch=batch_size,
             tiles=tiles,
             prompt=prompt_tokens,
-            new_tokens=new_tokens,
+            new_tokens=max_new_tokens,
             dtype=dtype,
-            pruners=pruners,
+            methods=chosen,
             target=target,
             hosts=hosts,
             memory=None if memory is None else int(memory * 1e9),
-            fill=largest_batch,
-            tell=tell,
+            find_largest_batch=largest_batch,
+            report=report,
             ignore_config=ignore_config or (),
         )
     if json_output:
@@ -136,17 +130,10 @@ def plan(
         Console(highlight=False).print(planning.table(made))
 
 
-@contextlib.contextmanager
-def wrong_call() -> Iterator[None]:
-    """What is refused inside is a wrong call: exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def doctor(
-    model: opts.OptionalModelOrPreset = None,
+    model: Annotated[
+        str | None, typer.Argument(help=f"A model's folder, {opts.PRESET}", metavar="MODEL")
+    ] = None,
     dtype: opts.Dtype = None,
     mesh: opts.Mesh = None,
     ignore_config: opts.IgnoreConfig = None,

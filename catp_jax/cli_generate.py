@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.generation.options import Options
     from catp_jax.model import Model
 
+BATCH_SIZE = 8  # lines of a file
+
 
 @opts.with_options
 def generate(
@@ -26,7 +28,9 @@ def generate(
     generation: opts.Generation,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="The question. With several, image i belongs to prompt i."),
+        typer.Option(
+            help="The question. With several, image i belongs to prompt i.", metavar="TEXT"
+        ),
     ] = None,
     image: Annotated[
         list[Path] | None,
@@ -48,9 +52,14 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="How many lines of a --batch file are answered at a time.")
-    ] = 8,
-    prune: Annotated[list[str] | None, typer.Option(help=opts.PRUNE, metavar="METHOD,…")] = None,
+        int | None,
+        typer.Option(
+            help=f"How many lines of a --batch file are answered at a time; {BATCH_SIZE}, if not "
+            "given.",
+            min=1,
+        ),
+    ] = None,
+    prune: opts.Prune = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,64 +90,68 @@ def generate(
     ] = None,
     chat: opts.Chat = False,
     begun: opts.Begun = "",
-    generation_config: opts.GenerationConfig = True,
+    no_generation_config: Annotated[
+        bool,
+        opts.generation_option(
+            "--no-generation-config",
+            help="Leave the checkpoint's generation_config.json aside.",
+        ),
+    ] = False,
 ) -> None:
     """Answer questions about images.
 
     Options that are not given are the checkpoint's own; where it has none, answers are greedy, of
     at most 32 new tokens.
     """
-    methods, budgets = opts.once("--prune", prune), opts.once("--keep", keep)
-    if (methods is None) != (budgets is None):
-        raise typer.BadParameter("--prune and --keep go together; give both or neither")
     if logprobs is not None and not (json_output or out):
         raise typer.BadParameter("--logprobs requires --json or --out")
     if stream and (batch or json_output or len(prompt or []) != 1):
         raise typer.BadParameter("--stream is for one --prompt, without --json")
-    if batch and (prompt or image or begun):
-        raise typer.BadParameter("--batch brings its own prompts and images; leave out the others")
+    asked = {"--prompt": prompt, "--image": image, "--begun": begun}
+    if batch and (others := [name for name, value in asked.items() if value]):
+        raise typer.BadParameter(
+            f"each line of the --batch file says that itself; leave out {', '.join(others)}"
+        )
     if not (batch or prompt):
         raise typer.BadParameter("give a --prompt, or a --batch file")
-    if out and not batch:
-        raise typer.BadParameter("--out is for the answers to a --batch file")
-    if batch_size < 1:
-        raise typer.BadParameter(f"--batch-size must be at least 1, got {batch_size}")
+    if not batch and (out or batch_size):
+        raise typer.BadParameter(f"{'--out' if out else '--batch-size'} is for a --batch file")
+    if out and json_output:
+        raise typer.BadParameter("--out writes answers as JSON, and --json prints them; give one")
+    chosen = opts.methods(prune, keep)
     from catp_jax.readers.images import read_image
 
     for picture in image or []:
         read_image(picture)  # before a model is loaded, which may take minutes
     from catp_jax import batch as batches
     from catp_jax.families import family_of
-    from catp_jax.generation.options import Options
-    from catp_jax.pruning.named import named
     from catp_jax.sharding.mesh import find_devices, parse_mesh
     from convert import load_config
 
-    pruning = {"prune": methods, "keep": budgets}
-    chosen = named(**pruning)
     file, problems = None, []
     if batch:
         requests, problems = batches.read_requests(batch)
     else:
         requests = _requests(prompt or [], image or [], begun)
-        batch_size = len(requests)
     if out:
         file = batches.AnswerFile(out, report=say)
-        requests, others = file.missing(requests)
-        problems += others
-    parse_mesh({} if loading.mesh is None else loading.mesh)
+        requests, mismatched = file.missing(requests)
+        problems += mismatched
+    with opts.wrong_call():
+        parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
-    others = {"seed": seed, "num_return_sequences": num_return_sequences, "logprobs": logprobs}
-    given = {"num_return_sequences": 1} | opts.given(others) | generation.given()
+    more = {"seed": seed, "num_return_sequences": num_return_sequences, "logprobs": logprobs}
+    given = {"num_return_sequences": 1} | opts.given(more) | generation.given()
     family = family_of(load_config(model, loading.ignore_config or ()), model)
-    defaults = family.defaults(model)[0] if generation_config else Options()
-    options = defaults.over(**given)
+    defaults, note = family.defaults(model, not no_generation_config)
+    with opts.wrong_call():
+        options = defaults.over(**given)
     _check_hosts(requests)
     if file:
         file.begin(
             {
                 "model": batches.fingerprint(model),
-                "load": _load_settings(loading),
+                "load": loading.settings(batches.fingerprint),
                 "prune": chosen,
                 "chat": chat,
                 **dataclasses.asdict(options),
@@ -149,14 +162,16 @@ def generate(
             return
     from catp_jax import api
 
-    loaded = api.load(model, **loading.keywords(), generation_config=generation_config)
-    if loaded.note:
-        say(loaded.note)
+    loaded = api.load(model, **loading.keywords(), generation_config=False)  # options have it
+    if note:
+        say(note)
+    pruning = {"prune": [name for name, _ in chosen], "keep": [some for _, some in chosen]}
     if stream:
         _stream(loaded, requests[0], chat, pruning, options)
         return
+    size = (batch_size or BATCH_SIZE) if batch else len(requests)
     answers = batches.answer(
-        loaded, requests, batch_size=batch_size, options=options, is_chat=chat, **pruning
+        loaded, requests, batch_size=size, options=options, is_chat=chat, **pruning
     )
     failed = False
     for one in itertools.chain(problems, answers):
@@ -198,17 +213,6 @@ def _check_hosts(requests: "Sequence[Request]") -> None:
     asked = repr([(one.prompt, one.images, one.line) for one in requests])
     if len({*gathered(hashlib.sha256(asked.encode()).hexdigest())}) > 1:
         raise ValueError("the hosts were asked different things; give all the same prompts or file")
-
-
-def _load_settings(loading: opts.Loading) -> dict[str, Any]:
-    """What of the loading an answer depends on; folders by what is in them."""
-    from catp_jax.batch import fingerprint
-
-    return {
-        name: fingerprint(value) if isinstance(value, Path) else value
-        for name, value in loading.keywords().items()
-        if name != "mesh"
-    }
 
 
 def _stream(

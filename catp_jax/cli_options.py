@@ -5,16 +5,20 @@ them. Their meaning, and the rules among them, are Python's: `api.load`, `genera
 `pruning.named`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
+    from catp_jax.pruning.named import Named
 
 METHODS = (
     "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, oracle, "
@@ -43,7 +47,7 @@ def file_option(help: str) -> Any:
     return typer.Option(help=help, parser=path, metavar="PATH")
 
 
-def _model_option(help: str, **options: Any) -> Any:
+def model_option(help: str, **options: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=MODEL_PANEL, **options)
 
 
@@ -60,21 +64,18 @@ ModelFolder = Annotated[
         metavar="MODEL",
     ),
 ]
-_PRESET = typer.Argument(
-    help="A model's folder (plan reads only its config.json), the name of a model that Hugging "
-    "Face's tools have downloaded (org/name), or that of a published checkpoint (blip2-opt-2.7b).",
-    metavar="MODEL",
+PRESET = (
+    "the name of a model that Hugging Face's tools have downloaded (org/name), or that of a "
+    "published checkpoint, downloaded or not (Salesforce/blip2-opt-2.7b)."
 )
-ModelOrPreset = Annotated[str, _PRESET]
-OptionalModelOrPreset = Annotated[str | None, _PRESET]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[
     DtypeName | None,
-    _model_option("Cast the weights to this type; as they are stored, if not given."),
+    model_option("Cast the weights to this type; as they are stored, if not given."),
 ]
 IgnoreConfig = Annotated[
     list[str] | None,
-    _model_option(
+    model_option(
         "Read config.json as if it did not have this key (text_config.KEY for one of a part). "
         "Repeat it for several.",
         metavar="KEY",
@@ -82,7 +83,7 @@ IgnoreConfig = Annotated[
 ]
 Adapter = Annotated[
     Path | None,
-    _model_option(
+    model_option(
         "Merge the LoRA adapter in this folder; one beside the weights is always merged.",
         parser=folder,
         metavar="DIR|NAME",
@@ -90,7 +91,7 @@ Adapter = Annotated[
 ]
 Processor = Annotated[
     Path | None,
-    _model_option(
+    model_option(
         "Take the tokenizer and the image processor from another folder.",
         parser=folder,
         metavar="DIR|NAME",
@@ -98,18 +99,10 @@ Processor = Annotated[
 ]
 Mesh = Annotated[
     str | None,
-    _model_option(
+    model_option(
         "Spread the model over all devices: sizes of data, fsdp and tensor, whose product is their "
         "number (data=2,tensor=4). `catp-jax plan` says what fits.",
         metavar="SIZES",
-    ),
-]
-GenerationConfig = Annotated[
-    bool,
-    generation_option(
-        "--generation-config/--no-generation-config",
-        help="Take options that are not given from the checkpoint's generation_config.json, which "
-        "may ask for sampling.",
     ),
 ]
 Chat = Annotated[
@@ -120,12 +113,16 @@ Begun = Annotated[
     str,
     generation_option(help="The text that each answer begins with; the model continues it."),
 ]
+Limit = Annotated[
+    int | None, typer.Option(help="Ask only so many questions, at even distances.", min=1)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 PRUNE = (
     f"Pruning methods, of {METHODS}. Options follow a method after colons; several methods, "
     "separated by commas, apply in order (catp:layers=first,fastv)."
 )
+Prune = Annotated[list[str] | None, typer.Option(help=PRUNE, metavar="METHOD,…")]
 KEEP = (
     "How many visual tokens each of these methods keeps: a count, or a percentage of each prompt's "
     "own tokens (50%,8)."
@@ -139,7 +136,7 @@ class Loading:
     dtype: Dtype = None
     weights: Annotated[
         Literal["int8", "float8"] | None,
-        _model_option("Narrow the layers of the language model to 8 bits as they load."),
+        model_option("Narrow the layers of the language model to 8 bits as they load."),
     ] = None
     mesh: Mesh = None
     adapter: Adapter = None
@@ -147,14 +144,14 @@ class Loading:
     ignore_config: IgnoreConfig = None
     vision_mode: Annotated[
         Literal["meta", "hf"] | None,
-        _model_option(
+        model_option(
             "Llama Vision: take the states of the vision tower as Meta's code does (meta) or as "
             "transformers does (hf); as config.json says, if not given."
         ),
     ] = None
     mask_mode: Annotated[
         Literal["meta", "hf"] | None,
-        _model_option(
+        model_option(
             "Llama Vision: text that sees no image attends to none (meta, if not given), or to all "
             "as in transformers (hf)."
         ),
@@ -163,6 +160,16 @@ class Loading:
     def keywords(self) -> dict[str, Any]:
         """Those of `api.load`."""
         return vars(self) | {"ignore_config": tuple(self.ignore_config or ())}
+
+    def settings(self, of_folder: Callable[[Path], Any]) -> dict[str, Any]:
+        """What was given and answers depend on, for records; a folder is what `of_folder` makes of
+        it.
+        """
+        return {
+            name: of_folder(value) if isinstance(value, Path) else value
+            for name, value in given(self.keywords()).items()
+            if name != "mesh"
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +185,7 @@ class Generation:
     num_beams: Annotated[
         int | None,
         generation_option(
-            "--beams", help="Search for the likeliest answer with so many beams; 1 does not search."
+            help="Search for the likeliest answer with so many beams; 1 does not search."
         ),
     ] = None
     length_penalty: Annotated[
@@ -192,7 +199,7 @@ class Generation:
         Literal["heuristic", "first", "never"] | None,
         generation_option(
             help="Beam search ends when no better answer is likely (heuristic), with the first "
-            "--beams answers (first), or when none can be better (never)."
+            "--num-beams answers (first), or when none can be better (never)."
         ),
     ] = None
     temperature: Annotated[
@@ -220,7 +227,9 @@ class Generation:
     ] = None
     bad_words: Annotated[
         list[str] | None,
-        generation_option("--bad-word", help="Never write this word. Repeat it for several."),
+        generation_option(
+            "--bad-word", help="Never write this word. Repeat it for several.", metavar="TEXT"
+        ),
     ] = None
     suppress_tokens: Annotated[
         list[int] | None,
@@ -249,7 +258,9 @@ class Generation:
     ] = None
     stop_strings: Annotated[
         list[str] | None,
-        generation_option("--stop", help="End an answer with this text. Repeat it for several."),
+        generation_option(
+            "--stop", help="End an answer with this text. Repeat it for several.", metavar="TEXT"
+        ),
     ] = None
 
     def given(self) -> dict[str, Any]:
@@ -294,8 +305,29 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     )
 
 
-def once(option: str, values: Sequence[str] | None) -> str | None:
-    """The value of an option that makes no sense twice. Raises BadParameter."""
+@contextlib.contextmanager
+def wrong_call() -> Iterator[None]:
+    """What is refused inside is a wrong call: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def methods(prune: list[str] | None, keep: list[str] | None) -> "Named":
+    """The methods that apply in order, each with its budget. Raises BadParameter if --prune and
+    --keep do not name them.
+    """
+    specs, budgets = _once("--prune", prune), _once("--keep", keep)
+    if (specs is None) != (budgets is None):
+        raise typer.BadParameter("--prune and --keep go together; give both or neither")
+    from catp_jax.pruning.named import named
+
+    with wrong_call():
+        return named(specs, budgets)
+
+
+def _once(option: str, values: list[str] | None) -> str | None:
     if values and len(values) > 1:
         raise typer.BadParameter(
             f"give {option} once, with commas between what applies in order "

@@ -15,15 +15,16 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from catp_jax import cli_options as opts
-from catp_jax.terminal import say
+from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
+    from catp_jax.model import Model
+    from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions, Setting
-    from catp_jax.study.tasks import Task
+    from catp_jax.study.tasks import Example, Task
 
 RUN = "run"
 LEVELS = ("50%", "25%", "12.5%")
-MAX_NEW_TOKENS = 10
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
@@ -63,9 +64,7 @@ def run(
         float | None, typer.Option(help="vqav2: the share of the questions, drawn at random.")
     ] = None,
     data: Annotated[Path | None, opts.file_option("jsonl: the file of questions.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Ask only so many questions, at even distances.")
-    ] = None,
+    limit: opts.Limit = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -100,25 +99,32 @@ def run(
         int,
         typer.Option(
             help="Draws the fraction, what random methods keep, answers above temperature 0, and "
-            "the bootstrap."
+            "the bootstrap.",
+            min=0,
+            max=SEEDS - 1,
         ),
     ] = 42,
     batch_size: Annotated[
-        int, typer.Option(help="How many questions are answered at a time.")
+        int, typer.Option(help="How many questions are answered at a time.", min=1)
     ] = 32,
     timed: Annotated[
         bool, typer.Option("--timed", help="Measure times too, which takes programs of its own.")
     ] = False,
     chat: opts.Chat = False,
     begun: opts.Begun = "",
-    generation_config: opts.GenerationConfig = False,
+    generation_config: Annotated[
+        bool,
+        opts.generation_option(
+            "--generation-config",
+            help="Take options that are not given from the checkpoint's generation_config.json.",
+        ),
+    ] = False,
 ) -> None:
     """Answer the questions of a task unpruned and pruned, and write the figures to a file.
 
     Answers are greedy, of at most 10 new tokens, if options do not say otherwise.
     """
     from catp_jax.families import family_of
-    from catp_jax.generation.options import Options
     from catp_jax.readers.generation_config import sets_defaults
     from catp_jax.readers.hub import name_of
     from catp_jax.sharding.distributed import gathered, is_first
@@ -126,20 +132,20 @@ def run(
     from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions
     from catp_jax.study.sweep import known_parts
-    from catp_jax.study.tasks import check_prompt, spread
+    from catp_jax.study.tasks import check_prompt, first_of_each_image, spread
     from convert import load_config
 
     settings = _settings(prune, keep)
-    _check_numbers(batch_size, seed)
-    parse_mesh({} if loading.mesh is None else loading.mesh)
+    with opts.wrong_call():
+        parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
     family = family_of(load_config(model, loading.ignore_config or ()), model)
-    defaults = family.defaults(model)[0] if generation_config else Options()
-    options = defaults.over(
-        **{"max_new_tokens": MAX_NEW_TOKENS} | generation.given(), num_return_sequences=1
-    )
-    if prompt is not None:
-        check_prompt(prompt)
+    defaults, note = family.defaults(model, generation_config)
+    given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
+    with opts.wrong_call():
+        options = defaults.over(**given, num_return_sequences=1)
+        if prompt is not None:
+            check_prompt(prompt)
     name = name_of(model)
     out = out or Path("runs") / f"{name}-{task}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
@@ -164,7 +170,7 @@ def run(
         batch=batch_size,
         options=options,
         seed=seed,
-        loading=_loading_settings(loading),
+        loading=loading.settings(name_of),
     )
     journal.check(**known_parts(conditions, examples))
 
@@ -178,14 +184,28 @@ def run(
                 "a study generates by its own options: generation_config.json is left aside "
                 "(--generation-config takes it)"
             )
+        if note:
+            say(note)
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         settings = settings or _all_that_fit(loaded, keep)
         _check_fit(settings, loaded)
         with interruptible():
-            _sweep(loaded, chosen, examples, settings, conditions, journal, name, timed)
+            sweep(
+                loaded,
+                chosen,
+                examples,
+                settings,
+                conditions,
+                journal,
+                name,
+                pictured=first_of_each_image(examples)[:PICTURED],
+                is_timed=timed,
+            )
     finally:
         journal.release()
-    print(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
+    print(
+        one_line(f"catp-jax: written: {out}; for tables and figures: catp-jax study report {out}")
+    )
 
 
 @app.command()
@@ -195,7 +215,7 @@ def report(
         typer.Argument(
             help="The files that `catp-jax study` has written, one a model.",
             parser=opts.path,
-            metavar="FILE…",
+            metavar="FILE",
         ),
     ],
     out: Annotated[Path, opts.file_option("The folder for the report.")] = Path("report"),
@@ -206,31 +226,33 @@ def report(
     written, messages = write_report(files, out)
     for message in messages:
         say(message)
-    print(f"written: {', '.join(map(str, written))}")
+    print(one_line(f"written: {', '.join(map(str, written))}"))
 
 
-def _sweep(
-    loaded: Any,
+def sweep(
+    loaded: "Model",
     task: "Task",
-    examples: Any,
-    settings: "list[Setting]",
+    examples: "Sequence[Example]",
+    settings: "Sequence[Setting]",
     conditions: "Conditions",
-    journal: Any,
+    journal: "Journal",
     name: str,
-    is_timed: bool,
+    *,
+    pictured: Sequence[int],
+    is_timed: bool = False,
 ) -> None:
-    """Runs the sweep under a progress bar and prints its table."""
+    """Runs a sweep and prints its table; how far it is, as a bar or, where that is a file or a
+    pipe, as a line for each tenth.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from catp_jax.study.sweep import sweep
+    from catp_jax.sharding.distributed import is_first
+    from catp_jax.study import sweep as module
     from catp_jax.study.tables import table
 
-    seen: dict[int, int] = {}
-    for number, example in enumerate(examples):
-        seen.setdefault(example.image_id, number)
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[questions]}/{task.fields[of]} questions"),
         TimeRemainingColumn(),
@@ -238,15 +260,20 @@ def _sweep(
         disable=not console.is_terminal,
     )
     line = bar.add_task("", questions=0, of=len(examples))
+    tenths = 0
 
     def progress(done: int, total: int) -> None:
+        nonlocal tenths
         questions = done * len(examples) // total
         bar.update(line, completed=done, total=total, questions=questions)
+        if 10 * done // total > tenths and is_first() and not console.is_terminal:
+            tenths = 10 * done // total
+            say(f"{one_line(name)}: {10 * tenths} % answered")
 
     try:
         with bar:
             results = list(
-                sweep(
+                module.sweep(
                     loaded,
                     examples,
                     settings,
@@ -255,13 +282,14 @@ def _sweep(
                     journal=journal,
                     name=name,
                     is_timed=is_timed,
-                    pictured=list(seen.values())[:PICTURED],
+                    pictured=pictured,
                     report=lambda doing: bar.update(line, description=doing),
                     progress=progress,
                 )
             )
     except KeyboardInterrupt:
-        say(f"{journal.path} has what was answered; the same command resumes")
+        if journal.path is not None:
+            say(f"{journal.path} has what was answered; the same command resumes")
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))
@@ -308,13 +336,14 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
     """Each --prune with each --keep of as many budgets, checked as far as that goes without a
     model; none if that decides which methods there are.
 
-    Raises BadParameter for one that meets no other, and ValueError for what is no method or budget.
+    Raises BadParameter for one that meets no other, and for what is no method or budget.
     """
     from catp_jax.pruning.named import AUTO, listed, named
     from catp_jax.study.records import Setting
 
     methods = {",".join(words): len(words) for words in map(listed, prune or [])}
-    budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
+    with opts.wrong_call():
+        budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
     if any(AUTO in some for some in budgets):
         raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
     counted = {f"--prune {method}": count for method, count in methods.items()}
@@ -332,8 +361,9 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
         for some in budgets
         if len(some) == count
     ]
-    for setting in settings:
-        named(setting.method, setting.keep)
+    with opts.wrong_call():
+        for setting in settings:
+            named(setting.method, setting.keep)
     return settings
 
 
@@ -361,23 +391,3 @@ def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
 
     for spec in dict.fromkeys(spec for setting in settings for spec in listed(setting.method)):
         make(spec, 1, model.sites)
-
-
-def _loading_settings(loading: opts.Loading) -> dict[str, Any]:
-    """How the model is loaded, as far as its own description does not tell: dtype and weights."""
-    from catp_jax.readers.hub import name_of
-
-    return {
-        name: name_of(value) if isinstance(value, Path) else value
-        for name, value in opts.given(loading.keywords()).items()
-        if name not in ("dtype", "weights", "mesh")
-    }
-
-
-def _check_numbers(batch_size: int, seed: int) -> None:
-    """Raises BadParameter for a number out of range."""
-    for option, value, bound in (("--batch-size", batch_size, 1), ("--seed", seed, 0)):
-        if value < bound:
-            raise typer.BadParameter(f"{option} must be at least {bound}, got {value}")
-    if seed >= SEEDS:
-        raise typer.BadParameter(f"--seed must be below {SEEDS}, got {seed}")

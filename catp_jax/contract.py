@@ -3,8 +3,9 @@
 A model shows what it has at a *site* (a `View`); a method answers how an axis of that site shrinks
 (a `Reduction`); the model does the shrinking and carries masks and positions along.
 
-Adding a method: write a `@pytree` with a class attribute `site` and a `__call__(view, state)`.
-Numbers that fix a shape are static and counted in entries (`keep`), learned arrays are leaves.
+Adding a method: write a `@pytree` with a class attribute `sites`, where it can work, the static
+field `site`, where it does, `start(view)` and `__call__(view, state)`. Numbers that fix a shape are
+static and counted in entries (`keep`), learned arrays are leaves.
 """
 
 import enum

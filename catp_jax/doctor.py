@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from packaging.requirements import Requirement
 
 import convert
-from catp_jax.families import PRESETS, find_config
+from catp_jax.families import find_config, find_folder
 from catp_jax.models import one_row
 from catp_jax.models.attention import attend, attend_padded, cudnn_refuses, xla
 from catp_jax.models.blocks import Block, KeysValues, Read
 from catp_jax.plan import abstract_model, shard_bytes
 from catp_jax.pruning.scores import keep_best
-from catp_jax.readers import hub
 from catp_jax.sharding.mesh import AXES, find_devices, make_mesh, parse_mesh
 from catp_jax.sharding.place import kv_heads, place
 from convert.report import readable
@@ -85,8 +85,7 @@ def examine(
             config = find_config(model, ignore_config)
             abstract = abstract_model(config, jnp.dtype(dtype or jnp.bfloat16))
             checkpoint = Checkpoint(config, None, abstract)  # should its weights not do
-            if str(model) not in PRESETS:
-                folder = hub.find_folder(model)
+            if (folder := find_folder(model)) is not None:
                 abstract = convert.load_abstract(folder, dtype, ignore_config)
                 checkpoint = Checkpoint(config, folder, abstract)
         except (ValueError, TypeError, OSError) as error:
@@ -98,7 +97,8 @@ def examine(
         "mesh": lambda: meshes(checkpoint, mesh),
         "attention": lambda: backends(heads(checkpoint)),
         "top-k": top_k,
-        "room": lambda: room(checkpoint, mesh),
+        "memory": lambda: memory(checkpoint, mesh),
+        "disk": lambda: disk(checkpoint),
         "weights": lambda: weights(checkpoint and checkpoint.folder, ignore_config),
     }
     for subject, check in checks.items():
@@ -118,6 +118,13 @@ def installed() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             numbers[package] = ""
     return numbers
+
+
+def required() -> list[Requirement]:
+    """What this package asks of those that are needed, as it was installed."""
+    every = map(Requirement, importlib.metadata.requires("catp-jax") or ())
+    here = (one for one in every if one.marker is None or one.marker.evaluate({"extra": ""}))
+    return [Requirement(f"{one.name}{one.specifier}") for one in here if one.name in NEEDED]
 
 
 def versions(packages: Mapping[str, str]) -> Findings:
@@ -148,37 +155,27 @@ def versions(packages: Mapping[str, str]) -> Findings:
                 f"{plugin} {packages[plugin]} does not go with jaxlib {packages['jaxlib']}, and "
                 f"JAX may find no GPU: pip install -U jax jaxlib {plugin}",
             )
-    if number("flax") < (0, 12, 12) and number("jax") >= (0, 11, 1):
+    wrong = [one for one in required() if not one.specifier.contains(packages[one.name], True)]
+    for one in wrong:
+        yield Finding(
+            "fail",
+            "versions",
+            f"catp-jax requires {one}, not {packages[one.name]}: pip install '{one}'",
+        )
+    if not wrong and number("flax") < (0, 12, 12) and number("jax") >= (0, 11, 1):
         yield Finding(
             "fail",
             "versions",
             f"flax {packages['flax']} breaks on jax {packages['jax']}: pip install 'flax>=0.12.12' "
             "(Python 3.12), or 'jax<0.11'",
         )
-    if number("orbax-checkpoint")[:2] != (0, 12):
-        yield Finding(
-            "fail",
-            "versions",
-            f"conversion is written for orbax-checkpoint 0.12, not {packages['orbax-checkpoint']}: "
-            "pip install 'orbax-checkpoint>=0.12,<0.13'",
-        )
-    if not (5, 23) <= number("transformers") < (6,):
-        yield Finding(
-            "fail",
-            "versions",
-            f"processors are those of transformers 5.23 and later, not {packages['transformers']}: "
-            "pip install 'transformers>=5.23,<6'",
-        )
-    if number("numpy") < (2,):
-        text = f"jax requires numpy 2, not {packages['numpy']}: pip install 'numpy>=2'"
-        yield Finding("fail", "versions", text)
 
 
 def devices() -> Findings:
     """What JAX sees, and how much memory each device has."""
     every = find_devices()
-    memory = device_memory()
-    size = f", {readable(memory)} each" if memory else ""
+    there = device_memory()
+    size = f", {readable(there)} each" if there else ""
     text = f"{len(every)} × {every[0].device_kind} ({every[0].platform}){size}"
     if every[0].platform != "cpu":
         yield Finding("ok", "devices", text)
@@ -375,24 +372,35 @@ def top_k() -> Findings:
         yield Finding("ok", "top-k", f"the same tokens as NumPy's, devices: {number}")
 
 
-def room(checkpoint: Checkpoint | None, mesh: str | None) -> Findings:
-    """Whether a model's weights go into memory and a converted copy of them onto the disk."""
+def memory(checkpoint: Checkpoint | None, mesh: str | None) -> Findings:
+    """Whether a model's weights go into the devices' memory."""
     if checkpoint is None:
         return
+    try:
+        sizes = choose(checkpoint, mesh)
+        placed = place(checkpoint.abstract, make_mesh(sizes, kv_heads(checkpoint.abstract)))
+    except ValueError:
+        return  # of the mesh, which has its own line
     values = [leaf.get_value() for leaf in _variables(checkpoint.abstract)]
     parameters = sum(value.size for value in values)
     types = " and ".join(sorted({str(value.dtype) for value in values}))
-    sizes = choose(checkpoint, mesh)
-    each = shard_bytes(place(checkpoint.abstract, make_mesh(sizes, kv_heads(checkpoint.abstract))))
-    memory = device_memory()
+    each = shard_bytes(placed)
+    there = device_memory()
     text = f"{parameters / 1e9:.3g} billion parameters, {readable(each)} on each device in {types}"
-    if memory is None:
+    if there is None:
         yield Finding("warn", "memory", f"{text}; JAX does not say how much memory there is")
-    elif each * (len(jax.local_devices()) if jax.devices()[0].platform == "cpu" else 1) > memory:
+    elif each * (len(jax.local_devices()) if jax.devices()[0].platform == "cpu" else 1) > there:
         advice = "more devices, or a mesh with larger tensor or fsdp; see catp-jax plan"
-        yield Finding("fail", "memory", f"{text}, but it has {readable(memory)}: {advice}")
+        yield Finding("fail", "memory", f"{text}, but it has {readable(there)}: {advice}")
     else:
-        yield Finding("ok", "memory", f"{text}, of {readable(memory)}; see catp-jax plan for all")
+        yield Finding("ok", "memory", f"{text}, of {readable(there)}; see catp-jax plan for all")
+
+
+def disk(checkpoint: Checkpoint | None) -> Findings:
+    """Whether a converted copy of a model's weights goes onto the disk."""
+    if checkpoint is None:
+        return
+    values = [leaf.get_value() for leaf in _variables(checkpoint.abstract)]
     where = checkpoint.folder or Path.cwd()
     copy = sum(value.size * value.dtype.itemsize for value in values)
     free = shutil.disk_usage(where).free

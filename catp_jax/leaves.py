@@ -6,7 +6,7 @@ A tree is anything that JAX can look inside, NNX modules among it. An abstract a
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ Result = TypeVar("Result")
 RUN = 384 * 2**20  # bytes of arrays that are read or written as one; a larger array is alone
 AHEAD = 384 * 2**20  # bytes that are under way at a time, besides the largest run
 READERS = min(4, os.cpu_count() or 1)  # threads
-LISTED = 20  # names of one kind that an error shows
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -110,12 +109,6 @@ def placed(
 
     array = jax.make_array_from_callback(struct.shape, struct.sharding, once)
     return array.block_until_ready()  # or host copies of several would pile up
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some of the names, and how many more there are."""
-    more = f", … and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _is_variable(node: Any) -> bool:

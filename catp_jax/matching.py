@@ -119,7 +119,7 @@ def load_matcher(
     find_devices()
     config = convert.load_config(folder, ignore_config)
     if not isinstance(config, RetrievalConfig):
-        raise ValueError(f"{folder} generates text; load it with load")
+        raise ValueError(f"{folder} generates text; load it with load, or use catp-jax generate")
     reader = RetrievalReader.load(processor_folder, config)
     network, _ = convert.load(folder, dtype, ignore_config=ignore_config, adapter=adapter)
     return Matcher(network=freeze(network), reader=reader, fetch=fetch)

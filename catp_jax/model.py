@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.answers import Answers, Unsound, alternatives_of, logprobs_of
+from catp_jax.answers import Answers, NonFinite, alternatives_of, logprobs_of
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import round_up
@@ -74,12 +74,11 @@ class Model:
             some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
             checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
         network = self.network.thaw()
-        qformer = getattr(network, "qformer", None)
-        layers = {} if qformer is None else {"cross_layers": len(qformer.config.cross_layers)}
+        layers = self.reader.cross_layers
         return {
             "model": type(network).__name__,
             "language_model": type(network.language_model).__name__,
-            **layers,
+            **({} if layers is None else {"cross_layers": layers}),
             "parameters": sum(array.size for array in self.network.arrays),
             "dtype": str(self.dtype),
             **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
@@ -146,10 +145,6 @@ class Model:
         self._check_length(self.reader.length(question), max_new_tokens)
         return question
 
-    def visual_tokens(self, question: Question[Any]) -> int:
-        """How many visual tokens a question has, before any pruning."""
-        return self.reader.visual_tokens(question)
-
     def pack(self, questions: Sequence[Question[Any]]) -> Packed[Any]:
         """A batch of questions as arrays, where the model is."""
         if isinstance(self.network, place.Sharded):
@@ -212,9 +207,7 @@ class Model:
         keep: int | str | Sequence[int | str] | None = None,
         **options: Any,
     ) -> Callable[[], Answers]:
-        """`generate_packed`, while which the caller may do something else: it sets the device to
-        work, and what it returns waits for the answers.
-        """
+        """Starts `generate_packed` and returns at once; calling the result waits for answers."""
         chosen = self._options(options)
         asked = self._asked(packed, pruners, named(prune, keep), chosen)
         pruners, decoding, stop = asked
@@ -271,8 +264,8 @@ class Model:
         del start  # its cache, or there would be two
         for number in range(1, new + 1):
             state = carry.state
-            token, is_open, sound = place.fetch((carry.last[0], state.is_open[0], state.is_sound))
-            self._check_sound(sound, 1)
+            token, is_open, finite = place.fetch((carry.last[0], state.is_open[0], state.is_finite))
+            self._check_finite(finite, 1)
             yield int(token)
             if number == new or not is_open:
                 return
@@ -294,8 +287,8 @@ class Model:
         return pruners, decoding, stop
 
     def _selected(self, pruners: Pruners, packed: Packed[Any]) -> tuple[Pruners, Any, Any, Any]:
-        """The prefill's first part, where a method finds its own number: what it asks for, in a
-        capacity that holds it.
+        """The prefill up to the selection, for a method that finds its own number of tokens: the
+        selection is cut to a capacity that holds them.
         """
         front, found, selection = programs.select_tokens(self.network, pruners, packed.given)
         if found is not None:
@@ -310,7 +303,7 @@ class Model:
         """How much of each part of a prompt's image the kept visual tokens stand for, [rows,
         columns] from 0 to 1: the kept patches, or where the kept queries look.
         """
-        return self.reader.attention_map(self.network, packed, row, kept)
+        return self.reader.kept_map(self.network, packed, row, kept)
 
     @staticmethod
     def _capacity(keep: Keep) -> int:
@@ -319,8 +312,9 @@ class Model:
         return round_up(max(wanted, 1), budget.capacities(keep.valid.shape[1]))
 
     def _answers(self, out: programs.Generated, packed: Packed[Any]) -> Answers:
-        each = len(out.lengths) // len(out.is_sound)  # answers to which it is said once
-        self._check_sound(np.repeat(out.is_sound, each), len(out.lengths) // len(packed.available))
+        answers = len(out.lengths) // len(packed.available)  # to a prompt
+        is_finite = np.repeat(out.is_finite, len(out.lengths) // len(out.is_finite))
+        self._check_finite(is_finite, answers)
         tokens = [
             row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)
         ]
@@ -331,8 +325,7 @@ class Model:
                 self.reader.locate(packed, row, indices[valid])
                 for row, (indices, valid) in enumerate(rows)
             ]
-        each = len(tokens) // len(packed.available)
-        begun = [text for text in packed.begun for _ in range(each)]
+        begun = [text for text in packed.begun for _ in range(answers)]
         texts = texts_of(self.reader.tokenizer, tokens, begun or [""] * len(tokens))
         return Answers(
             text=texts,
@@ -350,18 +343,22 @@ class Model:
     def _options(self, given: dict[str, Any]) -> Options:
         """Checked, with bad words as tokens."""
         chosen = self.defaults.over(**given)
+        for name, texts in {"bad_words": chosen.bad_words, "stop_strings": chosen.strings}.items():
+            for text in texts:
+                check_text(text, f"one of {name}")
         words = [ids for w in chosen.bad_words for ids in spellings(self.reader.tokenizer, w)]
-        chosen = dataclasses.replace(
-            chosen, bad_words=(), bad_words_ids=[*chosen.bad_words_ids, *words]
-        )
+        if words:
+            chosen = dataclasses.replace(
+                chosen, bad_words=(), bad_words_ids=[*chosen.bad_words_ids, *words]
+            )
         chosen.check_vocabulary(self.config.text.vocab_size)
         return chosen
 
     @staticmethod
-    def _check_sound(is_sound: np.ndarray, each: int) -> None:
+    def _check_finite(is_finite: np.ndarray, each: int) -> None:
         """`each`: answers to a prompt."""
-        if not is_sound.all():
-            raise Unsound(sorted({int(number) // each for number in np.flatnonzero(~is_sound)}))
+        if not is_finite.all():
+            raise NonFinite(sorted({int(number) // each for number in np.flatnonzero(~is_finite)}))
 
     def _pruners(self, packed: Packed[Any], pruners: Pruners, methods: Named) -> Pruners:
         if methods and pruners:

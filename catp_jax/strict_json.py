@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST = 500_000_000  # bytes
+MARK = b"\xef\xbb\xbf"  # in front of a file that some editors save
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -39,16 +40,29 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, which names the file."""
+    content = read_bytes(path)
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise _unusable(path, error) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in a file of a checkpoint that is no weights, without a byte-order mark. Raises
+    ValueError, which names the file.
+    """
     try:
         if not path.is_file():
-            raise ValueError("it is not a file")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has {path.stat().st_size} bytes; at most {LARGEST} are read")
-        return parse(path.read_bytes())
+            raise _unusable(path, "it is not a file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise _unusable(path, f"it has {size} bytes; at most {LARGEST} are read")
+        return path.read_bytes().removeprefix(MARK)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used ({error}); download or copy it again") from error
+
+
+def _unusable(path: Path, reason: object) -> ValueError:
+    return ValueError(f"{path} cannot be used ({reason}); download or copy it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

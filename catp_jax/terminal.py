@@ -3,8 +3,13 @@
 Names of files and tensors, messages about them, answers of a model: all may hold such sequences.
 """
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.text import Text
 
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed
@@ -21,6 +26,25 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """The same for a name, which has no lines."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def as_text(value: object) -> Text:
+    """A name as rich takes it: without escape sequences, and markup in it is text."""
+    return Text(one_line(value))
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Inside, transformers does not advise to install PyTorch, which nothing here needs."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def say(line: object) -> None:

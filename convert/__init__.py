@@ -6,11 +6,13 @@ model, config = load("llama-orbax", dtype="bfloat16")
 to_hf("llama-orbax", "llama-again")                             # byte-equal tensors
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from catp_jax.files import is_there
 from catp_jax.models.narrow import Weights, check
 from convert.adapter import alone
 from convert.converted import open_converted, to_hf, to_orbax
@@ -81,7 +83,7 @@ def _opened(
 ) -> Source:
     """A folder of either kind, checked."""
     folder = _checked(folder)
-    if not (folder / MANIFEST).exists():
+    if not is_there(folder / MANIFEST):
         return open_hf(folder, ignore_config, adapter)
     if adapter is not None:
         raise ValueError(
@@ -100,15 +102,17 @@ def load_config(folder: str | Path, ignore_config: Sequence[str] = ()) -> Config
 
 def _checked(folder: str | Path) -> Path:
     """The folder, if it is one that holds a model."""
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"a model is in a folder, got {folder!r}")
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         kinds = "; GGUF files are not read" if folder.suffix.lower() == ".gguf" else ""
         raise ValueError(
             f"{folder} is not a folder{kinds}; a Hugging Face folder (config.json, *.safetensors) "
             f"or a converted one ({MANIFEST}, weights/) is wanted"
         )
     refuse_unfinished(folder)
-    if not (folder / MANIFEST).exists() and not (folder / "config.json").exists():
+    if not is_there(folder / MANIFEST) and not is_there(folder / "config.json"):
         raise ValueError(
             alone(folder)
             or f"{folder} holds no model: looked for config.json (a Hugging Face folder) and "

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from catp_jax import strict_json
-from catp_jax.leaves import listed
+from catp_jax.files import is_there
+from catp_jax.messages import listed
 from convert.shards import Tensor, read_shard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,7 +115,7 @@ class Adapter:
                 f"layers of rank {rank} are merged"
             )
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-        fields = vars(base) | {"origin": "adapter merged"}
+        fields: dict[str, Any] = {**vars(base), "origin": "adapter merged"}
         return Merged(**fields, down=down, up=up, scale=scale, is_turned=is_turned)
 
 
@@ -142,7 +143,7 @@ def find_adapter(folder: Path, adapter: Path | None) -> Adapter | None:
 
 def read_adapter(folder: Path) -> Adapter:
     """An adapter, checked by itself. Raises ValueError."""
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG):
         also = f", though it has {WEIGHTS}" if os.path.lexists(folder / WEIGHTS) else ""
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG}{also}")
     settings = strict_json.read(folder / CONFIG)
@@ -151,10 +152,14 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder / CONFIG} is of an adapter that is not merged here; merge it with peft's "
             "merge_and_unload() and save the whole model\n  " + "\n  ".join(problems)
         )
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+    if not is_there(folder / WEIGHTS) and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"{folder} has its adapter as a PyTorch pickle (adapter_model.bin), which is not read; "
             "load it with peft and save it again, which writes safetensors"
+        )
+    if not is_there(folder / WEIGHTS):
+        raise ValueError(
+            f"{folder} has {CONFIG} but no {WEIGHTS}; copy it too, or move {CONFIG} away"
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -231,7 +236,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 def alone(folder: Path) -> str | None:
     """What to do with a folder that holds an adapter and no model; None if it holds none."""
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG):
         return None
     base = strict_json.read(folder / CONFIG).get("base_model_name_or_path")
     return (

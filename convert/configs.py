@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax import strict_json
-from catp_jax.terminal import one_line
+from catp_jax.files import is_there
+from catp_jax.terminal import one_line, without_advice
 from convert.adapter import alone
 from convert.shards import UNQUANTISED
 
@@ -66,7 +67,7 @@ HARMLESS = {key for keys in HARMLESS_BY_KIND.values() for key in keys.split()}
 def read_json(folder: Path) -> dict[str, Any]:
     """A folder's config.json as it stands. Raises ValueError if there is none or it is no JSON."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise ValueError(
             alone(folder) or f"{folder} has no config.json; a Hugging Face model folder is wanted"
         )
@@ -75,8 +76,9 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def fill_defaults(raw: dict[str, Any]) -> Any:
     """transformers' own reading of it. Imported here, so that `import convert` stays light."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    with without_advice():
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it only warns of what is refused anyway
@@ -133,13 +135,21 @@ def _unknown(key: str, value: Any) -> str:
     )
 
 
-def without(raw: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, Any]:
+def listed_keys(keys: str | Iterable[str]) -> tuple[str, ...]:
+    """Keys to ignore, of which a single one may stand alone. Raises ValueError for what is none."""
+    found = (keys,) if isinstance(keys, str) or not isinstance(keys, Iterable) else tuple(keys)
+    if wrong := [key for key in found if not isinstance(key, str)]:
+        raise ValueError(f"ignore_config has keys of config.json, got {wrong[0]!r}")
+    return found
+
+
+def without(raw: dict[str, Any], keys: str | Iterable[str], where: str) -> dict[str, Any]:
     """A config.json without some keys, which may lie within its parts (`text_config.x`).
 
     Raises ValueError for a key that it has not.
     """
     raw = copy.deepcopy(raw)
-    for key in keys:
+    for key in listed_keys(keys):
         first, _, rest = key.partition(".")
         part, name = (raw[first], rest) if isinstance(raw.get(first), dict) and rest else (raw, key)
         if name not in part:

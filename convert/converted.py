@@ -20,10 +20,20 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import checkpoint, leaves
+from catp_jax.files import is_there
+from catp_jax.messages import listed
+from convert.configs import listed_keys
 from convert.dtypes import cast, name_dtype, parse_dtype
 from convert.families import family_of
 from convert.family import wrapper_of
-from convert.folders import check_new, copy_side_files, forget, new_folder, refuse_unfinished
+from convert.folders import (
+    check_new,
+    copy_side_files,
+    forget,
+    new_folder,
+    refuse_unfinished,
+    side_files,
+)
 from convert.loading import Progress, Source, abstract, counted
 from convert.manifest import MANIFEST, File, Manifest, config_digest, read_config
 from convert.reader import HfSource, open_hf
@@ -86,9 +96,10 @@ def to_orbax(
     """
     wanted = parse_dtype(dtype)
     check_new(Path(out))
-    if (Path(hf_folder) / MANIFEST).exists():
+    if is_there(Path(hf_folder) / MANIFEST):
         raise ValueError(f"{hf_folder} is converted already; `to_hf` (--to-hf) leads back")
     source = open_hf(Path(hf_folder), ignore_config, adapter)
+    side_files(source.folder)  # of which one may not be there, before weights are read
     family = family_of(source.config)
     structs = {
         name: struct.update(dtype=struct.dtype if wanted is None else cast(family, name, wanted))
@@ -105,7 +116,7 @@ def to_orbax(
         checksums[name] = checksum(array)
         return array
 
-    def is_there(name: str) -> bool:
+    def is_back(name: str) -> bool:
         return checksums[name] == checksum(checkpoint.read(weights, name, structs[name]))
 
     with new_folder(Path(out)) as folder:
@@ -116,11 +127,11 @@ def to_orbax(
         checkpoint.save_runs(weights, structs, runs)
         if verify:
             forget(folder)
-            found = counted(leaves.ahead(is_there, needed), sizes, progress, read, total)
+            found = counted(leaves.ahead(is_back, needed), sizes, progress, read, total)
             if wrong := [name for run in found for name in run if not run[name]]:
                 raise ValueError(
                     f"{len(wrong)} of the tensors read back differently from what was written: "
-                    f"{leaves.listed(wrong)}; nothing was kept. Check the disk and convert again"
+                    f"{listed(wrong)}; nothing was kept. Check the disk and convert again"
                 )
         copy_side_files(source.folder, folder)
         if wanted is not None:
@@ -154,7 +165,7 @@ def _manifest(
         ignored=tuple(matching.ignored),
         checksums=dict(sorted(checksums.items())),
         config=config,
-        ignore_config=tuple(ignore_config),
+        ignore_config=listed_keys(ignore_config),
     )
 
 

@@ -56,7 +56,10 @@ def one_dtype(
         return None
     raw = read_json(folder)
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
-    stated = [part[key] for part in parts for key in KEYS if part.get(key) in nbytes]
+    stated = [part[key] for part in parts for key in KEYS if part.get(key) is not None]
+    if wrong := [one for one in stated if not isinstance(one, str)]:
+        raise ValueError(f"{folder}: config.json has dtype {wrong[0]!r}; a type's name is wanted")
+    stated = [one for one in stated if one in nbytes]
     chosen = stated[0] if stated else max(nbytes, key=lambda kind: nbytes[kind])
     note(f"{folder} has weights of {' and '.join(sorted(nbytes))}; all are read as {chosen}")
     return parse_dtype(chosen)

@@ -9,7 +9,10 @@ from flax import nnx
 from convert.parts import Part
 from convert.rules import Match, Names, Rule, tensor_of
 
-WRAPPERS = ("base_model.model.", "module.", "_orig_mod.", "_forward_module.", "pretrained_model.")
+WRAPPERS = (
+    *("base_model.model.", "module.", "_orig_mod.", "_forward_module.", "pretrained_model."),
+    "model.module.",
+)
 """What peft, torch's parallel and compiled modules, Lightning and TRL put before every name."""
 
 

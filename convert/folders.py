@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from catp_jax.files import is_there
+
 HALF = re.compile(r"\.unfinished-[0-9a-f]{8}$")  # the name of a folder that is being written
 
 SIDE_FOLDERS = (
@@ -132,17 +134,29 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def copy_side_files(source: Path, out: Path, besides: Sequence[str] = ()) -> None:
-    """Copies config, tokenizer, processor and the like, byte by byte; not weights, what is hidden,
-    other folders than `SIDE_FOLDERS`, or the names `besides`.
+    """Copies config, tokenizer, processor and the like, byte by byte, see `side_files`."""
+    for path in side_files(source, besides):
+        copy = out / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def side_files(source: Path, besides: Sequence[str] = ()) -> list[Path]:
+    """The files of a model that are no weights; not what is hidden, other folders than
+    `SIDE_FOLDERS`, or the names `besides`.
+
+    Raises ValueError for what is there and cannot be read, such as a link to nothing.
     """
+    found = []
     for path in sorted(source.iterdir()):
         if path.name in SIDE_FOLDERS and path.is_dir():
-            (out / path.name).mkdir()
-            copy_side_files(path, out / path.name)
+            found += side_files(path)
         elif (
-            path.is_file()
+            not path.is_dir()
             and path.suffix not in WEIGHTS
             and not path.name.startswith(".")
             and path.name not in (*besides, "adapter_config.json")  # merged by now
+            and is_there(path)
         ):
-            shutil.copyfile(path, out / path.name)
+            found.append(path)
+    return found

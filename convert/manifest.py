@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax import strict_json
-from convert.configs import read_json
+from catp_jax.files import is_there
+from convert.configs import listed_keys, read_json, short
 from convert.families import FAMILIES, Config, parse_config
 from convert.shards import DTYPES, is_text_by_text
 from convert.weights import check_weights_file
@@ -53,7 +54,7 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Reads it from a folder. Raises ValueError if it is of another version, or was changed."""
         path = folder / MANIFEST
-        if not path.is_file():
+        if not is_there(path):
             raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
             content = strict_json.parse(path.read_bytes())
@@ -91,8 +92,14 @@ def _check(content: dict[str, Any]) -> None:
         raise ValueError("its files and dtypes do not name the same tensors, each once")
     if not known.issuperset(dtypes.values()):
         raise ValueError(f"its dtypes are not all of {', '.join(sorted(known))}")
-    if not isinstance(content["checksums"], dict) or not isinstance(content["config"], str):
+    checksums, config = content["checksums"], content["config"]
+    is_counted = isinstance(checksums, dict) and all(type(n) is int for n in checksums.values())
+    if not is_counted or not isinstance(config, str):
         raise ValueError("its checksums are none")
+    lists = {name: content[name] for name in ("ignored", "ignore_config")}
+    for name, found in {**lists, **{file: files[file]["tensors"] for file in files}}.items():
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise ValueError(f"{name} is {short(found)}, no list of names")
     if content.pop("sha256", None) != _digest(content):
         raise ValueError("it was changed after it was written")
 
@@ -112,6 +119,6 @@ def read_config(folder: Path, ignore: Sequence[str] = ()) -> Config:
 
     Raises ValueError listing everything in config.json that is not supported.
     """
-    also = Manifest.read(folder).ignore_config if (folder / MANIFEST).exists() else ()
+    also = Manifest.read(folder).ignore_config if is_there(folder / MANIFEST) else ()
     where = str(folder / "config.json")
-    return parse_config(read_json(folder), where, sorted({*also, *ignore}))
+    return parse_config(read_json(folder), where, sorted({*also, *listed_keys(ignore)}))

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import leaves
+from catp_jax.messages import listed
 from catp_jax.models.narrow import Weights
 from convert.adapter import find_adapter
 from convert.dtypes import READ
@@ -133,7 +134,7 @@ def _refuse_other_types(folder: Path, tensors: Iterable[Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"{folder} has weights of other types than {', '.join(dtype.name for dtype in READ)}: "
-            f"{leaves.listed(wrong)}"
+            f"{listed(wrong)}"
         )
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
-from catp_jax.terminal import one_line
+from catp_jax.terminal import as_text
 from convert.rules import Matching
 from convert.shards import Tensor
 
@@ -91,7 +90,7 @@ def make_report(
 
 def table(report: Report) -> Table:
     """Every tensor in a line, for a terminal: what names have in them is shown, not obeyed."""
-    shown = Table(title=_text(report.checkpoint), caption=report.summary(), highlight=False)
+    shown = Table(title=as_text(report.checkpoint), caption=report.summary(), highlight=False)
     for name in ("tensor", "parameter", "change"):
         shown.add_column(name, overflow="fold")
     shown.add_column("shape", justify="right", no_wrap=True)
@@ -99,15 +98,10 @@ def table(report: Report) -> Table:
     for row in report.rows:
         types = {row.dtype: None, row.stored_dtype: None}
         shape = "×".join(map(str, row.shape))
-        shown.add_row(*map(_text, (row.source, row.target, row.change, shape, " → ".join(types))))
+        shown.add_row(*map(as_text, (row.source, row.target, row.change, shape, " → ".join(types))))
     for left in report.ignored:
-        shown.add_row(*map(_text, (left.source, "ignored", left.reason, "", "")))
+        shown.add_row(*map(as_text, (left.source, "ignored", left.reason, "", "")))
     return shown
-
-
-def _text(value: object) -> Text:
-    """A cell without escape sequences or markup."""
-    return Text(one_line(value))
 
 
 def readable(nbytes: int) -> str:

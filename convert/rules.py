@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from catp_jax.leaves import listed
+from catp_jax.messages import listed
 
 Shape = tuple[int, ...]
 

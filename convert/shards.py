@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from catp_jax import strict_json
+from catp_jax.files import what
 from convert.rules import copy
 
 DTYPES = {
@@ -196,12 +197,3 @@ def is_text_by_text(content: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def what(path: Path) -> str:
-    """What stands at a path where a file is wanted."""
-    if path.is_symlink() and not path.exists():
-        return f"a link to {path.readlink()}, which is not there"
-    if path.is_dir():
-        return "a folder"
-    return "a pipe, socket or device" if path.exists() else "nothing"

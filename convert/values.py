@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from catp_jax import leaves
+from catp_jax.files import is_there
+from catp_jax.messages import listed
 from convert.converted import Converted, open_converted
 from convert.manifest import MANIFEST, config_digest
 from convert.reader import open_hf
@@ -19,7 +21,7 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
 
     Raises ValueError if the folder cannot be read at all.
     """
-    is_converted = (folder / MANIFEST).exists()
+    is_converted = is_there(folder / MANIFEST)
     source = (open_converted if is_converted else open_hf)(folder, ignore_config)
     if isinstance(source, Converted) and config_digest(folder) != source.manifest.config:
         yield "config.json was changed after the conversion"
@@ -33,10 +35,10 @@ def faults(folder: Path, ignore_config: Sequence[str] = ()) -> Iterator[str]:
     if changed := [name for name, (is_unchanged, _) in found.items() if not is_unchanged]:
         yield (
             f"{len(changed)} parameters are not those that were converted: "
-            f"{leaves.listed(changed)}; check the disk and convert again"
+            f"{listed(changed)}; check the disk and convert again"
         )
     if endless := [source.called(name) for name, (_, is_whole) in found.items() if not is_whole]:
-        yield f"{len(endless)} tensors have NaN or infinity in them: {leaves.listed(endless)}"
+        yield f"{len(endless)} tensors have NaN or infinity in them: {listed(endless)}"
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from catp_jax import strict_json
-from convert.shards import MOST_TENSORS, UNQUANTISED, NotRead, Shard, read_shard, what
+from catp_jax.files import what
+from convert.shards import MOST_TENSORS, UNQUANTISED, NotRead, Shard, read_shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOREIGN = {
@@ -108,8 +109,10 @@ def check_weights_file(name: object) -> str:
     """
     if not isinstance(name, str):
         raise ValueError(f"it names {name!r} as a weights file, which is no text")
-    if any(mark in name for mark in "/\\:") or not name.isprintable():
+    if any(mark in name for mark in "/\\:"):
         raise ValueError(f"it names a file outside its folder: {name!r}")
+    if not name.isprintable():
+        raise ValueError(f"it names {name!r} as a weights file, in letters that cannot be printed")
     if not name.endswith(".safetensors") or name.startswith("."):
         raise ValueError(f"it names {name!r} as a weights file; *.safetensors is wanted")
     if len(name.encode()) > LONGEST:
@@ -130,6 +133,11 @@ def _no_weights(folder: Path) -> str:
         if files:
             way = UNQUANTISED if ".gguf" in endings else TO_SAFETENSORS
             return f"{folder} has weights only as {kind} ({', '.join(files[:3])}), not read; {way}"
+    if (folder / "weights").is_dir():
+        return (
+            f"{folder} has weights/, as catp-jax convert makes it; its catp_jax.json is missing, "
+            "copy it, or convert again"
+        )
     return f"{folder} has no weights: looked for {SINGLE} and {INDEX}"
 
 

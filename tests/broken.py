@@ -148,7 +148,7 @@ def _read_processor(folder: Path, name: str) -> str:
         if name == "mini-llama-vision"
         else Blip2Reader.load(folder, config)
     )
-    special_tokens(folder, reader.tokens, reader.has_generation_config)
+    special_tokens(folder, reader.tokens, reader.has_generation_config, config.text.vocab_size)
     found = _seen(reader.processor)
     if found == _seen(load_processor(ASSETS / name)):
         return "same"

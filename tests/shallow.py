@@ -27,8 +27,8 @@ CUT: dict[str, dict[str, dict[str, Any]]] = {
     "mini-blip2-opt": BLIP2 | {"text_config": {"num_hidden_layers": 3}},
     "mini-blip2-t5": BLIP2 | {"text_config": {"num_layers": 2, "num_decoder_layers": 2}},
     "mini-llama-vision": {
-        "vision_config": {"num_hidden_layers": 2},
-        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"num_hidden_layers": 1, "intermediate_layers_indices": [0]},
+        "text_config": {"num_hidden_layers": 2, "cross_attention_layers": [1]},
     },
 }
 # where each number of layers counts

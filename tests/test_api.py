@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -262,3 +264,10 @@ def test_the_towers_mode_is_the_checkpoints_unless_one_is_asked_for():
     )
     np.testing.assert_array_equal(own, hf)  # its config.json says hf
     assert np.abs(own - meta).max() > 1e-3
+
+
+def test_nothing_is_printed_as_a_model_loads():
+    """Of PyTorch neither, which is not there."""
+    code = f"import catp_jax; catp_jax.load({str(shallow('mini-blip2-opt'))!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

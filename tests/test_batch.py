@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from catp_jax.answers import Unsound
+from catp_jax.answers import NonFinite
 from catp_jax.api import load
 from catp_jax.batch import Answer, AnswerFile, Problem, Request, answer, read_requests
 from catp_jax.generation.options import Options
@@ -88,7 +88,7 @@ def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
         ({"prompt": "a", "begun": ["It is"]}, "what is begun of an answer is a text"),
         ({"prompt": "a", "img": "b.png", "imgs": []}, "unknown: 'img', 'imgs'"),
         ({"prompt": "a", "image": "b.png", "images": []}, "give one of them"),
-        ({"prompt": "a", "messages": []}, "either a prompt or messages"),
+        ({"prompt": "a", "messages": []}, "give either a prompt or messages"),
         ({"images": []}, "either a prompt or messages"),
         ({"prompt": 3}, "a prompt is a text"),
         ({"prompt": None}, "a prompt is a text"),
@@ -97,6 +97,7 @@ def test_a_path_may_start_from_the_home_folder(tmp_path, monkeypatch):
         ({"messages": [{"role": "user"}]}, "the content of message 0"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is missing"),
         ({"prompt": "a", "images": 3}, "a list of paths"),
+        ({"prompt": "a", "images": ""}, "the path of an image is empty"),
         ({"prompt": "a", "images": [None]}, "a list of paths"),
         ({"prompt": "a", "id": True}, "an id is"),
         ({"prompt": "a", "id": [1]}, "an id is"),
@@ -194,6 +195,21 @@ def test_a_request_without_a_line_has_no_place_in_a_file_of_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("id", value) for value in ([1], {}, True, 1.5)),
+        *(("line", value) for value in ([1], "1", None, True)),
+        *(("text", 5), ("settings", []), ("images", "a.png")),
+    ],
+)
+def test_an_answer_of_the_wrong_kind_is_refused_with_its_line(tmp_path, key, value):
+    row = {"line": 1, "id": "a", "prompt": "a", "images": [], "text": "b", "settings": "c"}
+    path = write(tmp_path / "answers.jsonl", row, row | {key: value}, row)
+    with pytest.raises(ValueError, match=f"line 2 of .* is an answer whose {key} is .*; delete it"):
+        AnswerFile(path).missing([Request("a", line=1)])
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"options": Options(seed=2**32 - 1)}, "seeds lie between"),
@@ -257,7 +273,7 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
         return fails if len(batches) == 1 else begun(packed, **options)
 
     def fails():
-        raise Unsound([1])
+        raise NonFinite([1])
 
     monkeypatch.setattr(type(model), "begin", begin)
     found = [*answer(model, asked, batch_size=3)]
@@ -270,7 +286,7 @@ def test_a_row_without_finite_logits_is_told_and_the_others_are_answered(monkeyp
         (4, "red"),
         (8, "red"),
     ]  # a shallow model
-    assert batches == [[0, 1, 2], [0, 2, 0]]
+    assert batches == [(0, 1, 2), (0, 2, 0)]
 
 
 def test_out_is_for_a_file_of_requests():

@@ -8,18 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 
+import catp_jax as package
 from catp_jax import api as catp_jax_api
-from catp_jax import cli, cli_cluster, cli_generate, cli_options, cli_study
+from catp_jax import cli, cli_cluster, cli_demo, cli_generate, cli_options, cli_study
+from catp_jax.generation.beam import EarlyStopping
 from catp_jax.generation.options import Options
 from catp_jax.matching import load_matcher
+from catp_jax.models.cross_decoder import MaskMode
+from catp_jax.models.narrow import Weights
+from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.pruning import METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
+from catp_jax.study.records import Conditions
 from catp_jax.targets import GPUS
+from convert.dtypes import READ as DTYPES
 from tests.command import catp_jax
 from tests.shallow import shallow
 
@@ -147,7 +156,7 @@ def test_a_budget_that_is_none_is_refused(keep, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--prune", "nonesuch", "--keep", "4"], ["nonesuch", "trimmed_llama, fastv"]),
+        (["--prune", "nonesuch", "--keep", "4"], ["'nonesuch'; there are catp,", "trimmed_llama"]),
         (["--prune", "fastv:k_ratio=0.5", "--keep", "4"], ["k_ratio=0.5", "layer=…"]),
         (["--prune", "trimmed_llama:k_ratio=x", "--keep", "4"], ["k_ratio", "'x'"]),
         (["--prune", "trimmed_llama"], ["--prune and --keep go together"]),
@@ -166,7 +175,7 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--temperature", "-1"], ["temperature"]),
         (["--top-p", "0"], ["top_p"]),
         (["--dtype", "int7"], ["int7"]),
-        (["--beams", "2", "--temperature", "1"], ["num_beams or a temperature"]),
+        (["--num-beams", "2", "--temperature", "1"], ["num_beams or a temperature"]),
         (["--length-penalty", "0"], ["require num_beams of 2 or more"]),
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], ["at most max_new_tokens (8), got 9"]),
         (["--repetition-penalty", "0"], ["repetition_penalty is above 0"]),
@@ -174,7 +183,7 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--stop", ""], ["stop_strings"]),
         (["--logprobs", "2"], ["--logprobs", "--json"]),
         (["--stream", "--json"], ["--stream is for one --prompt"]),
-        (["--stream", "--beams", "2"], ["a stream has one answer"]),
+        (["--stream", "--num-beams", "2"], ["a stream has one answer"]),
         (["--num-return-sequences", "2"], ["2 greedy answers to a prompt would be the same"]),
         (["--num-return-sequences", "0"], ["at least 1"]),
         (["--forced-eos-token", "9999"], ["forced_eos_token_id has token 9999"]),
@@ -184,6 +193,23 @@ def test_a_budget_that_is_none_is_refused(keep, said):
 )
 def test_bad_words_are_refused(words, said):
     refused(catp_jax("generate", MINI, "--image", CIRCLE, *ASK, *words), *said)
+
+
+@pytest.mark.parametrize("command", ["generate", "study"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prune", "nope", "--keep", "4"],
+        ["--prune", "catp:nope=1", "--keep", "4"],
+        ["--prune", "k_norm", "--keep", "many"],
+        ["--temperature", "-1"],
+        ["--num-beams", "2", "--top-k", "3"],
+        ["--mesh", "rows=2"],
+    ],
+)
+def test_a_wrong_call_ends_with_code_2(command, words, tmp_path):
+    asked = ASK if command == "generate" else ["--out", tmp_path / "x.jsonl"]
+    assert catp_jax(command, MINI, *asked, *words).returncode == 2
 
 
 def test_an_answer_as_it_comes_is_the_answer():
@@ -237,7 +263,7 @@ def test_several_methods_apply_in_order():
 
 def test_several_answers_are_numbered_and_a_list_in_json():
     words = ["generate", MINI, "--image", CIRCLE, *ASK, "--num-return-sequences", 2]
-    words += ["--beams", 3, "--max-new-tokens", 3]
+    words += ["--num-beams", 3, "--max-new-tokens", 3]
     shown, row = catp_jax(*words), json.loads(catp_jax(*words, "--json").stdout)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == f"1. {row['text'][0]}\n2. {row['text'][1]}\n"
@@ -264,14 +290,15 @@ def test_every_keyword_of_load_can_be_given():
         (cli.match, load_matcher),
     ]:
         keywords = {*parameters(load)} - {"folder", "fetch"}
-        assert keywords <= {*parameters(command)}
+        names = {name.removeprefix("no_") for name in parameters(command)}
+        assert keywords <= names
 
 
 def test_options_that_commands_share_say_the_same():
-    commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli.demo]
+    commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli_demo.demo]
     commands += [cli_cluster.plan, cli_cluster.doctor]
     own = {"out", "seed", "prune", "keep", "prompt", "batch_size", "image", "mesh", "dtype"}
-    own |= {"batch", "model", "questions"}
+    own |= {"model"}
     said = {}
     for command in commands:
         for name, parameter in parameters(command).items():
@@ -309,7 +336,7 @@ def test_bad_words_and_images_are_found_before_a_model_is_loaded(tmp_path):
     refused(catp_jax("generate", nowhere, *ASK, "--top-p", "0"), "top_p")
     refused(catp_jax("generate", nowhere, *ASK, "--prune", "random", "--keep", "x"), "'x'")
     refused(catp_jax("generate", nowhere, "--batch", "rows.jsonl"), "not a file")
-    refused(catp_jax("generate", nowhere, *ASK, "--batch-size", "0"), "at least 1")
+    refused(catp_jax("generate", nowhere, *ASK, "--batch-size", "0"), "--batch-size")
 
 
 @pytest.mark.parametrize("library", ["numpy", "libjax_common"])
@@ -325,6 +352,34 @@ def test_an_interrupt_ends_with_a_line_and_130(library):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out, err) == (130, "", "catp-jax: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "choices"),
+    [
+        (cli_options.Generation, "early_stopping", get_args(EarlyStopping)),
+        (cli_options.Loading, "vision_mode", get_args(VisionMode)),
+        (cli_options.Loading, "mask_mode", get_args(MaskMode)),
+        (cli_options.Loading, "weights", get_args(Weights)),
+        (cli_options.Loading, "dtype", [one.name for one in DTYPES]),
+    ],
+)
+def test_choices_are_those_of_the_library(options, name, choices):
+    listed, _none = get_args(get_type_hints(options)[name])
+    assert {*get_args(listed)} == {*choices}
+
+
+def test_a_study_has_the_same_defaults_from_the_command_line_and_in_python():
+    plain, given = Conditions(), parameters(cli_study.run)
+    assert (given["batch_size"].default, given["seed"].default) == (plain.batch, plain.seed)
+    assert f"of at most {plain.options.max_new_tokens} new tokens" in cli_study.run.__doc__
+
+
+def test_one_sentence_says_what_this_is():
+    (said,) = {package.__doc__, cli.app.info.help}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["description"] == said
+    assert said in (ROOT / "README.md").read_text().replace("`", "")
 
 
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
@@ -343,7 +398,11 @@ def test_marks_and_images_that_differ_in_number_are_refused():
 
 def test_no_prompt_no_model_and_wrong_folders_are_refused(tmp_path):
     refused(catp_jax("generate", MINI), "--prompt")
-    refused(catp_jax("generate", MINI, *ASK, "--batch", "rows.jsonl"), "leave out the others")
+    refused(catp_jax("generate", MINI, *ASK, "--batch", "rows.jsonl"), "leave out --prompt")
+    refused(catp_jax("generate", MINI, "--begun", "a", "--batch", "x"), "leave out --begun")
+    refused(catp_jax("generate", MINI, *ASK, "--batch-size", 2), "--batch-size is for a --batch")
+    both = ["--batch", "rows.jsonl", "--out", "answers.jsonl", "--json"]
+    refused(catp_jax("generate", MINI, *both), "--out writes answers as JSON")
     refused(catp_jax("generate", MINI, "--batch", tmp_path / "none.jsonl"), "is not a file")
     refused(catp_jax("generate", tmp_path / "none", *ASK), "is not a folder")
     refused(catp_jax("generate", tmp_path, *ASK), "config.json")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from packaging.requirements import Requirement
 
 import convert
 from catp_jax import doctor
@@ -45,11 +47,15 @@ def test_a_good_installation_is_one_line():
     ("changed", "level", "says"),
     [
         ({"jaxlib": "0.11.0"}, "warn", "goes with jaxlib 0.12.0, not 0.11.0"),
-        ({"flax": "0.12.8"}, "fail", "flax 0.12.8 breaks on jax 0.12.0"),
-        ({"orbax-checkpoint": "0.13.0"}, "fail", "orbax-checkpoint 0.12, not 0.13.0"),
+        ({"flax": "0.12.8"}, "fail", "0.12.8"),
+        (
+            {"orbax-checkpoint": "0.13.0"},
+            "fail",
+            "orbax-checkpoint<0.13,>=0.12, not 0.13.0",
+        ),
         ({"transformers": ""}, "fail", "transformers is missing"),
-        ({"transformers": "6.0.1"}, "fail", "transformers 5.23 and later, not 6.0.1"),
-        ({"numpy": "1.26.4"}, "fail", "numpy 2, not 1.26.4"),
+        ({"transformers": "6.0.1"}, "fail", "requires transformers<6,>=5.23, not 6.0.1"),
+        ({"numpy": "1.26.4"}, "fail", "requires numpy>=2.0, not 1.26.4: pip install 'numpy>=2.0'"),
         ({"jax-cuda12-plugin": "0.11.0"}, "fail", "0.11.0 does not go with jaxlib 0.12.0"),
     ],
 )
@@ -161,8 +167,17 @@ def test_a_model_that_is_none_is_said_once_and_the_rest_is_looked_at():
     assert {one.subject for one in found} >= {"versions", "devices", "mesh", "top-k"}
 
 
-def test_an_empty_mesh_is_no_mesh():
-    assert [one.subject for one in examine(MINI, "") if one.level == "fail"] == ["mesh", "room"]
+@pytest.mark.parametrize("mesh", ["", "tensor=3"])
+def test_a_mesh_that_does_not_do_is_said_once(mesh):
+    found = list(examine(MINI, mesh))
+    assert [one.subject for one in found if one.level == "fail"] == ["mesh"]
+    assert {one.subject for one in found} >= {"disk", "weights"}
+
+
+def test_the_bounds_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {Requirement(text).name for text in project["dependencies"]}
+    assert {one.name for one in doctor.required()} == declared & {*doctor.NEEDED}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from catp_jax import targets
-from catp_jax.families import PRESETS
+from catp_jax.families import PRESETS, find_config
 from catp_jax.models.mllama import MllamaConfig
 from catp_jax.plan import (
     Plan,
@@ -33,6 +33,7 @@ from catp_jax.plan import (
 )
 from catp_jax.plan.compiled import for_cpu, uses
 from catp_jax.plan.making import largest
+from catp_jax.readers.hub import FULL_NAMES
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import kv_heads, place
 from catp_jax.targets import Floor, compiling
@@ -51,7 +52,6 @@ import json, sys
 from dataclasses import replace
 from catp_jax.families import PRESETS
 from catp_jax.plan import force_devices, make_plan
-from catp_jax.pruning import budget, make, methods_for
 
 llama, opt = (PRESETS[name]() for name in ("Llama-3.2-11B-Vision", "blip2-opt-2.7b"))
 vision = replace(
@@ -65,9 +65,6 @@ PRESETS["opt"] = lambda: replace(
     qformer=replace(opt.qformer, num_hidden_layers=1),
     text=replace(opt.text, num_hidden_layers=1),
 )
-
-def pruners(visual, sites):
-    return (make(methods_for(sites)[0], budget.parse("50%").count(visual), sites),)
 """
 
 
@@ -91,8 +88,8 @@ def on_eight() -> list[dict]:
 force_devices(8)
 for made in (
     make_plan("llama", "tensor=8", batch=16, tiles=4),
-    make_plan("llama", "tensor=8", batch=16, tiles=4, pruners=pruners),
-    make_plan("opt", "fsdp=8", pruners=pruners),
+    make_plan("llama", "tensor=8", batch=16, tiles=4, methods=[("trimmed_llama", "50%")]),
+    make_plan("opt", "fsdp=8", methods=[("catp", "50%")]),
 ):
     print(json.dumps(made.as_json()))
 """)
@@ -100,7 +97,7 @@ for made in (
 
 @pytest.fixture(scope="module")
 def command_on_one() -> dict:
-    words = ["opt", "--batch", "8", "--prune", "l2, catp", "--keep", "75%,16", "--json"]
+    words = ["opt", "--batch-size", "8", "--prune", "l2, catp", "--keep", "75%,16", "--json"]
     (plan,) = run(f"from catp_jax.cli import app; app(['plan', *{words}], standalone_mode=False)")
     return plan
 
@@ -139,6 +136,18 @@ def test_fsdp_divides_the_weights_and_gathers_them(on_eight, command_on_one):
     assert one["prefill_traffic"] == one["token_traffic"] == []
     assert {row["kind"] for row in eight["token_traffic"]} >= {"all-gather"}
     assert one["prefill_flops"] == eight["prefill_flops"]
+
+
+def test_a_published_checkpoint_needs_no_download_by_either_name():
+    for name, full in FULL_NAMES.items():
+        if "itm" not in name:  # which write no text
+            assert find_config(name) == find_config(full) == PRESETS[name]()
+
+
+def test_a_downloaded_checkpoint_comes_before_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blip2-opt-2.7b").symlink_to(MINI)
+    assert find_config("blip2-opt-2.7b") == find_config(MINI)
 
 
 @functools.cache
@@ -228,9 +237,9 @@ def on_gpus() -> list[dict]:
 force_devices(1)
 told = {}
 def show(model, mesh, **given):
-    given = {"target": "h100", "prompt": 32, "new_tokens": 32, "tell": told.__setitem__} | given
+    given = {"target": "h100", "prompt": 32, "new_tokens": 32, "report": told.__setitem__} | given
     print(json.dumps(make_plan(model, mesh, **given).as_json()))
-show("opt", "tensor=1", batch=2, memory=545_000_000, fill=True)
+show("opt", "tensor=1", batch=2, memory=545_000_000, find_largest_batch=True)
 show("llama", "data=2,tensor=4", hosts=2)
 print(json.dumps(told))
 """)
@@ -355,7 +364,7 @@ def test_traffic_of_a_product_that_is_summed_over_devices():
         ("Llama-3.2-11B-Vision", {"mesh": "tensor=4"}, "4 places, and JAX sees 8 devices"),
         ("blip2-opt-2.7b", {"target": "h1000"}, "a target is one of h100, h200, a100, b200, got"),
         ("blip2-opt-2.7b", {"target": "h100", "hosts": 3}, "same number on each of 3 hosts"),
-        ("blip2-opt-2.7b", {"fill": True}, "require a target"),
+        ("blip2-opt-2.7b", {"find_largest_batch": True}, "require a target"),
     ],
 )
 def test_what_makes_no_sense_is_refused(model, options, says):
@@ -368,8 +377,16 @@ def test_what_makes_no_sense_is_refused(model, options, says):
     [
         (["--target", "h1000"], "a target is one of h100, h200, a100, b200, got 'h1000'"),
         (["--mesh", "rows=2"], "a mesh is sizes of data, fsdp, tensor"),
-        (["--batch", "0"], "batch is at least 1, got 0"),
-        (["--mesh", "data=8", "--batch", "6"], "plan a multiple of 8"),
+        (["--batch-size", "0"], "Invalid value for '--batch-size'"),
+        (["--mesh", "data=8", "--batch-size", "6"], "plan a multiple of 8"),
+        (["--keep", "4"], "--prune and --keep go together"),
+        (["--prune", "nope", "--keep", "4"], "unknown pruning method 'nope'; there are catp, l2,"),
+        (["--prune", "k_norm", "--prune", "random", "--keep", "4"], "--prune k_norm,random"),
+        (["--prune", "k_norm,random", "--keep", "4", "--keep", "8"], "--keep 4,8"),
+        (
+            ["--prune", "trimmed_llama:k_ratio=0.1", "--keep", "auto"],
+            "a plan has fixed budgets; --keep auto is for generate",
+        ),
         (["--largest-batch"], "--largest-batch and --hosts require --target"),
         (["--memory", "0"], "--memory must be a size above 0, got 0"),
     ],

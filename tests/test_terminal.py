@@ -1,10 +1,24 @@
 """catp_jax.terminal: nothing that is shown steers the terminal."""
 
+import dataclasses
+import io
 import unicodedata
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from catp_jax.terminal import one_line, printable
+from catp_jax import api, cli_demo
+from catp_jax.plan import Plan
+from catp_jax.plan import table as plan_table
+from catp_jax.study import tasks
+from catp_jax.study.records import Setting
+from catp_jax.study.sweep import sweep
+from catp_jax.study.tables import table as study_table
+from catp_jax.terminal import as_text, one_line, printable
+from convert.report import Report
+from convert.report import table as report_table
+from tests.study.answerer import Tiny, examples
 
 STEERING = {
     "colour": "\x1b[31mred\x1b[0m",
@@ -30,3 +44,54 @@ def test_other_text_stays():
     text = "one\n\ttwo: café, 画像, [b], \\x1b"
     assert printable(text) == text
     assert one_line(text) == text.replace("\n", "\\n").replace("\t", "\\t")
+
+
+NAMES = {
+    "no markup": "p[/red]",
+    "markup": "p[bold]x[/bold]",
+    "an escape sequence": "p\x1b[31mx",
+    "two lines": "p\nx",
+}
+
+
+def study(name):
+    return study_table(list(sweep(Tiny(), examples(2), [Setting("l2", 2)])), name)
+
+
+def plan(name):
+    figures = dict.fromkeys(Plan.__dataclass_fields__, 1)
+    nothing = {"target": None, "prefill_work": None, "token_work": None, "found_batch": None}
+    more = {"model": name, "mesh": {}, "prefill_traffic": (), "token_traffic": ()}
+    return plan_table(Plan(**{**figures, **nothing, **more}))  # type: ignore[arg-type]
+
+
+def converted(name):
+    return report_table(Report(Path(name), "hub", (), ()))
+
+
+def shown(what):
+    console = Console(width=200, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(what)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("table", [study, plan, converted, as_text])
+def test_a_name_is_shown_as_it_is_and_not_obeyed(name, table):
+    text = shown(table(name))
+    assert one_line(name) in text
+    # what rich itself writes for a terminal: italics of titles, and no colour
+    assert "\x1b[31m" not in text
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(api, "load", lambda *given, **options: Tiny())
+    task = dataclasses.replace(tasks.easy_vqa_task(), examples=tuple(examples(4)))
+    monkeypatch.setattr(tasks, "easy_vqa_task", lambda: task)
+    monkeypatch.setattr(cli_demo, "settings_for", lambda model: [Setting("l2", 2)])
+    cli_demo.demo(tmp_path / name.replace("/", ""), [Path(name)], 4, None)
+    out, err = capsys.readouterr()
+    assert one_line(Path(name).name) in err
+    assert one_line(name.replace("/", "")) in out
+    assert "\x1b[31m" not in out + err

@@ -46,7 +46,7 @@ class Search:
     finished_scores: Float[Array, "b k"]
     is_finished: Bool[Array, "b k"]
     is_open: Bool[Array, " b"]
-    is_sound: Bool[Array, " b"]
+    is_finite: Bool[Array, " b"]
 
 
 def _take(beams: Any, index: Int[Array, "b m"]) -> Any:
@@ -93,7 +93,7 @@ class Beams:
             finished_scores=jnp.full((batch, k), NEVER),
             is_finished=jnp.zeros((batch, k), bool),
             is_open=jnp.ones((batch,), bool),
-            is_sound=jnp.ones((batch,), bool),
+            is_finite=jnp.ones((batch,), bool),
         )
 
     def advance(
@@ -104,14 +104,14 @@ class Beams:
         vocab, number = logits.shape[-1], state.number
         scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         # a NaN or an infinite logit makes all of its row NaN
-        is_finite = ~jnp.isnan(scores[:, 0]).reshape(batch, k).any(axis=1)
+        are_numbers = ~jnp.isnan(scores[:, 0]).reshape(batch, k).any(axis=1)
         scores = self.rules(scores, state.running.tokens.reshape(-1, new), number, stop)
         scores = scores.reshape(batch, k, vocab)
         sums = (scores + state.running_scores[:, :, None]).reshape(batch, k * vocab)
 
         candidates = max(2, 1 + stop.ends.shape[0]) * k
         sums, place = jax.lax.top_k(sums, min(candidates, k * vocab))
-        sound = (is_finite & (sums[:, 0] > -jnp.inf)) | ~state.is_open
+        finite = (are_numbers & (sums[:, 0] > -jnp.inf)) | ~state.is_open
         parents, tokens = place // vocab, (place % vocab).astype(jnp.int32)
         chosen = Chosen(tokens=tokens, scores=sums)
         if self.logprobs is not None:
@@ -142,7 +142,7 @@ class Beams:
         )
         best_possible = scores_on[:, :1] / hopeful**self.length_penalty
         worst = jnp.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
-        still_open = state.is_open & sound & (best_possible > worst).any(axis=1)
+        still_open = state.is_open & finite & (best_possible > worst).any(axis=1)
         if self.early_stopping == "first":
             still_open = still_open & ~is_finished.all(axis=1)
 
@@ -160,7 +160,7 @@ class Beams:
             finished_scores=keep_settled(finished_scores, state.finished_scores),
             is_finished=keep_settled(is_finished, state.is_finished),
             is_open=still_open,
-            is_sound=state.is_sound & sound,
+            is_finite=state.is_finite & finite,
         )
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * k
         return last.reshape(-1), (first + parents_on).reshape(-1), state
@@ -188,7 +188,20 @@ def beams(
     early_stopping: EarlyStopping = "heuristic",
     logprobs: int | None = None,
 ) -> Beams:
-    """Beam search's numbers. Raises ValueError for those out of range."""
+    """Beam search's numbers. Raises ValueError as `check_beams` does."""
+    check_beams(num_beams, answers, length_penalty, early_stopping)
+    return Beams(
+        num_beams=num_beams,
+        num_answers=answers,
+        early_stopping=early_stopping,
+        length_penalty=jnp.asarray(length_penalty, jnp.float32),
+        rules=rules or Rules.of(),
+        logprobs=logprobs,
+    )
+
+
+def check_beams(num_beams: int, answers: int, length_penalty: float, early_stopping: Any) -> None:
+    """Raises ValueError for numbers out of range."""
     if num_beams < 1:
         raise ValueError(f"num_beams is at least 1, got {num_beams}")
     if not 1 <= answers <= num_beams:
@@ -201,11 +214,3 @@ def beams(
         raise ValueError(
             f"early_stopping is 'heuristic', 'first' or 'never', got {early_stopping!r}"
         )
-    return Beams(
-        num_beams=num_beams,
-        num_answers=answers,
-        early_stopping=early_stopping,
-        length_penalty=jnp.asarray(length_penalty, jnp.float32),
-        rules=rules or Rules.of(),
-        logprobs=logprobs,
-    )

@@ -113,9 +113,9 @@ class Decoding(Protocol):
 
     def start(self, batch: int, stop: Stop) -> Any:
         """The state before the first token. Its `number` counts new tokens, `is_open` says which
-        answers or prompts still go on, `is_sound` which never had logits that nothing can be chosen
-        from: a NaN or an infinite one, or none that the rules allow. Only the chosen tokens' scores
-        are looked at, which show all of that.
+        answers or prompts still go on, `is_finite` which never had logits that nothing can be
+        chosen from: a NaN or an infinite one, or none that the rules allow. Only the chosen tokens'
+        scores are looked at, which show all of that.
         """
         ...
 

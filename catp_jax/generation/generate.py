@@ -1,9 +1,10 @@
 """Generation as compiled programs: prefill, one step, and the whole loop in one.
 
     generate   = prefill + decode in one program; nothing returns to the host in between
-    prefill    → logits of the next token, a cache, what was kept       for streaming and serving
-    step       token + cache → logits + cache; the old cache's memory is reused (donated)
+    prefill    → logits of the next token, a cache, what was kept
     first, following   the loop one token at a time, for streaming
+    step       token + cache → logits + cache, for the costs of one and whoever has a loop of their
+               own; the old cache's memory is reused (donated)
     encode     what comes before any pruning, once; all the others take it in place of the inputs
     select_tokens, generate_from   prefill cut in two where the model is first pruned: the first
                scores, the host reads how many tokens were asked for, the second runs at the
@@ -12,7 +13,7 @@
 A `Decoding` chooses the tokens, and how many rows a prompt has; there is one loop for all.
 
 Everything static is an argument here: prompt length, number of images and tiles come with the
-inputs' shapes (see `inputs` for the few that occur), budgets with the pruners.
+inputs' shapes (see `buckets` for the few that occur), budgets with the pruners.
 """
 
 from functools import partial
@@ -67,13 +68,13 @@ class Prefilled:
 class Generated:
     """What was written. A prompt's answers follow each other.
 
-    `is_sound` says of each answer (in a beam search, of each prompt) whether its logits were finite
-    and left a token to choose; its tokens are worth nothing otherwise. `logits` are those of the
-    first new token.
+    `is_finite` says of each answer (in a beam search, of each prompt) whether all tokens chosen had
+    finite scores, see `Decoding.start`; its tokens are worth nothing otherwise. `logits` are those
+    of the first new token.
     """
 
     written: Written
-    is_sound: Bool[Array, " some"]
+    is_finite: Bool[Array, " some"]
     logits: Float[Array, "b vocab"]
     selection: Selection
 
@@ -185,7 +186,7 @@ def decode(
     )
     return Generated(
         written=decoding.answers(carry.state),
-        is_sound=carry.state.is_sound,
+        is_finite=carry.state.is_finite,
         logits=start.logits,
         selection=replace(start.selection, states=carry.states),
     )

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.generation.beam import Beams, EarlyStopping, beams
+from catp_jax.generation.beam import EarlyStopping, beams, check_beams
 from catp_jax.generation.decoding import Decoding, Stop
-from catp_jax.generation.rules import Rules
-from catp_jax.generation.sampling import Sampling, check_seeds, sampling
+from catp_jax.generation.rules import Rules, check_rules
+from catp_jax.generation.sampling import check_sampling, check_seeds, sampling
 
 STOP_BYTES = 1000  # of all stop strings: each takes a row as long as the vocabulary
 FRACTIONS = ("temperature", "top_p", "length_penalty", "repetition_penalty")
@@ -77,15 +77,11 @@ class Options:
             or self.logprobs < 0
         ):
             raise ValueError(f"logprobs is a number of tokens, from 0, got {self.logprobs!r}")
-        try:  # the rest is checked as it is made
-            self.rules()
-            self._search(Rules.of())
-            self._choice(1, 0, Rules.of())
-            seeds: Any = self.seed if isinstance(self.seed, Sequence) else [self.seed]
-            check_seeds(seeds)
-            self.strings  # noqa: B018
-        except TypeError as error:
-            raise ValueError(f"an option is of a wrong type: {error}") from None
+        check_rules(**self._rules)
+        check_beams(self.num_beams, self._ranked, self.length_penalty, self.early_stopping)
+        check_sampling(self.temperature, self.top_k, self.top_p, self._drawn)
+        seeds: Any = self.seed if isinstance(self.seed, Sequence) else [self.seed]
+        check_seeds(seeds)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is at most max_new_tokens ({self.max_new_tokens}), got "
@@ -100,23 +96,35 @@ class Options:
             raise ValueError("length_penalty and early_stopping require num_beams of 2 or more")
         if not self.temperature and (self.top_k > 0 or self.top_p < 1):
             raise ValueError("top_k and top_p are for drawing; give a temperature above 0")
-        if not all(isinstance(text, str) and text for text in self.strings):
-            raise ValueError(f"stop_strings are texts, and none is empty; got {self.stop_strings}")
+        if not isinstance(self.stop_strings, Sequence) or not all(
+            isinstance(text, str) and text for text in self.strings
+        ):
+            raise ValueError(
+                f"stop_strings are texts, and none is empty; got {self.stop_strings!r}"
+            )
         size = sum(len(text.encode(errors="replace")) for text in self.strings)
         if size > STOP_BYTES:
             raise ValueError(f"stop_strings have {STOP_BYTES} bytes at most, got {size}")
-        if isinstance(self.bad_words, str) or not all(
-            isinstance(word, str) and word.strip() for word in self.bad_words
+        if (
+            not isinstance(self.bad_words, Sequence)
+            or isinstance(self.bad_words, str)
+            or not all(isinstance(word, str) and word.strip() for word in self.bad_words)
         ):
             raise ValueError(f"bad_words is a list of words, got {self.bad_words!r}")
 
     def over(self, **given: Any) -> "Options":
         """These options as defaults for those that are given. Defaults that do not go with what is
-        given are left out.
+        given are left out. Raises ValueError for what is no option.
         """
         plain = Options()
+        if unknown := [name for name in given if name not in vars(plain)]:
+            raise ValueError(
+                f"{', '.join(unknown)}: no option of generation; there are {', '.join(vars(plain))}"
+            )
         defaults = {
-            name: value for name, value in vars(self).items() if value != getattr(plain, name)
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
         }
 
         def number(name: str, otherwise: float) -> Any:
@@ -171,47 +179,51 @@ class Options:
         has_words = any(len(word) > 1 for word in self.bad_words_ids)
         return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or has_words
 
-    def rules(self, before: Sequence[Sequence[int]] | None = None) -> Rules:
-        """What may be written; `before` are the prompts' tokens, see `Rules`."""
-        return Rules.of(
-            min_new_tokens=self.min_new_tokens,
-            repetition_penalty=self.repetition_penalty,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-            bad_words_ids=self.bad_words_ids,
-            forced_eos_token_id=self._forced,
-            suppress_tokens=self.suppress_tokens,
-            begin_suppress_tokens=self.begin_suppress_tokens,
-            before=before,
-        )
+    @property
+    def _rules(self) -> dict[str, Any]:
+        """What may be written."""
+        return {
+            "min_new_tokens": self.min_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+            "bad_words_ids": self.bad_words_ids,
+            "forced_eos_token_id": self._forced,
+            "suppress_tokens": self.suppress_tokens,
+            "begin_suppress_tokens": self.begin_suppress_tokens,
+        }
+
+    @property
+    def _ranked(self) -> int:
+        """Answers of a beam search to a prompt."""
+        return 1 if self.num_beams == 1 else self.num_return_sequences
+
+    @property
+    def _drawn(self) -> int:
+        """Answers to a prompt that are not a beam search's."""
+        return 1 if self.num_beams > 1 else self.num_return_sequences
 
     def decoding(self, prompts: int, before: Sequence[Sequence[int]] | None = None) -> Decoding:
-        """What chooses the tokens of so many prompts, with their tokens. Raises ValueError if
-        seeds are not theirs.
+        """What chooses the tokens of so many prompts, with their tokens (see `Rules`). Raises
+        ValueError if seeds are not theirs.
         """
-        rules = self.rules(before)
-        return (
-            self._search(rules) if self.num_beams > 1 else self._choice(prompts, self.seed, rules)
-        )
-
-    def _search(self, rules: Rules) -> Beams:
-        return beams(
-            self.num_beams,
-            length_penalty=self.length_penalty,
-            rules=rules,
-            early_stopping=self.early_stopping,
-            answers=1 if self.num_beams == 1 else self.num_return_sequences,
-            logprobs=self.logprobs,
-        )
-
-    def _choice(self, prompts: int, seed: int | Sequence[int], rules: Rules) -> Sampling:
+        rules = Rules.of(**self._rules, before=before)
+        if self.num_beams > 1:
+            return beams(
+                self.num_beams,
+                length_penalty=self.length_penalty,
+                rules=rules,
+                early_stopping=self.early_stopping,
+                answers=self._ranked,
+                logprobs=self.logprobs,
+            )
         return sampling(
             prompts,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            seed=seed,
+            seed=self.seed,
             rules=rules,
-            answers=1 if self.num_beams > 1 else self.num_return_sequences,
+            answers=self._drawn,
             logprobs=self.logprobs,
         )
 

@@ -12,13 +12,14 @@ program, and how much room there is for words and tokens.
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
+from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.generation.decoding import Stop
 from catp_jax.struct import pytree, static
 
@@ -58,19 +59,17 @@ class Rules:
     ) -> "Rules":
         """Rules from numbers, named as in transformers, in which `before` is the prompts' tokens.
 
-        Raises ValueError for numbers out of range.
+        Raises ValueError as `check_rules` does.
         """
-        if min_new_tokens < 0:
-            raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
-        if not 0 < repetition_penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty is above 0, and 1 changes nothing; got {repetition_penalty}"
-            )
-        if no_repeat_ngram_size < 0:
-            raise ValueError(
-                f"no_repeat_ngram_size is a number of tokens, or 0 to allow repetition; got "
-                f"{no_repeat_ngram_size}"
-            )
+        check_rules(
+            min_new_tokens=min_new_tokens,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            bad_words_ids=bad_words_ids,
+            forced_eos_token_id=forced_eos_token_id,
+            suppress_tokens=suppress_tokens,
+            begin_suppress_tokens=begin_suppress_tokens,
+        )
         return cls(
             ngram_size=no_repeat_ngram_size,
             min_new_tokens=jnp.asarray(min_new_tokens, jnp.int32),
@@ -78,9 +77,9 @@ class Rules:
             if repetition_penalty == 1
             else jnp.asarray(repetition_penalty, jnp.float32),
             bad_words=_words(bad_words_ids) if len(bad_words_ids) else None,
-            forced_ends=_listed("forced_eos_token_id", forced_eos_token_id),
-            suppressed=_listed("suppress_tokens", suppress_tokens),
-            suppressed_first=_listed("begin_suppress_tokens", begin_suppress_tokens),
+            forced_ends=_tokens(forced_eos_token_id),
+            suppressed=_tokens(suppress_tokens),
+            suppressed_first=_tokens(begin_suppress_tokens),
             before=None if before is None else _ending_together(before),
         )
 
@@ -179,7 +178,7 @@ def _forbidden(logits: Float[Array, "r vocab"], tokens: Int[Array, "rows k"]) ->
 
 def _ending_together(rows: Sequence[Sequence[int]]) -> Int[Array, "rows length"]:
     """Lists of tokens as one array of few shapes, NONE in front."""
-    length = round_up(max(len(row) for row in rows), (1, 2, 4, 8, *TEXT_LENGTHS))
+    length = round_up(max(len(row) for row in rows), TOKEN_COUNTS)
     table = np.full((len(rows), length), NONE, np.int32)
     for number, row in enumerate(rows):
         table[number, length - len(row) :] = row
@@ -188,26 +187,59 @@ def _ending_together(rows: Sequence[Sequence[int]]) -> Int[Array, "rows length"]
 
 def _words(words: Sequence[Sequence[int]]) -> Int[Array, "w length"]:
     """Words as an array of few shapes; empty ones in the end are none."""
-    for word in words:
-        check_tokens("bad_words_ids", word)
-        if not len(word):
-            raise ValueError("each of bad_words_ids has at least one token, got an empty one")
     return _ending_together([*words, *[()] * (_room(len(words)) - len(words))])
 
 
-def _listed(name: str, tokens: Sequence[int]) -> Int[Array, " s"] | None:
+def _tokens(tokens: Sequence[int]) -> Int[Array, " s"] | None:
     """Tokens as an array of few sizes; None if there are none."""
     if not len(tokens):
         return None
-    check_tokens(name, tokens)
     return jnp.asarray([*tokens, *[NONE] * (_room(len(tokens)) - len(tokens))], jnp.int32)
 
 
-def check_tokens(name: str, tokens: Sequence[int]) -> None:
-    """Raises ValueError unless they are numbers that a token may have."""
+def check_rules(
+    *,
+    min_new_tokens: int,
+    repetition_penalty: float,
+    no_repeat_ngram_size: int,
+    bad_words_ids: Any,
+    forced_eos_token_id: Any,
+    suppress_tokens: Any,
+    begin_suppress_tokens: Any,
+) -> None:
+    """Raises ValueError for numbers out of range, and for what is no list of tokens."""
+    if min_new_tokens < 0:
+        raise ValueError(f"min_new_tokens is at least 0, got {min_new_tokens}")
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(
+            f"repetition_penalty is above 0, and 1 changes nothing; got {repetition_penalty}"
+        )
+    if no_repeat_ngram_size < 0:
+        raise ValueError(
+            f"no_repeat_ngram_size is a number of tokens, or 0 to allow repetition; got "
+            f"{no_repeat_ngram_size}"
+        )
+    if not _is_list(bad_words_ids):
+        raise ValueError(f"bad_words_ids is a list of lists of tokens, got {bad_words_ids!r}")
+    for word in bad_words_ids:
+        _check_tokens("each of bad_words_ids", word)
+        if not len(word):
+            raise ValueError("each of bad_words_ids has at least one token, got an empty one")
+    _check_tokens("forced_eos_token_id", forced_eos_token_id)
+    _check_tokens("suppress_tokens", suppress_tokens)
+    _check_tokens("begin_suppress_tokens", begin_suppress_tokens)
+
+
+def _check_tokens(name: str, tokens: Any) -> None:
+    if not _is_list(tokens):
+        raise ValueError(f"{name} is a list of token numbers, got {tokens!r}")
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, numbers.Integral) or token < 0:
             raise ValueError(f"{name} has token numbers, from 0 up; got {token!r}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
 
 
 def _room(number: int) -> int:

@@ -25,7 +25,7 @@ class Drawing:
     number: Int[Array, ""]
     written: Written
     is_open: Bool[Array, " r"]
-    is_sound: Bool[Array, " r"]
+    is_finite: Bool[Array, " r"]
 
 
 @pytree
@@ -54,7 +54,7 @@ class Sampling:
             number=jnp.asarray(0, jnp.int32),
             written=Written.start((answers,), stop, self.logprobs),
             is_open=jnp.ones(answers, bool),
-            is_sound=jnp.ones(answers, bool),
+            is_finite=jnp.ones(answers, bool),
         )
 
     def advance(
@@ -63,7 +63,7 @@ class Sampling:
         """One token more for each answer, padding for one that has ended."""
         allowed = self.rules(logits, state.written.tokens, state.number, stop)
         chosen = self.choose(allowed, state.number)
-        sound = jnp.isfinite(chosen.scores) | ~state.is_open
+        finite = jnp.isfinite(chosen.scores) | ~state.is_open
         chosen = replace(chosen, tokens=jnp.where(state.is_open, chosen.tokens, stop.pad))
         written = state.written.extended(chosen, state.number, stop)
         state = Drawing(
@@ -71,8 +71,8 @@ class Sampling:
             written=replace(
                 written, lengths=jnp.where(state.is_open, written.lengths, state.written.lengths)
             ),
-            is_open=state.is_open & sound & ~written.has_ended(chosen, stop),
-            is_sound=state.is_sound & sound,
+            is_open=state.is_open & finite & ~written.has_ended(chosen, stop),
+            is_finite=state.is_finite & finite,
         )
         return chosen.tokens, None, state
 
@@ -115,6 +115,22 @@ class Sampling:
         return with_logprobs(chosen, jax.nn.log_softmax(logits, axis=-1), self.logprobs)
 
 
+def check_sampling(temperature: float, top_k: Any, top_p: float, answers: int) -> None:
+    """Raises ValueError for numbers out of range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is 0 (greedy) or above, got {temperature}")
+    if top_k != int(top_k) or top_k < 0:
+        raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
+    if answers < 1:
+        raise ValueError(f"a prompt gets at least 1 answer, got {answers}")
+    if answers > 1 and temperature == 0:
+        raise ValueError(
+            f"{answers} greedy answers to a prompt would be the same; give a temperature"
+        )
+
+
 def check_seeds(seeds: Iterable[Any]) -> None:
     """Raises ValueError for what is no seed."""
     for seed in seeds:
@@ -137,20 +153,9 @@ def sampling(
 
     With one `seed`, answer i of all uses `seed + i`; give a sequence to choose each one's.
 
-    Raises ValueError for numbers out of range.
+    Raises ValueError as `check_sampling` and `check_seeds` do.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is 0 (greedy) or above, got {temperature}")
-    if top_k != int(top_k) or top_k < 0:
-        raise ValueError(f"top_k is a number of tokens, or 0 for all of them, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
-    if answers < 1:
-        raise ValueError(f"a prompt gets at least 1 answer, got {answers}")
-    if answers > 1 and temperature == 0:
-        raise ValueError(
-            f"{answers} greedy answers to a prompt would be the same; give a temperature"
-        )
+    check_sampling(temperature, top_k, top_p, answers)
     given, rows = np.asarray(seed, object), batch * answers
     seeds = (given + np.arange(rows) if given.ndim == 0 else given).tolist()
     if len(seeds) != rows:

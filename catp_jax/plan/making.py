@@ -17,12 +17,9 @@ from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
 from catp_jax.models.frozen import freeze
 from catp_jax.plan.compiled import Compiled, for_cpu, for_gpu
 from catp_jax.plan.report import Plan
-from catp_jax.plan.sizes import (
-    abstract_model,
-    caches,
-    inputs_of,
-    shard_bytes,
-)
+from catp_jax.plan.sizes import abstract_model, caches, inputs_of, shard_bytes
+from catp_jax.pruning.named import AUTO, Named
+from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.sharding.mesh import MeshLike, make_mesh, parse_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
 from catp_jax.targets import devices_of, find_gpu
@@ -43,29 +40,31 @@ def make_plan(
     prompt: int = 128,
     new_tokens: int = 128,
     dtype: str = "bfloat16",
-    pruners: Callable[[int, frozenset[Any]], tuple[Any, ...]] = lambda visual, sites: (),
+    methods: Named = (),
     target: str | None = None,
     hosts: int | None = None,
     memory: int | None = None,
-    fill: bool = False,
-    tell: Callable[[int, int], None] = lambda batch, total: None,
+    find_largest_batch: bool = False,
+    report: Callable[[int, int], None] = lambda batch, total: None,
     ignore_config: Sequence[str] = (),
 ) -> Plan:
     """Plans a generation: `batch` prompts of `prompt` tokens with an image each, and `new_tokens`.
 
     `model` is one of `families.PRESETS` or a folder, of which only config.json is read, without
     the keys `ignore_config`. The batch is split over `data` and `fsdp` (None: one prompt each).
-    `tiles` are those of an image, for Llama Vision (None: all four). `pruners` makes methods, which
-    apply in order, from the number of visual tokens and the model's sites.
+    `tiles` are those of an image, for Llama Vision (None: all four). `methods` prune in order, each
+    with a fixed budget, see `pruning.named`.
 
     `target` is one of `targets.GPUS`, of which `hosts` have the same number each (None: 8, and any
     fewer are on one); without it JAX has to see as many devices as the mesh has places. `memory` is
-    a device's, in bytes (None: the target's, or 80 GB). `fill` has the largest batch found by
-    compiling for several, of which `tell` hears, and of their bytes on a device.
+    a device's, in bytes (None: the target's, or 80 GB). `find_largest_batch` compiles for several
+    batches; `report` hears of each, and of its bytes on a device.
 
     Raises ValueError for sizes that make no sense or do not divide, and for a target without its
     compiler.
     """
+    if any(keep == AUTO for _, keep in methods):
+        raise ValueError("a plan has fixed budgets; --keep auto is for generate")
     config = find_config(model, ignore_config)
     number_type = parse_dtype(dtype) or np.dtype(np.float32)
     sizes = parse_mesh(mesh)
@@ -91,11 +90,11 @@ def make_plan(
         hosts = -(-places // HOST) if hosts is None else hosts
         gpu = find_gpu(target)
         devices = devices_of(gpu, places, hosts)
-    elif hosts is not None or fill:
+    elif hosts is not None or find_largest_batch:
         raise ValueError("hosts, and the largest batch, require a target")
     memory = memory or (MEMORY if gpu is None else gpu.memory)
 
-    asked = Asked(config, sizes, tiles, prompt, new_tokens, number_type, pruners, gpu, devices)
+    asked = Asked(config, sizes, tiles, prompt, new_tokens, number_type, methods, gpu, devices)
     made = asked.trace(batch)
     prefill, step = made.prefill(), made.step()
     plan = Plan(
@@ -121,7 +120,7 @@ def make_plan(
         token_work=step.work,
         found_batch=None,
     )
-    if not fill:
+    if not find_largest_batch:
         return plan
 
     def total(batch: int) -> int:
@@ -130,7 +129,7 @@ def make_plan(
         size = made.held + made.prefill().temporaries
         if size <= memory:
             size = max(size, made.held + made.step().temporaries)
-        tell(batch, size)
+        report(batch, size)
         return size
 
     known = {0: plan.weights, batch: plan.total}
@@ -198,7 +197,7 @@ class Asked:
     prompt: int
     new_tokens: int
     dtype: np.dtype
-    pruners: Callable[[int, frozenset[Any]], tuple[Any, ...]]
+    methods: Named
     gpu: Gpu | None
     devices: list[Any] | None
 
@@ -212,7 +211,7 @@ class Asked:
         mesh = make_mesh(self.mesh, kv_heads(model), self.devices)
         model = place(model, mesh)
         network = Sharded(mesh=mesh, frozen=freeze(model))
-        pruners = self.pruners(visual, model.sites)
+        pruners = pruners_of(self.methods, [visual] * batch, visual, model.sites, visual)
         inputs = place_inputs(inputs, mesh)
         tokens = place_inputs(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
         prefill = programs.prefill.trace(network, pruners, inputs, new_slots=self.new_tokens)

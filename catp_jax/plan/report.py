@@ -8,6 +8,7 @@ from rich.table import Table
 
 from catp_jax.plan.compiled import Traffic, Work
 from catp_jax.targets import GPUS
+from catp_jax.terminal import as_text
 from convert.report import readable
 
 
@@ -87,8 +88,10 @@ def table(plan: Plan) -> Table:
     where = "" if plan.target is None else f", {plan.target}"
     where += f" on {plan.hosts} hosts" if plan.hosts > 1 else ""
     out = Table(
-        title=f"{plan.model} in {plan.dtype} on {mesh}{where}, batch {plan.batch}, "
-        f"{plan.visual_tokens:,} visual tokens each{kept}",
+        title=as_text(
+            f"{plan.model} in {plan.dtype} on {mesh}{where}, batch {plan.batch}, "
+            f"{plan.visual_tokens:,} visual tokens each{kept}"
+        ),
         caption=missing(plan),
         show_header=False,
         box=SIMPLE_HEAD,

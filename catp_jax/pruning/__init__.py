@@ -70,7 +70,8 @@ def make(
     name, *options = spec.split(":")
     fitting = ", ".join(methods_for(sites)) or "no method"
     if name not in METHODS:
-        raise ValueError(f"unknown pruning method {name!r}; this model takes {fitting}")
+        takes = "there are" if sites == frozenset(Site) else "this model takes"
+        raise ValueError(f"unknown pruning method {name!r}; {takes} {fitting}")
     site = site_of(name, sites)
     if site is None:
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")

@@ -27,7 +27,10 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
     Raises ValueError if their numbers differ, and for what `make` or `budget.parse` refuse.
     """
     specs, budgets = listed(prune), listed(keep)
-    budgets = [int(some) if isinstance(some, numbers.Integral) else some for some in budgets]
+    budgets = [
+        int(some) if isinstance(some, numbers.Integral) and not isinstance(some, bool) else some
+        for some in budgets
+    ]
     if len(specs) != len(budgets):
         raise ValueError(
             f"each method to prune by wants its budget to keep: got {len(specs)} methods and "

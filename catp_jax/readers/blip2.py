@@ -5,7 +5,7 @@ not made here, since the model puts its queries in front of the text by itself.
 """
 
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from catp_jax.generation.buckets import TEXT_LENGTHS, round_up
+from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
 from catp_jax.models.llama import LlamaConfig
@@ -59,7 +59,7 @@ TOKENS: dict[type, dict[str, int]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryingReader:
+class QueryingReader(ABC):
     """What the readers of models share whose language model reads a Q-Former's queries."""
 
     config: QueryingConfig
@@ -99,6 +99,11 @@ class QueryingReader:
         return self.processor.tokenizer
 
     @property
+    def cross_layers(self) -> int:
+        """Layers of the Q-Former in which its queries look at the image."""
+        return len(self.config.qformer.cross_layers)
+
+    @property
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
         return getattr(self.config.text, "max_position_embeddings", None)  # T5 has none
@@ -122,10 +127,6 @@ class QueryingReader:
         """How many tokens of the language model a question is, queries included."""
         return self.config.num_query_tokens + len(question.tokens)
 
-    def visual_tokens(self, question: Question[np.ndarray]) -> int:
-        """How many visual tokens a question has, before any pruning."""
-        return self.config.num_query_tokens
-
     def before_answers(self, packed: Packed[Any]) -> list[list[int]]:
         """The placeholders and tokens of each prompt; with T5 the start token alone."""
         text, mark = self.config.text, self.config.image_token_index
@@ -147,7 +148,7 @@ class QueryingReader:
         longest = max(map(len, begun))
         if not longest:
             return packed
-        table = np.full((len(begun), round_up(longest, (1, 2, 4, 8, *TEXT_LENGTHS))), -1, np.int32)
+        table = np.full((len(begun), round_up(longest, TOKEN_COUNTS)), -1, np.int32)
         for row, tokens in enumerate(begun):
             table[row, : len(tokens)] = tokens
         return dataclasses.replace(packed, inputs=replace(packed.inputs, begun=table))
@@ -162,14 +163,14 @@ class QueryingReader:
         return tokens
 
     def locate(self, packed: Packed[Any], row: int, numbers: np.ndarray) -> KeptQueries:
-        """The queries `numbers` come from no one place; see `attention_map`."""
+        """The queries `numbers` come from no one place; see `kept_map`."""
         return KeptQueries(number=numbers)
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         return stretched(process_image(self.processor, source).transpose(1, 2, 0))
 
-    def attention_map(self, network: Any, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
+    def kept_map(self, network: Any, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
         """Where the kept queries look: their cross-attention, averaged over layers and heads, the
         sum over them stretched to 1.
         """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from catp_jax.messages import short
 from catp_jax.readers.images import ImageLike, within
 
 SOURCES = ("image", "path", "url", "base64")
@@ -35,7 +36,7 @@ def take_images(
     Raises ValueError for what is no chat, and if `images` are too few.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(f"a chat must be a list of at least one message, got {_short(messages)}")
+        raise ValueError(f"a chat must be a list of at least one message, got {_got(messages)}")
     others, found = list(images), []
     out = [
         _message(message, f"message {number} of the chat", others, found, folder)
@@ -47,7 +48,7 @@ def take_images(
 def check_text(text: Any, name: str) -> str:
     """The text. Raises ValueError if it is none, or half a character stands alone in it."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be text, got {_short(text)}")
+        raise ValueError(f"{name} must be text, got {_got(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -62,7 +63,7 @@ def _message(
     message: Any, where: str, others: list[ImageLike], found: list[ImageLike], folder: Path | None
 ) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {_short(message)}')
+        raise ValueError(f'{where} must be {{"role": …, "content": …}}, got {_got(message)}')
     check_text(message.get("role"), f"the role of {where}")
     _check_keys(message, MESSAGE, where)
     content = message.get("content")
@@ -85,7 +86,7 @@ def _part(
     if kind not in ("image", "image_url"):
         raise ValueError(
             f'a part of {where} must be {{"type": "text", "text": …}} or {{"type": "image", …}}, '
-            f"got {_short(part)}"
+            f"got {_got(part)}"
         )
     if kind == "image_url":
         url = part.get("image_url")
@@ -120,6 +121,5 @@ def _check_keys(found: dict[str, Any], known: Sequence[str], where: str) -> None
         )
 
 
-def _short(value: Any) -> str:
-    text = f"{type(value).__name__} {value!r}" if value is not None else "None"
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _got(value: Any) -> str:
+    return "None" if value is None else short(f"{type(value).__name__} {value!r}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from catp_jax import strict_json
+from catp_jax.files import is_there
 from catp_jax.generation.options import Options
 
 LENGTH = 20  # transformers' own max_length, which it takes for none
@@ -76,7 +77,7 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
     if the file cannot be read, or asks for something that is not implemented.
     """
     path = folder / "generation_config.json"
-    if not path.exists():
+    if not is_there(path):
         return Options(), ""
     content = strict_json.read(path)
     given = {key: value for key, value in content.items() if value not in (None, [], {})}
@@ -91,14 +92,14 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
         names = ", ".join(f"{name}={value!r}" for name, value in missing.items())
         raise ValueError(
             f"{path} asks for {names}, which is not implemented; take it out, or leave the file "
-            "aside (--no-generation-config, in Python generation_config=False)"
+            "aside (generate --no-generation-config, in Python generation_config=False)"
         )
     try:
-        taken = _options(given)
-        options = Options(**taken)
+        options = Options(**_options(given))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    parts = []
+    parts, plain = [], Options()
+    taken = {name: value for name, value in vars(options).items() if value != getattr(plain, name)}
     if taken:
         parts.append(", ".join(f"{name}={value!r}" for name, value in taken.items()))
     if given.get("max_length", LENGTH) != LENGTH:
@@ -119,26 +120,33 @@ def sets_defaults(folder: Path, is_used: bool) -> bool:
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """What of the file is among our options, without what changes nothing."""
+    """What of the file is among our options. Raises ValueError for what is none."""
     taken = {name: given[name] for name in TAKEN if name in given}
-    if given.get("do_sample"):
+    least = given.get("min_new_tokens")
+    if isinstance(least, int) and "max_new_tokens" not in given:
+        taken["max_new_tokens"] = max(Options().max_new_tokens, least)
+    samples = given.get("do_sample", False)
+    if not isinstance(samples, bool):
+        raise ValueError(f"do_sample is true or false, got {samples!r}")
+    if samples:
         # what the file does not say is as in transformers
         taken["temperature"] = given.get("temperature", 1.0)
+        if taken["temperature"] == 0:
+            raise ValueError("do_sample is true, and temperature 0: greedy answers have it false")
         taken["top_k"] = given.get("top_k", 50)
         taken["top_p"] = given.get("top_p", 1.0)
     if given.get("num_beams", 1) != 1:
         taken["length_penalty"] = given.get("length_penalty", 1.0)
         early = given.get("early_stopping", False)
-        if early not in EARLY_STOPPING:
+        if not isinstance(early, bool | str) or early not in EARLY_STOPPING:
             raise ValueError(f"early_stopping is true, false or 'never', got {early!r}")
         taken["early_stopping"] = EARLY_STOPPING[early]
-    plain = Options()
-    return {name: value for name, value in taken.items() if value != getattr(plain, name)}
+    return taken
 
 
 def _missing(given: dict[str, Any]) -> dict[str, Any]:
     """What of the file would change answers and is not implemented."""
-    samples = bool(given.get("do_sample"))
+    samples = given.get("do_sample") is True
     harmless = MISSING | (MISSING_IN_SAMPLING if samples else {})
     missing = {
         name: given[name]

@@ -5,17 +5,36 @@ import re
 from pathlib import Path
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PUBLISHED = (
+    *(
+        f"meta-llama/Llama-3.2-{size}-Vision{kind}"
+        for size in ("11B", "90B")
+        for kind in ("", "-Instruct")
+    ),
+    *(f"Salesforce/blip2-{part}" for part in ("opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl")),
+    *("Salesforce/blip2-itm-vit-g", "Salesforce/blip2-itm-vit-g-coco"),
+    *("Salesforce/instructblip-vicuna-7b", "Salesforce/instructblip-vicuna-13b"),
+    *("Salesforce/instructblip-flan-t5-xl", "Salesforce/instructblip-flan-t5-xxl"),
+)
+"""Checkpoints that are found by the last part of their names, too."""
+FULL_NAMES = {name.partition("/")[2]: name for name in PUBLISHED}
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a path, with `~`, or a name in the local Hugging Face cache.
+    """The folder of a model: a path, with `~`, or a name in the local Hugging Face cache, of one of
+    the `PUBLISHED` also without its organisation.
 
     Nothing is downloaded. Raises ValueError if there is neither, with what to do.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"a model is a folder or a name (org/name), got {model!r}")
     for path in (Path(model), Path(os.path.expanduser(model))):
-        if path.exists():
-            return path
-    name = str(model)
+        try:
+            if path.exists():
+                return path
+        except (OSError, ValueError):  # longer than any path, or with a zero byte
+            continue
+    name = FULL_NAMES.get(str(model), str(model))
     if not NAME.fullmatch(name):
         raise ValueError(
             f"{name} is not a folder; a Hugging Face folder, one made by `catp-jax convert`, or a "

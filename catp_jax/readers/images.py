@@ -9,18 +9,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ImageLike = str | Path | Image.Image | np.ndarray | bytes | bytearray | BinaryIO | Mapping[str, Any]
+from catp_jax.messages import short
+
+Raw = bytes | bytearray | memoryview
+ImageLike = str | Path | Image.Image | np.ndarray | Raw | BinaryIO | Mapping[str, Any]
 Fetch = Callable[[str], ImageLike]
 """What brings the image at a web address; nothing is downloaded unless a user gives one."""
 
-NO_LIST = str | bytes | bytearray | Path | Mapping | np.ndarray | Image.Image | io.IOBase
+NO_LIST = str | Raw | Path | Mapping | np.ndarray | Image.Image | io.IOBase
 """One image or text, where a list of them is wanted."""
 
 SHORTEST = 40  # characters of base64 that may be an image; a file's name may look like it
 CHANNELS = (1, 3, 4)
+URL_SAFE = bytes.maketrans(b"-_", b"+/")  # letters of base64 in addresses
 
 
 def read_image(source: ImageLike) -> Image.Image:
@@ -32,7 +37,8 @@ def read_image(source: ImageLike) -> Image.Image:
       `datasets` makes, {"bytes": …, "path": …};
     - a PIL image;
     - an array, of NumPy or another library: [height, width], with channels (1, 3 or 4) last or
-      first, of uint8, or of floats from 0 to 1. If both could be, they are last.
+      first, of uint8, other whole numbers from 0 to 255, floats from 0 to 1, or True for white. If
+      both could be, channels are last.
 
     No image may have more pixels than Pillow opens, twice `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -44,7 +50,9 @@ def read_image(source: ImageLike) -> Image.Image:
         source = encoded
     if isinstance(source, str | Path):
         return _from_file(source)
-    if isinstance(source, bytes | bytearray):
+    if isinstance(source, memoryview) and source.ndim > 1:
+        source = np.asarray(source)
+    if isinstance(source, Raw):
         name = f"image of {len(source)} bytes"
         return _to_rgb(_decode(io.BytesIO(source), name), name)
     if isinstance(source, Image.Image):
@@ -58,6 +66,22 @@ def read_image(source: ImageLike) -> Image.Image:
     )
 
 
+def check_image(source: str | Path) -> None:
+    """Raises ValueError as `read_image` does. A JPEG, which must be whole, is decoded at its
+    smallest scale, so that many are looked at in little time.
+    """
+    encoded = _encoded(source) if isinstance(source, str) else None
+    if encoded is None:
+        _from_file(source, is_draft=True)
+    else:
+        read_image(encoded)
+
+
+def quoted(text: str) -> str:
+    """A path or address in quotes, without the megabytes that it may hold."""
+    return repr(short(text, 60) if len(text) > 500 else text)
+
+
 def is_web_address(source: Any) -> bool:
     """Whether an image would have to be fetched."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
@@ -67,15 +91,15 @@ def fetch_image(address: str, fetch: Fetch | None) -> ImageLike:
     """The image at a web address. Raises ValueError if `fetch` is missing or fails."""
     if fetch is None:
         raise ValueError(
-            f"image {_short(address)} is a web address, and nothing is downloaded unasked; save it "
+            f"image {quoted(address)} is a web address, and nothing is downloaded unasked; save it "
             "as a file, or load the model with fetch=, a function from address to bytes"
         )
     try:
         found = fetch(address)
     except Exception as error:  # of any library
-        raise ValueError(f"image {_short(address)} could not be fetched: {error}") from error
+        raise ValueError(f"image {quoted(address)} could not be fetched: {error}") from error
     if is_web_address(found):
-        raise ValueError(f"image {_short(address)}: fetch must return the image, not an address")
+        raise ValueError(f"image {quoted(address)}: fetch must return the image, not an address")
     return found
 
 
@@ -106,17 +130,16 @@ def _encoded(text: str) -> bytes | None:
         try:
             content = urllib.parse.unquote_to_bytes(body)
             if head.lower().endswith(";base64"):
-                content = b"".join(content.split()).rstrip(b"=")
-                content = base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+                content = _from_base64(content)
         except ValueError:  # no base64, or half a character
             content = b""
         if not comma or not content:
-            raise ValueError(f"image {_short(text)} is no data: URI that holds anything")
+            raise ValueError(f"image {quoted(text)} is no data: URI that holds anything")
         return content
     if len(text) < SHORTEST or os.path.isfile(text):
         return None
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        content = _from_base64(text.encode())
     except ValueError:
         return None
     try:
@@ -130,18 +153,24 @@ def _encoded(text: str) -> bytes | None:
     return content
 
 
+def _from_base64(text: bytes) -> bytes:
+    """What base64 says, that for addresses too, with or without its padding."""
+    text = b"".join(text.split()).rstrip(b"=").translate(URL_SAFE)
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+
+
 def _local(path: str) -> str:
     """A path, also where it is a file:// address."""
     if path[:7].lower() != "file://":
         return path
     host, slash, rest = path[7:].partition("/")
     if host not in ("", "localhost"):
-        raise ValueError(f"image {_short(path)} lies on another machine; copy it to this one")
+        raise ValueError(f"image {quoted(path)} lies on another machine; copy it to this one")
     return urllib.parse.unquote(slash + rest)
 
 
-def _from_file(source: str | Path) -> Image.Image:
-    name = f"image {_short(str(source))}"
+def _from_file(source: str | Path, is_draft: bool = False) -> Image.Image:
+    name = f"image {quoted(str(source))}"
     if is_web_address(source):
         fetch_image(str(source), None)
     path = _local(source) if isinstance(source, str) else source
@@ -151,7 +180,7 @@ def _from_file(source: str | Path) -> Image.Image:
         raise ValueError(f"{name} is not a file")
     if not os.path.getsize(path):
         raise ValueError(f"{name} is an empty file")
-    return _to_rgb(_decode(path, name), name)
+    return _to_rgb(_decode(path, name, is_draft), name)
 
 
 def _read_whole(file: Any) -> bytes:
@@ -162,13 +191,15 @@ def _read_whole(file: Any) -> bytes:
         content = file.read()
     except Exception as error:  # closed, or of any library
         raise ValueError(f"image as an open file cannot be read: {error}") from None
-    if not isinstance(content, bytes | bytearray):
+    if not isinstance(content, Raw):
         raise ValueError("image as an open file wants one that was opened for bytes, as 'rb' does")
     return bytes(content)
 
 
-def _decode(source: str | Path | BinaryIO | Image.Image, name: str) -> Image.Image:
-    """All pixels, upright, in the image's own mode."""
+def _decode(
+    source: str | Path | BinaryIO | Image.Image, name: str, is_draft: bool = False
+) -> Image.Image:
+    """All pixels, upright, in the image's own mode; of a JPEG that is a draft, few."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have one limit
@@ -178,6 +209,8 @@ def _decode(source: str | Path | BinaryIO | Image.Image, name: str) -> Image.Ima
             with Image.open(source) as image:
                 if image.format == "EPS":  # a program, which Pillow gives to Ghostscript to run
                     raise UnidentifiedImageError
+                if is_draft:
+                    image.draft(None, (1, 1))
                 return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is in no image format that can be read") from None
@@ -203,6 +236,9 @@ def _check_size(pixels: int, name: str) -> None:
 
 def _from_array(source: Any) -> Image.Image:
     try:
+        if hasattr(source, "detach"):  # torch's, which a gradient or a device may hold
+            source = source.detach().cpu()
+            source = source.double() if source.is_floating_point() else source
         array = np.asarray(source)
     except Exception as error:  # of another library: on a device, or of a type NumPy lacks
         raise ValueError(f"an image array that NumPy cannot read: {error}") from None
@@ -215,20 +251,25 @@ def _from_array(source: Any) -> Image.Image:
             "an image array is [height, width], or has 1, 3 or 4 channels first or last, got "
             f"{shape}"
         )
-    if np.issubdtype(array.dtype, np.floating):
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.signedinteger):
+        if array.min() < 0 or array.max() > 255:
+            raise ValueError("an image array of whole numbers holds values from 0 to 255")
+        array = array.astype(np.uint8)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float64)  # of bfloat16, NumPy alone knows little
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise ValueError("an image array of floats holds values from 0 to 1; divide by 255")
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array is of uint8 or of floats from 0 to 1, got {array.dtype}")
+        raise ValueError(
+            "an image array is of uint8, of whole numbers from 0 to 255 or of floats from 0 to 1, "
+            f"got {array.dtype}"
+        )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return _decode(Image.fromarray(np.ascontiguousarray(array)), "image")
-
-
-def _short(text: str) -> str:
-    """A path or address in quotes, without the megabytes that it may hold."""
-    return repr(text if len(text) <= 500 else f"{text[:60]}…")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -96,6 +96,10 @@ class MllamaReader:
         return self.processor.tokenizer
 
     @property
+    def cross_layers(self) -> None:
+        """Its visual tokens are the image's own."""
+
+    @property
     def positions(self) -> int:
         """Tokens that a prompt and its answer may have in all."""
         return self.config.text.max_position_embeddings
@@ -117,11 +121,6 @@ class MllamaReader:
     def length(self, question: Question[ProcessedImage]) -> int:
         """How many tokens of the language model a question is; images are read from the side."""
         return len(question.tokens)
-
-    def visual_tokens(self, question: Question[ProcessedImage]) -> int:
-        """How many visual tokens a question has, before any pruning."""
-        per_tile = self.config.vision.tokens_per_tile
-        return sum(image.num_tiles for image in question.images) * per_tile
 
     def pack(self, questions: Sequence[Question[ProcessedImage]], shares: int = 1) -> MllamaPacked:
         """A batch of questions as arrays on the host, for a mesh that splits them into `shares`."""
@@ -154,7 +153,7 @@ class MllamaReader:
         tiles = image.pixels[: rows * columns].reshape(rows, columns, -1, size, size)
         return stretched(tiles.transpose(0, 3, 1, 4, 2).reshape(rows * size, columns * size, -1))
 
-    def attention_map(
+    def kept_map(
         self, network: Any, packed: MllamaPacked, row: int, kept: KeptTokens
     ) -> np.ndarray:
         """1 for every kept patch of a prompt's first image, on the grid of its whole canvas."""

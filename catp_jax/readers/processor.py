@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from catp_jax import strict_json
+from catp_jax.files import is_there
+from catp_jax.terminal import without_advice
 
 CONFIGS = (
     *("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
@@ -24,9 +26,7 @@ CONFIGS = (
 )
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
                 "tokenizer.model")  # fmt: skip
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
-MARK = b"\xef\xbb\xbf"  # in front of a file that some editors save
-LARGEST = 500_000_000  # bytes
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates/*.jinja"
 
 
 def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -> Any:
@@ -35,7 +35,8 @@ def load_processor(folder: Path, tokenizers: tuple[str, ...] = ("tokenizer",)) -
     Raises ValueError if a file is missing, damaged or of another kind, or if it names code that
     transformers itself does not have.
     """
-    from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
+    with without_advice():
+        from transformers import AutoProcessor, ProcessorMixin  # here: it imports torch, if there
 
     _check_image_processor(folder)
     vocabularies = {}
@@ -130,8 +131,8 @@ def fingerprint(processor: Any) -> str:
 def _check_image_processor(folder: Path) -> None:
     """Raises ValueError if there is none, where transformers would make one up."""
     whole = folder / "processor_config.json"
-    has_own = (folder / "preprocessor_config.json").exists()
-    if not has_own and not (whole.exists() and "image_processor" in strict_json.read(whole)):
+    has_own = is_there(folder / "preprocessor_config.json")
+    if not has_own and not (is_there(whole) and "image_processor" in strict_json.read(whole)):
         raise ValueError(
             f"{folder}: the image processor is missing (preprocessor_config.json, or "
             "processor_config.json with an image_processor); take the same checkpoint's"
@@ -143,21 +144,22 @@ def vocabulary(folder: Path) -> set[str]:
 
     Raises ValueError if they are missing or need a package that is.
     """
-    if (path := folder / "tokenizer.json").exists():
+    if is_there(path := folder / "tokenizer.json"):
         model = strict_json.read(path).get("model")
         found = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(found, list):  # Unigram: pairs of a token and its score
             found = [pair[0] for pair in found if isinstance(pair, list) and pair]
         return _tokens(path, found)
-    if (path := folder / "vocab.json").exists():
-        if not (folder / "merges.txt").exists():
+    if is_there(path := folder / "vocab.json"):
+        if not is_there(folder / "merges.txt"):
             raise ValueError(f"{folder} has vocab.json but no merges.txt; copy it too")
         return _tokens(path, strict_json.read(path))
-    if (path := folder / "vocab.txt").exists():
+    if is_there(path := folder / "vocab.txt"):
         return _tokens(path, [line for line in read_text(path).splitlines() if line.strip()])
     for name in ("spiece.model", "tokenizer.model"):
-        if (path := folder / name).exists():
-            is_text = _read(path)[:200].isascii()  # lines of base64, as Llama 3 has them
+        if is_there(path := folder / name):
+            # lines of base64, as Llama 3 has them
+            is_text = strict_json.read_bytes(path)[:200].isascii()
             package = "tiktoken" if is_text else "sentencepiece"
             if find_spec(package) is None:
                 raise ValueError(
@@ -175,23 +177,12 @@ def vocabulary(folder: Path) -> set[str]:
 def read_text(path: Path) -> str:
     """A file's text. Raises ValueError, which names the file."""
     try:
-        return _read(path).decode()
+        return strict_json.read_bytes(path).decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
             f"{path} is not UTF-8 text: byte {byte:#04x} at place {error.start}; save it as UTF-8"
         ) from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file")
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path} has more than {LARGEST} bytes; it is no file of a processor")
-        return path.read_bytes().removeprefix(MARK)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _tokens(path: Path, found: Any) -> set[str]:
@@ -210,14 +201,13 @@ def _copy(folder: Path, out: Path) -> None:
     """The files of a processor, without code and byte-order marks."""
     out.mkdir(exist_ok=True)
     for name in CONFIGS:
-        if (path := folder / name).exists():
+        if is_there(path := folder / name):
             (out / name).write_text(json.dumps(_without_code(path, strict_json.read(path))))
-    templates = [path for pattern in TEMPLATES for path in folder.glob(pattern)]
-    for path in [*(folder / name for name in VOCABULARIES), *templates]:
-        if path.exists():
+    for path in [*(folder / name for name in (*VOCABULARIES, TEMPLATE)), *folder.glob(TEMPLATES)]:
+        if is_there(path):
             copy = out / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(_read(path))
+            copy.write_bytes(strict_json.read_bytes(path))
 
 
 def _without_code(path: Path, config: dict[str, Any]) -> dict[str, Any]:

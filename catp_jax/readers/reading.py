@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from catp_jax import strict_json
+from catp_jax.files import is_there
+from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS
 from catp_jax.readers.chat import check_text, take_images
 from catp_jax.readers.images import Fetch, ImageLike, fetch_image, is_web_address
 from catp_jax.readers.packing import Packed
@@ -78,6 +80,13 @@ class Reader(Protocol):
     @property
     def tokenizer(self) -> Any: ...
     @property
+    def cross_layers(self) -> int | None:
+        """Layers in which the visual tokens look at the image before the language model gets them;
+        None: they are the image's own.
+        """
+        ...
+
+    @property
     def positions(self) -> int | None:
         """Tokens that a prompt and its answer may have in all; None: any number."""
         ...
@@ -95,10 +104,6 @@ class Reader(Protocol):
 
     def length(self, question: Question[Any]) -> int:
         """How many tokens of the language model a question is."""
-        ...
-
-    def visual_tokens(self, question: Question[Any]) -> int:
-        """How many visual tokens a question has, before any pruning."""
         ...
 
     def pack(self, questions: Sequence[Question[Any]], shares: int = 1) -> Packed[Any]:
@@ -119,7 +124,7 @@ class Reader(Protocol):
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         ...
 
-    def attention_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
+    def kept_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
         """How much of each part of a prompt's image is in the kept tokens, [rows, columns] from 0
         to 1.
         """
@@ -183,7 +188,7 @@ def check_tokens(tokens: Sequence[int], embeddings: int, who: str) -> None:
 
 
 def special_tokens(
-    folder: Path, defaults: dict[str, int], has_generation_config: bool
+    folder: Path, defaults: dict[str, int], has_generation_config: bool, size: int
 ) -> tuple[tuple[int, ...], int | None]:
     """End and padding tokens, as transformers finds them.
 
@@ -191,7 +196,8 @@ def special_tokens(
     `defaults`. Without `has_generation_config` a language model generates by itself, and only its
     `text_config` counts.
 
-    Raises ValueError for a file that cannot be read and for what is no token.
+    Raises ValueError for a file that cannot be read and for what is none of the `size` tokens of
+    the model; padding may be among the rows that some embeddings have beyond them.
     """
     config = strict_json.read(folder / "config.json")
     text = config.get("text_config") or {}
@@ -199,7 +205,7 @@ def special_tokens(
         raise ValueError(f"{folder}: text_config must be an object, not {text!r}")
     found = [defaults, config, text] if has_generation_config else [defaults, text]
     path = folder / "generation_config.json"
-    if has_generation_config and path.exists():
+    if has_generation_config and is_there(path):
         found.append(strict_json.read(path))
     settings = {key: value for part in found for key, value in part.items() if value is not None}
     named, pad = settings.get("eos_token_id"), settings.get("pad_token_id")
@@ -209,6 +215,12 @@ def special_tokens(
             f"{folder}: eos_token_id must be a token's number or a list of them, got {named!r} in "
             "config.json or generation_config.json"
         )
+    if (highest := max(ends)) >= size:
+        raise ValueError(
+            f"{folder}: eos_token_id has token {highest}; this model has {size} tokens"
+        )
+    if type(pad) is int and pad >= size + EXTRA_EMBEDDINGS:
+        raise ValueError(f"{folder}: pad_token_id is token {pad}; this model has {size} tokens")
     if pad is not None and type(pad) is not int:
         raise ValueError(f"{folder}: pad_token_id must be a token's number, got {pad!r}")
     return tuple(ends), pad if pad is not None and pad >= 0 else None  # Vicuna's -1 says: none

@@ -13,6 +13,7 @@ import numpy as np
 
 from catp_jax.contract import Site
 from catp_jax.pruning import named
+from catp_jax.readers.images import quoted
 from catp_jax.struct import replace
 from catp_jax.study.cost import in_parallel
 from catp_jax.study.records import UNPRUNED, Conditions, Setting
@@ -23,7 +24,7 @@ Pruners = tuple[Any, ...]
 
 @runtime_checkable
 class Answerer(Protocol):
-    """What a study needs of a loaded model (`catp_jax.api`).
+    """What a study needs of a loaded model (`catp_jax.model`).
 
     `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
@@ -49,7 +50,7 @@ class Answerer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch whose images are encoded: its number, what it was made of, the model's inputs, and
     the milliseconds that encoding took.
     """
@@ -88,7 +89,7 @@ class Batches:
         """The questions of a batch."""
         return self._examples[number]
 
-    def encode(self, number: int) -> Encoded:
+    def encode(self, number: int) -> EncodedBatch:
         """A batch, read and encoded.
 
         Raises ValueError, with the id and the image, for a question that cannot be used.
@@ -99,7 +100,7 @@ class Batches:
             jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
             self._encoded.add(shapes)
         packed, ms = self._clocked(lambda: self.model.encode(packed))
-        return Encoded(number, self._examples[number], packed, ms)
+        return EncodedBatch(number, self._examples[number], packed, ms)
 
     def _prepare(self, number: int) -> Any:
         """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""
@@ -115,11 +116,11 @@ class Batches:
                     self.model.prepare([example.image], [prompt], begun[:1])
                 except ValueError as error:
                     raise ValueError(
-                        f"question {example.id!r} about {str(example.image)!r}: {error}"
+                        f"question {example.id!r} about {quoted(str(example.image))}: {error}"
                     ) from None
             raise
 
-    def pruners(self, setting: Setting, batch: Encoded) -> Pruners:
+    def pruners(self, setting: Setting, batch: EncodedBatch) -> Pruners:
         """The setting's methods for a batch; one that draws does so anew for each question.
 
         A count is the same for every prompt, a percentage leaves each prompt its own.
@@ -132,7 +133,7 @@ class Batches:
             for pruner in self._undrawn(setting, batch)
         )
 
-    def _undrawn(self, setting: Setting, batch: Encoded) -> Pruners:
+    def _undrawn(self, setting: Setting, batch: EncodedBatch) -> Pruners:
         """The same, with each method's own seed."""
         if setting.method == UNPRUNED:
             return ()
@@ -143,12 +144,12 @@ class Batches:
         except ValueError as error:
             raise ValueError(f"{setting.method}: {error}") from None
 
-    def _seeds(self, batch: Encoded) -> list[int]:
+    def _seeds(self, batch: EncodedBatch) -> list[int]:
         """What each prompt of a batch draws with."""
         first = self.conditions.seed + batch.number * self.conditions.batch
         return [first + row for row in range(len(batch.packed.available))]
 
-    def as_data(self, setting: Setting, batch: Encoded) -> tuple[dict[str, Any], ...]:
+    def as_data(self, setting: Setting, batch: EncodedBatch) -> tuple[dict[str, Any], ...]:
         """The setting's methods as classes and fields."""
         return tuple(
             {
@@ -167,21 +168,21 @@ class Batches:
             )
         )
 
-    def ask(self, pruners: Pruners, batch: Encoded) -> tuple[Any, float]:
+    def ask(self, pruners: Pruners, batch: EncodedBatch) -> tuple[Any, float]:
         """A batch's answers, and the milliseconds that they took.
 
         Raises ValueError, with the questions' ids, if they do not fit.
         """
-        options = {**vars(self.conditions.options), "seed": self._seeds(batch)}
+        options = dataclasses.replace(self.conditions.options, seed=self._seeds(batch))
         try:
             return self._clocked(
-                lambda: self.model.generate_packed(batch.packed, pruners, **options)
+                lambda: self.model.generate_packed(batch.packed, pruners, **vars(options))
             )
         except ValueError as error:
             first, last = batch.examples[0].id, batch.examples[-1].id
             raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
 
-    def compile(self, pruned: dict[Setting, Pruners], batch: Encoded) -> None:
+    def compile(self, pruned: dict[Setting, Pruners], batch: EncodedBatch) -> None:
         """Runs what has not run for this batch's shapes."""
         keys = {
             setting: (setting, str(jax.tree.map(jnp.shape, (batch.packed.inputs, pruners))))

@@ -43,16 +43,10 @@ def unpruned_of(results: Sequence[Result]) -> Result | None:
     return next((result for result in results if result.setting.method == UNPRUNED), None)
 
 
-def draw_accuracy(
-    results: Sequence[Result] | Mapping[str, Sequence[Result]],
-    path: Path,
-) -> None:
-    """Accuracy against visual tokens kept, with 95 % intervals.
-
-    A line per method, the unpruned model as a rule with its band; a panel per model, where
-    `results` go by their names.
+def draw_accuracy(panels: Mapping[str, Sequence[Result]], path: Path) -> None:
+    """Accuracy against visual tokens kept, with 95 % intervals: a panel per model, by its name; a
+    line per method, the unpruned model as a rule with its band.
     """
-    panels = results if isinstance(results, Mapping) else {"": results}
     methods = list(
         dict.fromkeys(
             result.setting.method

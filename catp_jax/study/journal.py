@@ -152,8 +152,5 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
             for key in keys
             for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         ]
-    return [f"{name}: {_short(old)} → {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    return "nothing" if value is None else shown(value)
+    there, here = ("nothing" if value is None else shown(value) for value in (old, new))
+    return [f"{name}: {there} → {here}"]

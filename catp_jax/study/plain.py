@@ -6,6 +6,8 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from catp_jax.messages import short
+
 T = TypeVar("T")
 
 
@@ -38,8 +40,7 @@ def from_plain(kind: type[T], row: dict[str, Any]) -> T:
 
 def shown(value: Any) -> str:
     """A value as JSON, cut off where it is long."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return short(json.dumps(value, ensure_ascii=False))
 
 
 _adapter = functools.cache(TypeAdapter)

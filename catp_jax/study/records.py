@@ -52,10 +52,9 @@ class Conditions:
     prompt: str = QUESTION
     is_chat: bool = False
     begun: str = ""
-    batch: int = 64
-    # made when it is asked for: options hold arrays, and an import starts no device
-    options: Options = dataclasses.field(default_factory=lambda: Options(max_new_tokens=4))
-    seed: int = 0
+    batch: int = 32
+    options: Options = Options(max_new_tokens=10)  # noqa: RUF009 it is frozen
+    seed: int = 42
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def ask(self, question: str) -> str | list[dict[str, Any]]:

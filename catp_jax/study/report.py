@@ -27,6 +27,7 @@ from catp_jax.study.records import (
     SettingCost,
 )
 from catp_jax.study.tables import NOTES, markdown_table, write_csv
+from catp_jax.terminal import one_line
 
 PANELS = 7  # at most, in a row of pictures
 
@@ -47,15 +48,20 @@ class Study:
 
 
 def read_study(path: Path, messages: list[str] | None = None) -> Study:
-    """Reads a sweep's file; that a last line was cut off goes to `messages`.
+    """Reads a sweep's file, see `study_of`; that a last line was cut off goes to `messages`.
 
-    Raises ValueError if the file is none, or no setting in it is finished.
+    Raises ValueError if the file is none.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give one that `catp-jax study` has written")
     journal = Journal(path, report=([] if messages is None else messages).append)
+    return study_of(journal)
+
+
+def study_of(journal: Journal) -> Study:
+    """What a sweep has found. Raises ValueError if no setting is finished."""
     if journal.header is None:
-        raise ValueError(f"{path} is empty; give one that `catp-jax study` has written")
+        raise ValueError(f"{journal.path} is empty; give one that `catp-jax study` has written")
     batches: dict[Setting, list[Answers]] = defaultdict(list)
     for batch in journal.all(Answers):
         batches[batch.setting].append(batch)
@@ -81,8 +87,9 @@ def read_study(path: Path, messages: list[str] | None = None) -> Study:
     ]
     if not results:
         raise ValueError(
-            f"{path} has no finished setting yet ({'; '.join(unfinished) or 'nothing answered'}); "
-            f"run the same `catp-jax study` again, which resumes"
+            f"{journal.path} has no finished setting yet "
+            f"({'; '.join(unfinished) or 'nothing answered'}); run the same `catp-jax study` "
+            "again, which resumes"
         )
     return Study(
         header=journal.header,
@@ -114,7 +121,11 @@ def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str
     make_folder(out)
     for name, study in studies.items():
         messages += [f"{name}: not finished: {line}" for line in study.unfinished]
+    return draw_report(studies, out), messages
 
+
+def draw_report(studies: dict[str, Study], out: Path) -> list[Path]:
+    """Writes the report's files into a folder."""
     written = [out / "results.csv", out / "accuracy.png"]
     write_csv({name: study.results for name, study in studies.items()}, written[0])
     draw_accuracy({name: _curves(study) for name, study in studies.items()}, written[1])
@@ -135,7 +146,7 @@ def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str
     text = markdown(studies, pictures)
     written.insert(0, out / "report.md")
     written[0].write_text(text, encoding="utf-8")
-    return written, messages
+    return written
 
 
 def _curves(study: Study) -> list[Result]:
@@ -150,7 +161,7 @@ def _named(studies: Sequence[Study], paths: Sequence[Path]) -> dict[str, Study]:
     names = [study.header.name for study in studies]
     named: dict[str, Study] = {}
     for name, study, path in zip(names, studies, paths, strict=True):
-        name = name if names.count(name) == 1 else f"{name} ({path.stem})"
+        name = one_line(name if names.count(name) == 1 else f"{name} ({path.stem})")
         if name in named:
             raise ValueError(f"{path} is given twice, or beside another file of its name")
         named[name] = study

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from catp_jax.study.batches import Answerer, Batches, Encoded
+from catp_jax.study.batches import Answerer, Batches, EncodedBatch
 from catp_jax.study.cost import measure, sizes
 from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import as_png
@@ -179,7 +179,7 @@ def _answer(
 
 def _answers(
     batches: Batches,
-    batch: Encoded,
+    batch: EncodedBatch,
     out: Any,
     reference: np.ndarray,
     score: Score,
@@ -209,7 +209,9 @@ def _rounded(grid: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, np.round(np.asarray(grid, float), 3).tolist()))
 
 
-def _draw(journal: Journal, batches: Batches, batch: Encoded, pictured: frozenset[int]) -> None:
+def _draw(
+    journal: Journal, batches: Batches, batch: EncodedBatch, pictured: frozenset[int]
+) -> None:
     """Writes the pictures of the pictured questions of a batch that are not there yet."""
     there = {picture.number for picture in journal.all(Picture)}
     first = batch.number * batches.conditions.batch

@@ -1,4 +1,4 @@
-"""Tables of a study's results: Markdown, a terminal's, CSV, JSON lines."""
+"""Tables of a study's results: Markdown, a terminal's, CSV."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from catp_jax.study.records import Result
+from catp_jax.terminal import as_text
 
 WIDE = 130  # letters that the whole table takes
 NOTHING = "–"  # a cell of what was not measured
@@ -97,14 +98,15 @@ def table(results: Sequence[Result], name: str = "", width: int = 80) -> Table:
     """The results as a table for a terminal of `width` letters, in their order."""
     first = results[0]
     title = f"{first.questions} questions about {first.images} images"
-    out = Table(title=f"{name}: {title}" if name else title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    title = as_text(f"{name}: {title}" if name else title)
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     shown = columns(results, is_narrow=width < WIDE)
     for number, (heading, _) in enumerate(shown):
         out.add_column(
             heading.replace(", ", ",\n"), justify="right" if number else "left", no_wrap=True
         )
     for cells in zip(*(cells for _, cells in shown), strict=True):
-        out.add_row(*cells)
+        out.add_row(*map(as_text, cells))
     return out
 
 
@@ -124,10 +126,3 @@ def write_csv(results: Mapping[str, Sequence[Result]], path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_json_lines(results: Sequence[Result], path: Path) -> None:
-    """One JSON object a line, figures only."""
-    with path.open("w", encoding="utf-8") as file:
-        for result in results:
-            file.write(json.dumps(result.figures()) + "\n")

@@ -7,26 +7,26 @@ background, 64×64 pixels, and 107 forms of questions with 13 answers; its packa
     {"image": "cat.png", "question": "what is it?", "answer": "cat", "id": "optional"}
     {"image": "cat.png", "question": "which colour?", "answers": ["grey", "gray"]}
 
-Images lie relative to the file; an answer counts if it is any of the `answers`.
+Images and ids are said as in a file of requests (`readers.rows`); an answer counts if it is any of
+the `answers`.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from catp_jax import strict_json
+from catp_jax.messages import listed
+from catp_jax.readers.images import check_image
+from catp_jax.readers.rows import lines_of, parse
 from catp_jax.study.vqa_score import vqa_accuracy
 
 KEYS = ("image", "images", "question", "answer", "answers", "id")  # of one's own questions
-SHOWN = 5  # faults that a message spells out; the others are counted
 
 
 Box = tuple[float, float, float, float]
@@ -44,7 +44,7 @@ class Example:
     that its answer depends on.
     """
 
-    image: Path | UInt8[np.ndarray, "height width 3"]
+    image: Path | str | UInt8[np.ndarray, "height width 3"]
     question: str
     answer: str
     id: str
@@ -137,9 +137,7 @@ def easy_vqa(split: str = "test", limit: int | None = None) -> Iterator[Example]
 def read_json_lines(path: Path) -> list[Example]:
     """The questions of a JSON-lines file; see this module for its form."""
     examples, lines, faults, images, image_faults = [], {}, [], {}, {}
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(path):
         try:
             example = _example(line, number, path.parent, images, image_faults)
         except ValueError as error:
@@ -156,42 +154,18 @@ def read_json_lines(path: Path) -> list[Example]:
     return examples
 
 
-def _lines(path: Path) -> list[bytes]:
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    try:
-        return path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _with_one_image(row: dict[str, Any]) -> dict[str, Any]:
-    """A line that says `images` as one that says `image`, which a question has one of."""
-    if "images" not in row:
-        return row
-    images = row["images"]
-    if "image" in row:
-        raise ValueError("image and images are the same; give one of them")
-    if isinstance(images, list) and len(images) != 1:
-        raise ValueError(f"a question is about one image, got {len(images)}")
-    one = images[0] if isinstance(images, list) else images
-    return {**{key: row[key] for key in row if key != "images"}, "image": one}
-
-
 def _example(
     line: bytes,
     number: int,
     folder: Path,
-    images: dict[Path, int],
-    image_faults: dict[Path, str | None],
+    images: dict[Path | str, int],
+    image_faults: dict[Path | str, str],
 ) -> Example:
-    row = strict_json.parse(line)
-    if unknown := [key for key in row if key not in KEYS]:
-        raise ValueError(f"unknown: {', '.join(map(repr, unknown))}; a line has {', '.join(KEYS)}")
-    row = _with_one_image(row)
-    for key in ("image", "question"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"{key!r} is a text that is not empty, got {row.get(key)!r}")
+    row = parse(line, KEYS, folder)
+    if len(row["images"]) != 1:
+        raise ValueError(f"a question is about one image, got {len(row['images'])}")
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise ValueError(f"'question' is a text that is not empty, got {row.get('question')!r}")
     if ("answer" in row) == ("answers" in row):
         raise ValueError("give either 'answer' or 'answers'")
     answers = row["answers"] if "answers" in row else [row["answer"]]
@@ -201,10 +175,7 @@ def _example(
         or not all(isinstance(answer, str) and answer.strip() for answer in answers)
     ):
         raise ValueError(f"answers are texts that are not empty, got {answers!r}")
-    identity = row.get("id", f"line-{number}")
-    if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise ValueError(f"'id' is a text or a whole number, got {identity!r}")
-    image = folder / os.path.expanduser(row["image"])
+    (image,) = row["images"]
     if image not in image_faults:
         image_faults[image] = image_fault(image)
     if fault := image_faults[image]:
@@ -213,29 +184,24 @@ def _example(
         image=image,
         question=row["question"],
         answer=answers[0],
-        id=str(identity),
+        id=f"line-{number}" if row["id"] is None else str(row["id"]),
         image_id=images.setdefault(image, len(images)),
         answers=tuple(answers) if "answers" in row else (),
     )
 
 
-def image_fault(path: Path) -> str | None:
-    """Why a file cannot be used as an image; None if all of it can be decoded."""
-    if not path.is_file():
-        return f"image {str(path)!r} is not a file"
+def image_fault(image: Path | str) -> str:
+    """Why something cannot be used as an image; empty if it can."""
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # whether a JPEG's pixels are there is all that counts
-            image.load()
-            return None
-    except Exception as error:  # decoders raise nearly anything on damaged data
-        return f"image {str(path)!r} cannot be read: {error}"
+        check_image(image)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def first_few(faults: Sequence[str]) -> str:
-    """Some of a list of faults, and how many more there are."""
-    more = len(faults) - SHOWN
-    return "; ".join(faults[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    """The first faults, and how many more there are."""
+    return listed(faults, 5, "; ")
 
 
 QUESTION = "{question}"
@@ -265,14 +231,22 @@ def spread(examples: Sequence[Example], limit: int | None) -> tuple[Example, ...
     return tuple(examples[number * len(examples) // limit] for number in range(limit))
 
 
+def first_of_each_image(examples: Sequence[Example]) -> list[int]:
+    """The number of the first question about each image."""
+    first: dict[int, int] = {}
+    for number, example in enumerate(examples):
+        first.setdefault(example.image_id, number)
+    return list(first.values())
+
+
 def digest(examples: Sequence[Example]) -> str:
     """A fingerprint of questions, answers and images (files by their names), in order."""
     out = hashlib.sha256()
     for example in examples:
         row = [example.id, example.question, example.answer, *example.answers]
         out.update(json.dumps(row).encode())
-        image = example.image
-        out.update(image.name.encode() if isinstance(image, Path) else image.tobytes())
+        image = example.image.name if isinstance(example.image, Path) else example.image
+        out.update(image.encode() if isinstance(image, str) else image.tobytes())
     return out.hexdigest()[:16]
 
 

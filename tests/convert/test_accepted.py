@@ -143,7 +143,7 @@ def test_commands_take_keys_to_ignore(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."]
+    "prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "model.module."]
 )
 @pytest.mark.parametrize("kind", ["hub", "transformers 5"])
 def test_a_prefix_that_all_names_have_is_no_part_of_them(tmp_path: Path, prefix: str, kind: str):

@@ -183,7 +183,12 @@ def architectures(name: str) -> dict[str, list[str]]:
 
 BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a part": ("opt", "", {"architectures": ["Blip2QFormerModel"]}, "a whole model is wanted"),
-    "vision alone": ("opt", "", {"model_type": "blip_2_vision_model"}, "vision model alone"),
+    "vision alone": (
+        "opt",
+        "",
+        {"model_type": "blip_2_vision_model"},
+        "vision_model alone, a part",
+    ),
     "unknown key": ("opt", "", {"sparkle": 3}, r"sparkle is unknown \(it is 3\)"),
     "quantised": ("opt", "", {"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),
     "image token": ("opt", "", {"image_token_index": 50304}, "embedding has 50304 rows"),

@@ -81,7 +81,7 @@ def as_device(path: Path) -> None:
 THINGS = {
     "a pipe": (as_pipe, "a pipe, socket or device"),
     "a folder": (as_folder, "a folder"),
-    "a dead link": (as_dead_link, r"a link to \.\./blobs/gone, which is not there"),
+    "a dead link": (as_dead_link, r"a link to nothing \(\.\./blobs/gone\)"),
     "a device": (as_device, "a pipe, socket or device"),
 }
 
@@ -101,7 +101,7 @@ def test_nor_does_a_config_or_a_manifest_that_is_none_hang(tmp_path: Path, make,
     folder = tmp_path / "hf"
     folder.mkdir()
     make(folder / name)
-    with pytest.raises(ValueError, match=f"has no {name}|looked for config.json"):
+    with pytest.raises(ValueError, match=f"{name} is not a file but "):
         convert.load(folder)
 
 

@@ -123,6 +123,22 @@ WRONG = {
     ),
     "another number type": (lambda m: m["dtypes"].update({NORM: "int7"}), "dtypes are not all"),
     "no checksums": (lambda m: m.update(checksums=[]), "checksums are none"),
+    "checksums that are none": (lambda m: m["checksums"].update({NORM: "x"}), "checksums are none"),
+    **{
+        f"{name} of {value!r}": (
+            lambda m, name=name, value=value: m.update({name: value}),
+            f"{name} is .*, no list of names",
+        )
+        for name in ("ignored", "ignore_config")
+        for value in ([1], "abc", {"a": 1}, None)
+    },
+    "tensors that are letters": (
+        lambda m: (
+            m["files"].update({"x.safetensors": {"metadata": {}, "tensors": "ab"}})
+            or m["dtypes"].update(a="float32", b="float32")
+        ),
+        "x.safetensors is .*, no list of names",
+    ),
 }
 
 

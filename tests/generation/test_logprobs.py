@@ -133,11 +133,11 @@ def test_what_is_not_asked_for_is_not_in_the_program():
 def test_rows_whose_logits_are_not_finite_are_told_and_end(bad: float, options: dict[str, Any]):
     logits = table(VOCAB, 0, (), -4.0)
     fine = written(logits, Options(NEW, **options))
-    assert fine.is_sound.tolist() == [True] * 4
+    assert fine.is_finite.tolist() == [True] * 4
     logits = logits.copy()
     logits[9, 9, 5] = bad  # where the third prompt begins
     out = written(logits, Options(NEW, **options))
-    assert out.is_sound.tolist() == [True, True, False, True]
+    assert out.is_finite.tolist() == [True, True, False, True]
     for row in (0, 1, 3):
         if (9, 9) not in zip(
             fine.tokens[row].tolist(), fine.tokens[row, 1:].tolist(), strict=False
@@ -150,14 +150,14 @@ def test_rows_without_a_token_left_are_told(num_beams: int):
     every = [*range(VOCAB)]
     logits = table(VOCAB, 0, ENDS, 0.0)
     out = written(logits, Options(NEW, num_beams=num_beams, suppress_tokens=every))
-    assert out.is_sound.tolist() == [False] * 4
+    assert out.is_finite.tolist() == [False] * 4
     prompts = [[2, 4], every]
     out = written(
         logits,
         Options(NEW, num_beams=num_beams, no_repeat_ngram_size=1),
         prompts=[row[-2:] for row in prompts],
     )
-    assert out.is_sound.all()
+    assert out.is_finite.all()
 
 
 @pytest.mark.parametrize("given", [-1, True, 2.5])

@@ -89,9 +89,16 @@ def test_a_text_names_several_methods_and_budgets_separated_by_commas():
         ({"seed": "x"}, "seeds lie between"),
         ({"seed": None}, "seeds lie between"),
         ({"seed": [0, 2**32]}, "seeds lie between"),
-        ({"stop_strings": None}, "wrong type"),
-        ({"suppress_tokens": 5}, "wrong type"),
-        ({"bad_words_ids": [5]}, "wrong type"),
+        ({"stop_strings": None}, "stop_strings are texts, and none is empty; got None"),
+        ({"stop_strings": 3}, "stop_strings are texts, and none is empty; got 3"),
+        ({"stop_strings": ["a", 3]}, "stop_strings are texts"),
+        ({"suppress_tokens": 5}, "suppress_tokens is a list of token numbers, got 5"),
+        ({"begin_suppress_tokens": "a"}, "begin_suppress_tokens is a list of token numbers"),
+        ({"forced_eos_token_id": "a"}, "forced_eos_token_id has token numbers, from 0 up"),
+        ({"bad_words": 3}, "bad_words is a list of words, got 3"),
+        ({"bad_words_ids": 5}, "bad_words_ids is a list of lists of tokens, got 5"),
+        ({"num_beams": 2, "early_stopping": []}, "early_stopping is"),
+        ({"bad_words_ids": [5]}, "each of bad_words_ids is a list of token numbers, got 5"),
         ({"temperature": "0.5"}, "temperature is a number"),
         ({"temperature": True}, "temperature is a number, got True"),
         ({"temperature": 0.5, "top_p": None}, "top_p is a number"),
@@ -105,6 +112,12 @@ def test_a_text_names_several_methods_and_budgets_separated_by_commas():
 def test_what_is_no_option_is_a_value_error_before_any_model_is_loaded(options, said):
     with pytest.raises(ValueError, match=said):
         inspect.unwrap(Options)(**options)
+
+
+def test_a_record_of_options_is_plain_and_makes_no_array(monkeypatch):
+    monkeypatch.setattr("jax.numpy.asarray", lambda *_, **__: pytest.fail("an array was made"))
+    words = {"bad_words_ids": [[1, 2]], "suppress_tokens": [3], "forced_eos_token_id": 4}
+    assert Options(temperature=0.5, **words).over(num_beams=3).num_beams == 3
 
 
 @pytest.mark.parametrize(

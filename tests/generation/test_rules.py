@@ -69,7 +69,7 @@ apply = jax.jit(lambda rules, logits, written, number, stop: rules(logits, writt
 def test_logits_change_as_by_transformers_processors(name: str, length: int):
     rng, options = np.random.default_rng(0), RULES[name]
     prompts = [row[:length] for row in PROMPTS]
-    rules = Options(max_new_tokens=NEW, **options).rules(prompts)
+    rules = Options(max_new_tokens=NEW, **options).decoding(len(prompts), prompts).rules
     # few words, so that they come again
     written = rng.choice([2, 4, 6, 9, 10, 11, 12, 8], (len(PROMPTS), NEW))
     for number in (0, 1, 2, 5, NEW - 1):

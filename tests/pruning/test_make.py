@@ -21,6 +21,7 @@ from catp_jax.pruning import (
     make,
     methods_for,
 )
+from catp_jax.pruning.named import named
 from catp_jax.struct import pytree, static
 
 CROSS = frozenset({Site.CROSS})
@@ -131,6 +132,17 @@ def test_every_method_is_listed_once_and_has_its_own_file():
         assert dataclasses.is_dataclass(method)
         assert method.__module__ == f"catp_jax.pruning.{name}"
     assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random", "uniform"]
+
+
+def test_an_unknown_name_without_a_model_is_answered_with_all():
+    with pytest.raises(ValueError, match=f"'nope'; there are {', '.join(METHODS)}$"):
+        named("nope", 4)
+
+
+@pytest.mark.parametrize("keep", [True, [True]])
+def test_a_truth_is_no_count(keep):
+    with pytest.raises(ValueError, match="keep takes a count of at least 1"):
+        named("l2", keep)
 
 
 @pytest.mark.parametrize("spec", ["", "cat", "Trimmed_Llama", "trimmed-llama", "fastv,random"])

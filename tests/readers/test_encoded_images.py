@@ -6,6 +6,7 @@ import urllib.parse
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from catp_jax.readers.images import fetch_image, read_image, within
@@ -25,12 +26,18 @@ def text_of(content: bytes) -> str:
 ENCODED = {
     "bytes": encoded(),
     "bytearray": bytearray(encoded("bmp")),
+    "memoryview": memoryview(encoded("bmp")),
+    "memoryview of an array": memoryview(np.asarray(four_colours())),
     "open file": io.BytesIO(encoded()),
     "data URI": f"data:image/png;base64,{text_of(encoded())}",
     "data URI without its padding": f"data:;BASE64,{text_of(encoded()).rstrip('=')}",
     "data URI in percents": "data:image/bmp," + urllib.parse.quote_from_bytes(encoded("bmp")),
     "base64": text_of(encoded()),
     "base64 in lines": base64.encodebytes(encoded("bmp")).decode(),
+    "base64 for addresses": base64.urlsafe_b64encode(encoded("webp", lossless=True)).decode(),
+    "base64 without its padding": text_of(encoded("webp", lossless=True)).rstrip("="),
+    "data URI for addresses": "data:image/png;base64,"
+    + base64.urlsafe_b64encode(encoded()).decode(),
     "record of datasets": {"bytes": encoded(), "path": None},
     "record with a name": {"bytes": encoded(), "path": "gone.png"},
 }

@@ -122,6 +122,15 @@ def test_what_changes_nothing_passes(tmp_path: Path, given: Any):
         ({"max_new_tokens": "many"}, "max_new_tokens is a whole number, got 'many'"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is true, false or 'never'"),
         ({"suppress_tokens": [-2]}, "suppress_tokens has token numbers"),
+        ({"num_beams": 2, "early_stopping": {"a": 1}}, "early_stopping is true, false or 'never'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is true, false or 'never', got 1"),
+        ({"do_sample": True, "temperature": 0}, "do_sample is true, and temperature 0"),
+        ({"do_sample": "yes"}, "do_sample is true or false, got 'yes'"),
+        ({"do_sample": {"a": 1}}, "do_sample is true or false, got "),
+        ({"repetition_penalty": True}, "repetition_penalty is a number, got True"),
+        ({"num_beams": True}, "num_beams is a whole number, got True"),
+        ({"no_repeat_ngram_size": False}, "no_repeat_ngram_size is a whole number, got False"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, r"at most max_new_tokens \(8\), got 9"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, given: Any, says: str):
@@ -175,6 +184,13 @@ def test_what_is_given_wins_over_beams_and_lengths():
         defaults.over(max_new_tokens=3, min_new_tokens=5)
     with pytest.raises(ValueError, match="num_beams is a whole number"):
         defaults.over(num_beams="2")
+
+
+def test_a_least_length_above_our_own_longest_makes_answers_longer(tmp_path: Path):
+    given, _ = generation_defaults(folder(tmp_path, {"min_new_tokens": 50}), is_used=True)
+    assert given == Options(min_new_tokens=50, max_new_tokens=50)
+    assert given.over(max_new_tokens=64) == Options(min_new_tokens=50, max_new_tokens=64)
+    assert given.over(max_new_tokens=8) == Options(min_new_tokens=8, max_new_tokens=8)
 
 
 def copied(tmp_path: Path, name: str, given: dict[str, Any]) -> Path:

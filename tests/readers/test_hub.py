@@ -36,6 +36,14 @@ def test_a_downloaded_model_is_found_by_its_name(cache: Path):
     assert find_folder(cache.parent / "converted")
 
 
+def test_a_published_checkpoint_is_found_without_its_organisation(cache: Path):
+    hub = cache.parents[2]
+    cache.parents[1].rename(hub / "models--Salesforce--blip2-opt-2.7b")
+    found = find_folder("blip2-opt-2.7b")
+    assert found == find_folder("Salesforce/blip2-opt-2.7b")
+    assert found.is_relative_to(hub / "models--Salesforce--blip2-opt-2.7b")
+
+
 def test_folders_come_first_and_may_be_at_home(cache: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -50,6 +58,10 @@ def test_folders_come_first_and_may_be_at_home(cache: Path, tmp_path: Path, monk
     [
         ("org/other", r"download it with `hf download org/other`$"),
         ("meta-llama/Llama-3.2-11B-Vision", r"licence on https://huggingface.co/meta-llama/Llama"),
+        (
+            "blip2-opt-2.7b",
+            r"^Salesforce/blip2-opt-2.7b is .* `hf download Salesforce/blip2-opt-2.7b`$",
+        ),
         ("nowhere", "nowhere is not a folder"),
         ("/no/where", "/no/where is not a folder"),
         ("./org/mini", "is not a folder"),

@@ -216,8 +216,21 @@ def test_arrays_of_other_libraries():
     first = torch.from_numpy(pixels).permute(2, 0, 1)
     for array in (jnp.asarray(pixels), first, first / 255):
         np.testing.assert_array_equal(read_image(array), pixels)
-    with pytest.raises(ValueError, match="NumPy cannot read"):
-        read_image((first / 255).requires_grad_())
+    np.testing.assert_array_equal(read_image((first / 255).requires_grad_()), pixels)
+    # all or nothing: bfloat16 has no other shades of these
+    for array in (jnp.asarray(pixels / 255, jnp.bfloat16), (first / 255).bfloat16()):
+        np.testing.assert_array_equal(read_image(array), pixels)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.int64])
+def test_whole_numbers_are_shades_as_those_of_8_bits(kind: type):
+    pixels = np.asarray([[RED, GREEN], [BLUE, (0, 1, 100)]], np.uint8) % 127
+    np.testing.assert_array_equal(read_image(pixels.astype(kind)), read_image(pixels))
+
+
+def test_a_mask_is_black_and_white():
+    mask = np.asarray([[True, False], [False, True]])
+    np.testing.assert_array_equal(read_image(mask), np.repeat(mask[..., None] * 255, 3, axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -235,9 +248,9 @@ def test_arrays_of_other_libraries():
         (np.full((2, 2, 3), -0.1), "0 to 1"),
         (np.full((2, 2, 3), np.nan), "0 to 1"),
         (np.full((2, 2, 3), np.inf), "0 to 1"),
-        (np.zeros((2, 2, 3), np.int64), "int64"),
+        (np.full((2, 2, 3), 256), "from 0 to 255"),
+        (np.full((2, 2, 3), -1), "from 0 to 255"),
         (np.zeros((2, 2, 3), np.uint16), "uint16"),
-        (np.zeros((2, 2, 3), bool), "bool"),
         (np.zeros((2, 2, 3), complex), "complex"),
         (np.full((2, 2), "a"), "<U1"),
     ],

@@ -72,6 +72,6 @@ def test_kept_tokens_light_up_their_patches_and_class_tokens_none(
     )
     # 5 tokens a tile: the class token, then patches row by row
     kept = reader.locate(packed, 1, np.array([0, 2, 5 + 3]))
-    shown = reader.attention_map(None, packed, 1, kept)
+    shown = reader.kept_map(None, packed, 1, kept)
     np.testing.assert_array_equal(shown, [[0, 1, 0, 0], [0, 0, 1, 0]])
     assert kept.as_rows()[1] == {"image": 0, "tile": 0, "row": 0, "column": 1}

@@ -3,6 +3,7 @@ transformers would make up.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 import catp_jax
 import convert
 from catp_jax.readers.blip2 import Blip2Reader
+from catp_jax.readers.generation_config import generation_defaults
 from catp_jax.readers.mllama import MllamaReader
 from catp_jax.readers.processor import load_processor
 from catp_jax.readers.reading import special_tokens
@@ -249,10 +251,10 @@ def test_what_reads_a_binary_tokenizer_is_named(folder, name, content, package, 
 
 
 def test_byte_order_marks_change_nothing(folder: Path):
-    before = read(folder), special_tokens(folder, {}, True)
+    before = read(folder), special_tokens(folder, {}, True, 1000)
     for path in folder.glob("*.json"):
         path.write_bytes(MARK + path.read_bytes())
-    after = load_processor(folder), special_tokens(folder, {}, True)
+    after = load_processor(folder), special_tokens(folder, {}, True, 1000)
     text = "what color is the shape?"
     assert after[0].tokenizer(text)["input_ids"] == before[0].tokenizer(text)["input_ids"]
     assert repr(after[0].image_processor) == repr(before[0].processor.image_processor)
@@ -287,24 +289,7 @@ def test_a_damaged_file_is_refused_by_its_name(t5: Path, file: str, damage: str)
 def test_a_damaged_config_of_special_tokens_is_refused_by_its_name(t5, file, damage):
     (t5 / file).write_bytes(DAMAGE[damage])
     with pytest.raises(ValueError, match=f"{t5.name}/{file}"):
-        special_tokens(t5, {}, True)
-
-
-def test_a_folder_or_a_pipe_in_a_files_place_is_refused(t5: Path):
-    import os
-
-    (t5 / "tokenizer_config.json").unlink()
-    os.mkfifo(t5 / "tokenizer_config.json")
-    with pytest.raises(
-        ValueError, match=r"tokenizer_config\.json cannot be used \(it is not a file"
-    ):
-        load_processor(t5)
-    (t5 / "tokenizer_config.json").unlink()
-    (t5 / "tokenizer_config.json").mkdir()
-    with pytest.raises(
-        ValueError, match=r"tokenizer_config\.json cannot be used \(it is not a file"
-    ):
-        load_processor(t5)
+        special_tokens(t5, {}, True, 1000)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +383,7 @@ def test_blip2_ends_where_its_text_config_says_as_in_transformers(tmp_path, name
         edit(folder / "generation_config.json", eos_token_id=elsewhere, pad_token_id=elsewhere)
         hf = Blip2ForConditionalGeneration.from_pretrained(folder).language_model.generation_config
         reader = Blip2Reader.load(folder, convert.read_config(folder))
-        ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config)
+        ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config, 1000)
         assert (ends, pad) == ((hf.eos_token_id,), hf.pad_token_id)
 
 
@@ -413,17 +398,63 @@ def test_blip2_ends_where_its_text_config_says_as_in_transformers(tmp_path, name
         ({"eos_token_id": 1.5}, "must be a token's number or a list of them"),
         ({"pad_token_id": "<pad>"}, "pad_token_id must be a token's number"),
         ({"pad_token_id": [1]}, "pad_token_id must be a token's number"),
+        ({"eos_token_id": 10**9}, "eos_token_id has token 1000000000; this model has 1000 tokens"),
+        ({"eos_token_id": [1, 1000]}, "eos_token_id has token 1000; this model has 1000 tokens"),
+        ({"pad_token_id": 10**12}, "pad_token_id is token 1000000000000; this model has 1000"),
     ],
 )
 def test_special_tokens_of_a_wrong_type_are_refused(t5: Path, values, says):
     edit(t5 / "generation_config.json", **values)
     with pytest.raises(ValueError, match=says):
-        special_tokens(t5, {}, True)
+        special_tokens(t5, {}, True, 1000)
 
 
 def test_vicunas_padding_of_minus_one_is_none(t5: Path):
     edit(t5 / "generation_config.json", pad_token_id=-1, eos_token_id=[3, 4])
-    assert special_tokens(t5, {}, True) == ((3, 4), None)
+    assert special_tokens(t5, {}, True, 1000) == ((3, 4), None)
+
+
+def test_padding_may_be_in_the_rows_behind_llama_visions_vocabulary(t5: Path):
+    edit(t5 / "generation_config.json", pad_token_id=1001, eos_token_id=999)
+    assert special_tokens(t5, {}, True, 1000) == ((999,), 1001)
+
+
+# --- what is there and cannot be read is not absent ----------------------------------------------
+
+SIDE_FILES = (
+    *JSON,
+    *("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json"),
+)
+
+
+def link(path: Path) -> None:
+    path.symlink_to("../../blobs/gone")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("file", SIDE_FILES)
+@pytest.mark.parametrize("make", [link, loop, os.mkfifo, Path.mkdir])
+def test_a_file_that_is_there_and_cannot_be_read_is_refused_by_its_name(t5: Path, file, make):
+    if file in ("vocab.json", "merges.txt"):
+        (t5 / "tokenizer.json").unlink()
+    if file == "merges.txt":
+        (t5 / "vocab.json").write_text('{"a": 0}')
+    (t5 / file).unlink(missing_ok=True)
+    make(t5 / file)
+    said = rf"{file} is not a file but (a link to nothing \(.*\)|a folder|a pipe.*); download"
+    by = {
+        "generation_config.json": [
+            lambda: generation_defaults(t5, is_used=True),
+            lambda: special_tokens(t5, {}, True, 1000),
+        ]
+    }
+    for reading in by.get(file, [lambda: read(t5)]):
+        with pytest.raises(ValueError, match=said):
+            reading()
 
 
 def test_a_processor_is_transformers_own(folder: Path):

@@ -225,7 +225,7 @@ def test_another_sweep_is_refused_with_every_difference(path):
     with pytest.raises(ValueError, match="another sweep") as refusal:
         Journal(path).begin(dataclasses.replace(HEADER, conditions=conditions, model={"depth": 1}))
     assert 'conditions.task: "easy-vqa" → "vqav2"' in str(refusal.value)
-    assert "conditions.seed: 0 → 1" in str(refusal.value)
+    assert "conditions.seed: 42 → 1" in str(refusal.value)
     assert "conditions.options.num_beams: 1 → 5" in str(refusal.value)
     assert "model.depth: nothing → 1" in str(refusal.value)
     assert path.read_bytes() == before

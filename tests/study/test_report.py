@@ -14,8 +14,7 @@ from rich.console import Console
 from catp_jax.generation.options import Options
 from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
 from catp_jax.study.journal import Journal
-from catp_jax.study.plain import from_plain
-from catp_jax.study.records import Conditions, Result, Setting
+from catp_jax.study.records import Conditions, Setting
 from catp_jax.study.report import (
     make_folder,
     markdown,
@@ -24,7 +23,7 @@ from catp_jax.study.report import (
     write_report,
 )
 from catp_jax.study.sweep import sweep
-from catp_jax.study.tables import markdown_table, table, write_json_lines
+from catp_jax.study.tables import markdown_table, table
 from tests.study.answerer import Tiny, examples
 
 SETTINGS = [Setting("position", 4), Setting("position", "25%"), Setting("l2", 2)]
@@ -230,7 +229,7 @@ def test_whatever_differs_from_the_defaults_stands_in_the_conditions(finished):
     assert "asked as `{question}` through the chat template. Drawn at temperature 0.5" in text
     assert ', bad_words ["red", "a b"], begun "It is", mask_mode "hf", batches of 3' in text
     plain = markdown({"mini": study}, {})
-    assert "Greedy, 0 to 4 new tokens, batches of 3" in plain
+    assert "Greedy, 0 to 10 new tokens, batches of 3" in plain
 
 
 @pytest.mark.parametrize(
@@ -314,16 +313,9 @@ def test_columns_without_a_figure_are_left_out(finished):
     assert "ms" not in titles
 
 
-def test_json_lines_have_the_figures_alone(finished, tmp_path):
-    write_json_lines(finished[1], tmp_path / "x.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    assert [from_plain(Result, row).figures() for row in rows] == [r.figures() for r in finished[1]]
-    assert "answers" not in rows[0]
-
-
-def test_curves_of_one_model_need_no_name_and_no_unpruned_row(finished, tmp_path):
+def test_curves_need_no_unpruned_row(finished, tmp_path):
     pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
-    draw_accuracy(pruned, tmp_path / "a.png")
+    draw_accuracy({"a": pruned}, tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
 
 

@@ -364,7 +364,7 @@ def test_answers_are_drawn_with_the_seed_and_the_questions_number():
 
     model = Seeded()
     run(model=model, settings=[], conditions=with_options(temperature=0.5), pictured=())
-    assert model.seeds[-3:] == ([5, 6, 7], [8, 9, 10], [11, 12, 13])
+    assert model.seeds[-3:] == ((5, 6, 7), (8, 9, 10), (11, 12, 13))
 
 
 def test_prompts_may_be_chats_and_answers_begun():

@@ -1,5 +1,6 @@
 """Tasks: easy-VQA, one's own JSON lines, and what they share."""
 
+import base64
 import collections
 import dataclasses
 import json
@@ -138,6 +139,23 @@ def test_images_may_be_said_as_in_a_batch_of_requests(folder, images):
     assert example.image == folder / "a.png"
 
 
+def test_an_image_may_be_whatever_a_batch_of_requests_takes(folder):
+    content = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    images = [(folder / "a.png").as_uri(), f"data:image/png;base64,{content}", content]
+    asked = {"question": "what?", "answer": "cat"}
+    task = jsonl_task(written(folder, *({**asked, "image": image} for image in images)))
+    assert [example.image for example in task.examples] == images
+    assert len({digest([example]) for example in task.examples}) == 3
+
+
+def test_an_image_that_is_a_program_is_not_run(folder, monkeypatch):
+    Image.new("RGB", (4, 4)).save(folder / "a.eps")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    with pytest.raises(ValueError, match="in no image format"):
+        jsonl_task(written(folder, {**GOOD, "image": "a.eps"}))
+
+
 def test_questions_are_read_from_json_lines(folder):
     path = written(
         folder,
@@ -166,7 +184,9 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
         ("[" * 100_000, "nested too deeply"),
         ("[1]", "not a JSON object but list"),
         ('{"image": "a.png", "image": "b.png"}', "is there twice"),
-        ({"question": "what?", "answer": "cat"}, "'image' is a text"),
+        ({"question": "what?", "answer": "cat"}, "about one image, got 0"),
+        ({**GOOD, "image": " "}, "the path of an image is empty"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "nothing is downloaded unasked"),
         ({**GOOD, "question": " "}, "'question' is a text"),
         ({**GOOD, "question": 3}, "'question' is a text"),
         ({"image": "a.png", "question": "what?"}, "either 'answer' or 'answers'"),
@@ -174,16 +194,16 @@ GOOD = {"image": "a.png", "question": "what?", "answer": "cat"}
         ({**GOOD, "answer": 2}, "answers are texts"),
         ({**GOOD, "answer": ""}, "answers are texts"),
         ({"image": "a.png", "question": "what?", "answers": []}, "answers are texts"),
-        ({**GOOD, "id": 1.5}, "'id' is a text or a whole number"),
+        ({**GOOD, "id": 1.5}, "an id is a text or a whole number"),
         ({**GOOD, "image": "c.png"}, "c.png' is not a file"),
         ({**GOOD, "Question": "who?"}, "unknown: 'Question'"),
         ({**GOOD, "choices": [], "x": 1}, "unknown: 'choices', 'x'"),
         ({**GOOD, "images": ["a.png"]}, "give one of them"),
         ({"images": ["a.png", "b.png"], "question": "?", "answer": "a"}, "about one image, got 2"),
         ({"images": [], "question": "?", "answer": "a"}, "about one image, got 0"),
-        ({"images": [3], "question": "?", "answer": "a"}, "'image' is a text"),
-        ({**GOOD, "image": "broken.png"}, "broken.png' cannot be read"),
-        ({**GOOD, "image": "half.jpg"}, "half.jpg' cannot be read"),
+        ({"images": [3], "question": "?", "answer": "a"}, "an image is a path"),
+        ({**GOOD, "image": "broken.png"}, "broken.png' is in no image format"),
+        ({**GOOD, "image": "half.jpg"}, "half.jpg' is damaged or cut off"),
     ],
 )
 def test_a_line_that_is_no_question_is_refused_with_its_number(folder, line, said):
@@ -200,7 +220,7 @@ def test_ids_that_stand_twice_are_refused_with_both_lines(folder):
 
 
 def test_many_faults_are_counted(folder):
-    with pytest.raises(ValueError, match=r"line 5: it is not JSON.*; and 4 more"):
+    with pytest.raises(ValueError, match=r"line 5: it is not JSON.*; … and 4 more"):
         jsonl_task(written(folder, *["{"] * 9))
 
 

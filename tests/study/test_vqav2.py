@@ -107,7 +107,14 @@ def test_missing_and_broken_images_are_counted_and_left_out(files):
     (problem,) = task.problems
     assert problem.startswith("6 of 10 questions left out, without an image that can be read")
     assert "COCO_val2014_000000000100.jpg' is not there" in problem
-    assert "COCO_val2014_000000000101.jpg' cannot be read" in problem
+    assert "COCO_val2014_000000000101.jpg' is in no image format" in problem
+
+
+def test_an_image_that_is_a_program_is_not_run(files, monkeypatch):
+    Image.new("RGB", (4, 4)).save(files.image(100), format="EPS")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    assert files.task().left_out == {"without an image that can be read": 2}
 
 
 def test_every_kind_of_fault_is_named_with_the_question(files):
@@ -131,7 +138,7 @@ def test_every_kind_of_fault_is_named_with_the_question(files):
 def test_many_faults_are_shown_in_part(files):
     files.annotations["annotations"] = files.annotations["annotations"][:1]
     (problem,) = files.task().problems
-    assert "question 15; and 4 more" in problem
+    assert "question 15; … and 4 more" in problem
 
 
 def test_nothing_left_is_an_error_that_says_why(files):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import convert
 from catp_jax.models.mllama import Inputs
@@ -29,9 +30,20 @@ logits = jax.jit(logits_of)
 read = jax.jit(lambda model, inputs: model(inputs))
 
 
+def toy_config(depth=3, cross_attention_layers=(1,)):
+    """The mini Llama Vision with fewer layers, which compile sooner; one of each sort."""
+    config = mini_config()
+    text = {"num_hidden_layers": depth, "cross_attention_layers": cross_attention_layers}
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_hidden_layers=2),
+        text=dataclasses.replace(config.text, **text),
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
-    return initialise(mini_config(), seed=1)
+    return initialise(toy_config(4, (1, 3)), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +64,9 @@ def test_it_asks_what_pruning_wants():
     assert config.image_token_index == config.text.vocab_size
 
 
-def test_every_gate_is_open_from_the_start(model):
-    leaves = jax.tree.leaves_with_path(jax.tree.map(np.asarray, _state(model)))
+def test_every_gate_is_open_from_the_start():
+    state = nnx.state(initialise(mini_config(), seed=1))
+    leaves = jax.tree.leaves_with_path(jax.tree.map(np.asarray, state))
     gates = [x for path, x in leaves if x.shape == (1,)]
     assert len(gates) == 3 + 2 + 2 * 2  # tower, global layer, two cross-attention layers
     assert all((gate != 0).all() for gate in gates)
@@ -125,16 +138,6 @@ def test_blind_accuracy_is_that_of_the_commonest_answer(tmp_path):
     assert blind_accuracy(train_set, test_set) == 0.5
 
 
-def toy_config():
-    """The mini Llama Vision with fewer layers, which compile sooner; one of each sort."""
-    config = mini_config()
-    return dataclasses.replace(
-        config,
-        vision=dataclasses.replace(config.vision, num_hidden_layers=2),
-        text=dataclasses.replace(config.text, num_hidden_layers=3, cross_attention_layers=(1,)),
-    )
-
-
 def test_the_command_trains_writes_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(mini_llama_vision, "mini_config", toy_config)
     options = {
@@ -167,9 +170,3 @@ def test_the_command_trains_writes_and_resumes(tmp_path, monkeypatch):
         main(out=tmp_path / "one", **options)
     with pytest.raises(ValueError, match="seed 0, not 1"):
         main(out=tmp_path / "three", **{**options, "seed": 1})
-
-
-def _state(model):
-    from flax import nnx
-
-    return nnx.state(model)
