@@ -23,14 +23,11 @@ from jaxtyping import UInt8
 
 from catp_jax.messages import listed
 from catp_jax.readers.images import check_image
+from catp_jax.readers.reading import Box
 from catp_jax.readers.rows import lines_of, parse
 from catp_jax.study.vqa_score import vqa_accuracy
 
 KEYS = ("image", "images", "question", "answer", "answers", "id")  # of one's own questions
-
-
-Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of a part of an image, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)

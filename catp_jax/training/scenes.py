@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from catp_jax.study.tasks import Box
+from catp_jax.readers.reading import Box
 
 COLOURS = {
     "red": (214, 40, 40),
