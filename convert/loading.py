@@ -66,9 +66,9 @@ def load_model(
     arrays: dict[str, jax.Array] = {}
     for run in leaves.ahead(lambda name: source.read(name, wanted[name]), sizes):
         for name in [*run]:
-            array = jax.device_put(
-                run.pop(name)
-            ).block_until_ready()  # or host copies would pile up
+            array = run.pop(name)
+            if not isinstance(array, jax.Array):  # it has no sharding: onto the first device
+                array = jax.device_put(array).block_until_ready()  # or host copies would pile up
             arrays |= {name: array} if weights is None else _narrowed(name, array, weights)
             del array
     if weights is not None:
