@@ -8,7 +8,7 @@ import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -55,7 +55,12 @@ def run(
     loading: opts.Loading,
     generation: opts.Generation,
     task: Annotated[
-        Literal["easy-vqa", "vqav2", "jsonl"], typer.Option(help="Where the questions come from.")
+        str,
+        typer.Option(
+            help="Where the questions come from: scenes, drawn by this package, with dials after a "
+            "colon (scenes:objects=12,size=small,tiles=4); easy-vqa; vqav2; jsonl.",
+            metavar="TASK",
+        ),
     ] = "easy-vqa",
     questions: Annotated[Path | None, opts.file_option("vqav2: the question file.")] = None,
     annotations: Annotated[Path | None, opts.file_option("vqav2: the annotation file.")] = None,
@@ -147,7 +152,7 @@ def run(
         if prompt is not None:
             check_prompt(prompt)
     name = name_of(model)
-    out = out or Path("runs") / f"{name}-{task}.jsonl"
+    out = out or Path("runs") / f"{name}-{task.replace(':', '-')}.jsonl"
     journal = Journal(out, report=say, is_written=is_first())
     if len({*gathered(journal.digest)}) > 1:
         raise ValueError(
@@ -315,7 +320,17 @@ def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed
     from catp_jax.study.tasks import easy_vqa_task, jsonl_task
     from catp_jax.study.vqav2 import vqav2_task
 
-    takes = {"easy-vqa": [], "vqav2": ["questions", "annotations", "images"], "jsonl": ["data"]}
+    name, _, dials = name.partition(":")
+    takes = {
+        "scenes": [],
+        "easy-vqa": [],
+        "vqav2": ["questions", "annotations", "images"],
+        "jsonl": ["data"],
+    }
+    if name not in takes or (dials and name != "scenes"):
+        raise typer.BadParameter(
+            f"--task is {', '.join(takes)}; of these scenes alone takes dials (scenes:objects=12)"
+        )
     missing = [f"--{key}" for key in takes[name] if files[key] is None]
     if missing:
         raise typer.BadParameter(f"--task {name} requires {', '.join(missing)} too")
@@ -325,6 +340,12 @@ def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed
     if extra:
         raise typer.BadParameter(f"--task {name} does not take {', '.join(extra)}")
     paths = [path for key in takes[name] if (path := files[key]) is not None]
+    if name == "scenes":
+        from catp_jax.training.scene_questions import scenes_task
+        from catp_jax.training.scenes import Dials
+
+        with opts.wrong_call():
+            return scenes_task(Dials.parse(dials))
     if name == "easy-vqa":
         return easy_vqa_task()
     if name == "jsonl":

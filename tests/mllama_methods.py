@@ -16,7 +16,7 @@ from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import Branches, CrossLayer
 from catp_jax.models.mllama import Inputs, Mllama
-from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama, Uniform
 from catp_jax.readers.mllama_packing import MllamaPacked, locate
 from tests.pruning import oracles
 from tests.pruning.views import shown
@@ -32,9 +32,13 @@ METHODS = {
     "fastv": lambda keep: FastV(keep=keep),
     "k_norm": lambda keep: KNorm(keep=keep),
     "random": lambda keep: Random(keep=keep, seed=3),
+    "uniform": lambda keep: Uniform(keep=keep),
 }
 FULL = {
-    **{name: METHODS[name](ROOM) for name in ("trimmed_llama", "fastv", "k_norm", "random")},
+    **{
+        name: METHODS[name](ROOM)
+        for name in ("trimmed_llama", "fastv", "k_norm", "random", "uniform")
+    },
     "trimmed_llama, union": TrimmedLlama(keep=ROOM, per_head=ROOM),
     "trimmed_llama, ratio": TrimmedLlama(keep=ROOM, k_ratio=1.0),
 }
@@ -124,6 +128,10 @@ def oracle_columns(method: str, mode: str) -> np.ndarray:
             own = oracles.fastv(queries, keys, sees, keep=BUDGET)
         elif method == "k_norm":
             own = oracles.k_norm(keys, sees, keep=BUDGET)
+        elif method == "uniform":
+            there = np.flatnonzero(sees.any(axis=0))
+            own = [there[-(-(n + 1) * len(there) // BUDGET) - 1] for n in range(BUDGET)]
+            own = own if len(there) > BUDGET else there.tolist()
         elif method == "random":  # nothing to derive: any selection will do
             kept = mixed(method, mode).selection.kept
             own = np.asarray(kept.indices[row])[np.asarray(kept.valid[row])].tolist()

@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
             "struct contract lines messages strict_json terminal targets pruning generation readers"
         ),
         # it trains on the study's tasks, and writes what it trained in Hugging Face format
-        "training": "struct contract models study convert",
+        "training": "struct contract models readers study convert",
         "answers": "contract generation readers",
         "model": "contract models pruning sharding generation readers answers",
         "families": "models generation readers convert",
@@ -50,7 +50,8 @@ ROOMS: dict[str, set[str]] = {
             "terminal sharding generation readers convert families model api batch cli_options"
         ),
         "cli_study": (
-            "terminal pruning sharding readers study convert families model api cli_options"
+            "terminal pruning sharding readers study training convert families model api "
+            "cli_options"
         ),
         "cli_demo": "contract terminal readers study model api cli_options cli_study",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",

@@ -371,3 +371,35 @@ def test_from_the_shell_with_a_trained_model(tmp_path):
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "report" / "kept.png") as picture:
         assert picture.size[0] > 400
+
+
+def test_scenes_have_dials_families_and_bounds(tiny):
+    words = ["model", "--task", "scenes:objects=8,size=small", "--limit", "6", "--keep", "2"]
+    done = study(*words, "--prune", "oracle", "--prune", "anti", "--prune", "random")
+    assert done.exit_code == 0, done.output
+    path = Path("runs/model-scenes-objects=8,size=small.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["conditions"]["source"]["objects"] == 8
+    families = {one["family"] for row in rows if row["row"] == "answers" for one in row["answers"]}
+    assert families <= {"attribute", "existence", "count", "relation", "reading"}
+    assert families
+    done = study("report", str(path), "--out", "report")
+    assert done.exit_code == 0, done.output
+    text = Path("report/report.md").read_text()
+    assert "### By family of questions" in text
+    assert "### Against unpruned and random, paired" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ("scenes:objects=99", "16 cells, so 4 to 16 objects, got objects=99"),
+        ("scenes:colour=red", "the dials objects or size or tiles"),
+        ("easy-vqa:objects=3", "of these scenes alone takes dials"),
+        ("pictures", "--task is scenes, easy-vqa, vqav2, jsonl"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(tiny, task, says):
+    done = study("model", "--task", task)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.replace("│", " ").split())

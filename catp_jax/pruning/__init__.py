@@ -9,14 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Site
+from catp_jax.pruning.anti import Anti
 from catp_jax.pruning.catp import CATP
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
 from catp_jax.pruning.l2 import L2Norm
+from catp_jax.pruning.oracle import Oracle
 from catp_jax.pruning.position import Position
 from catp_jax.pruning.random import Random
 from catp_jax.pruning.self_attention import SelfAttention
 from catp_jax.pruning.trimmed_llama import TrimmedLlama
+from catp_jax.pruning.uniform import Uniform
 
 METHODS: dict[str, Callable[..., Any]] = {
     "catp": CATP,
@@ -27,9 +30,15 @@ METHODS: dict[str, Callable[..., Any]] = {
     "fastv": FastV,
     "k_norm": KNorm,
     "random": Random,
+    "uniform": Uniform,
+    "oracle": Oracle,
+    "anti": Anti,
 }
 
-NOT_OPTIONS = ("site", "keep", "limit")
+BOUNDS = ("oracle", "anti")
+"""Those that must be told what is needed, as a study of a task that knows does."""
+
+NOT_OPTIONS = ("site", "keep", "limit", "needed")
 
 
 def site_of(name: str, sites: frozenset[Site]) -> Site | None:
@@ -39,8 +48,8 @@ def site_of(name: str, sites: frozenset[Site]) -> Site | None:
 
 
 def methods_for(sites: frozenset[Site]) -> list[str]:
-    """Names of the methods that fit a model with these sites."""
-    return [name for name in METHODS if site_of(name, sites) is not None]
+    """Names of the methods that fit a model with these sites, without the bounds."""
+    return [name for name in METHODS if name not in BOUNDS and site_of(name, sites) is not None]
 
 
 def make(

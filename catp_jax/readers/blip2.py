@@ -36,11 +36,13 @@ from catp_jax.readers.images import ImageLike, read_image
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
+    Box,
     ImageCache,
     Kept,
     Prompt,
     Question,
     check_tokens,
+    covered,
     prompts_of,
     remember,
     stretched,
@@ -169,6 +171,20 @@ class QueryingReader(ABC):
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         return stretched(process_image(self.processor, source).transpose(1, 2, 0))
+
+    def needed(
+        self,
+        network: Any,
+        packed: Packed[Any],
+        row: int,
+        source: ImageLike,
+        boxes: Sequence[Box],
+    ) -> np.ndarray:
+        """The share of each query's look (see `kept_map`) that falls on these parts."""
+        grid = self.config.vision.grid
+        return fetch(_looks(network, packed.inputs.alone(row)))[:, 1:] @ covered(
+            boxes, grid, grid
+        ).reshape(-1)
 
     def kept_map(self, network: Any, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
         """Where the kept queries look: their cross-attention, averaged over layers and heads, the

@@ -23,10 +23,12 @@ from catp_jax.readers.mllama_packing import (
 )
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
+    Box,
     ImageCache,
     Prompt,
     Question,
     check_tokens,
+    covered,
     prompts_of,
     remember,
     stretched,
@@ -152,6 +154,34 @@ class MllamaReader:
         size = vision.image_size
         tiles = image.pixels[: rows * columns].reshape(rows, columns, -1, size, size)
         return stretched(tiles.transpose(0, 3, 1, 4, 2).reshape(rows * size, columns * size, -1))
+
+    def needed(
+        self,
+        network: Any,
+        packed: MllamaPacked,
+        row: int,
+        source: ImageLike,
+        boxes: Sequence[Box],
+    ) -> np.ndarray:
+        """The share of each token's patch that lies in these parts; class tokens have none."""
+        from transformers.models.mllama.image_processing_pil_mllama import (
+            get_image_size_fit_to_canvas,
+        )
+
+        vision = self.config.vision
+        ratio = self.process_image(source).aspect_ratio_id
+        rows, columns = vision.supported_aspect_ratios[ratio - 1]
+        image, side = read_image(source), vision.image_size
+        high, wide = get_image_size_fit_to_canvas(
+            image.height, image.width, rows * side, columns * side, side
+        )
+        down, across = high / (rows * side), wide / (columns * side)  # the rest is padding
+        boxes = [(a * across, b * down, c * across, d * down) for a, b, c, d in boxes]
+        shares = covered(boxes, rows * vision.grid, columns * vision.grid)
+        there = self.locate(packed, row, np.arange(packed.available[row]))
+        tile_row, tile_column = np.divmod(there.tile, columns)
+        found = shares[tile_row * vision.grid + there.row, tile_column * vision.grid + there.column]
+        return np.where(there.row >= 0, found, 0.0)
 
     def kept_map(
         self, network: Any, packed: MllamaPacked, row: int, kept: KeptTokens

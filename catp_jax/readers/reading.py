@@ -18,6 +18,9 @@ from catp_jax.sharding import place
 Prompt = str | Sequence[dict[str, Any]]
 """Plain text, or chat messages for the checkpoint's own chat template."""
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of an image, from 0 to 1."""
+
 Image = TypeVar("Image")
 
 ImageCache = dict[str | int, tuple[ImageLike, Any]]
@@ -124,11 +127,31 @@ class Reader(Protocol):
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         ...
 
+    def needed(
+        self, network: Any, packed: Any, row: int, source: ImageLike, boxes: Sequence[Box]
+    ) -> np.ndarray:
+        """How much of each of a prompt's visual tokens, from 0 to 1, is about these parts of its
+        only image, the `source`.
+        """
+        ...
+
     def kept_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
         """How much of each part of a prompt's image is in the kept tokens, [rows, columns] from 0
         to 1.
         """
         ...
+
+
+def covered(boxes: Sequence[Box], rows: int, columns: int) -> np.ndarray:
+    """The share of each patch of a grid, [rows, columns], that lies in any of the boxes."""
+    fine = 8  # parts of a patch's side
+    down, across = (
+        (np.arange(fine * count) + 0.5)[:, None] / (fine * count) for count in (rows, columns)
+    )
+    inside = np.zeros((fine * rows, fine * columns), bool)
+    for left, top, right, bottom in boxes:
+        inside |= ((top <= down) & (down < bottom)) & ((left <= across) & (across < right)).T
+    return inside.reshape(rows, fine, columns, fine).mean(axis=(1, 3))
 
 
 def remember(cache: ImageCache, source: ImageLike, process: Callable[[ImageLike], Any]) -> Any:

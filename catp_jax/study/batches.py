@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from catp_jax.contract import Site
 from catp_jax.pruning import named
@@ -31,8 +32,9 @@ class Answerer(Protocol):
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
     `number` counts visual tokens before pruning.
-    `picture` is an image as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in
-    it a prompt's kept tokens look, [rows, columns] in 0 … 1.
+    `needed` says how much of each visual token is about parts of the image. `picture` is an image
+    as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in it a prompt's kept
+    tokens look, [rows, columns] in 0 … 1.
     """
 
     @property
@@ -46,6 +48,7 @@ class Answerer(Protocol):
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
     def picture(self, source: Any) -> np.ndarray: ...
+    def needed(self, packed: Any, row: int, source: Any, boxes: Any) -> np.ndarray: ...
     def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
 
@@ -53,12 +56,15 @@ class Answerer(Protocol):
 class EncodedBatch:
     """A batch whose images are encoded: its number, what it was made of, the model's inputs, and
     the milliseconds that encoding took.
+
+    `needed` is how much of each prompt's visual tokens the answer depends on, where the task says.
     """
 
     number: int
     examples: Sequence[Example]
     packed: Any
     ms: float
+    needed: Float[np.ndarray, "b n"] | None
 
 
 class Batches:
@@ -100,7 +106,21 @@ class Batches:
             jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
             self._encoded.add(shapes)
         packed, ms = self._clocked(lambda: self.model.encode(packed))
-        return EncodedBatch(number, self._examples[number], packed, ms)
+        return EncodedBatch(
+            number, self._examples[number], packed, ms, self._needed(number, packed)
+        )
+
+    def _needed(self, number: int, packed: Any) -> np.ndarray | None:
+        examples = self._examples[number]
+        if not any(example.needed for example in examples):
+            return None
+        out = np.zeros((len(packed.available), max(packed.available)), np.float32)
+        for row in range(len(out)):
+            example = examples[row % len(examples)]
+            if example.needed:
+                found = self.model.needed(packed, row, example.image, example.needed)
+                out[row, : len(found)] = found
+        return out
 
     def _prepare(self, number: int) -> Any:
         """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""
@@ -126,12 +146,19 @@ class Batches:
         A count is the same for every prompt, a percentage leaves each prompt its own.
         """
         seeds = np.asarray(self._seeds(batch), np.uint32)
-        return tuple(
-            replace(pruner, seed=jnp.asarray(np.uint32(pruner.seed) + seeds))
-            if hasattr(pruner, "seed")
-            else pruner
-            for pruner in self._undrawn(setting, batch)
-        )
+        pruners = []
+        for pruner in self._undrawn(setting, batch):
+            if hasattr(pruner, "seed"):
+                pruner = replace(pruner, seed=jnp.asarray(np.uint32(pruner.seed) + seeds))
+            if hasattr(pruner, "needed"):
+                if batch.needed is None:
+                    raise ValueError(
+                        f"{setting.method} must know which visual tokens are needed, and no "
+                        f"question of {self.conditions.task} says so (scenes do)"
+                    )
+                pruner = replace(pruner, needed=jnp.asarray(batch.needed))
+            pruners.append(pruner)
+        return tuple(pruners)
 
     def _undrawn(self, setting: Setting, batch: EncodedBatch) -> Pruners:
         """The same, with each method's own seed."""
@@ -157,7 +184,7 @@ class Batches:
                 **{
                     field.name: _as_json(getattr(pruner, field.name))
                     for field in dataclasses.fields(pruner)
-                    if field.name not in ("keep", "limit")
+                    if field.name not in ("keep", "limit", "needed")
                 },
                 "keep": keep,
             }

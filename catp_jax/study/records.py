@@ -136,6 +136,9 @@ class Answer:
     `kl` is the KL divergence of the first answer token's distribution from the unpruned model's,
     in nats. `kept` are numbers of visual tokens, of `available` ones (None: all). `map` shows where
     in the picture the kept tokens look, [rows, columns] in 0 … 1, for pictured questions.
+
+    `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
+    answer depends on that was kept, where the task says so.
     """
 
     id: str
@@ -145,6 +148,9 @@ class Answer:
     available: int
     kept: tuple[int, ...] | None
     map: tuple[tuple[float, ...], ...] | None = None
+    image: int = 0
+    family: str = ""
+    needed: float | None = None
 
     @property
     def visual_tokens(self) -> int:

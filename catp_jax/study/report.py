@@ -26,7 +26,13 @@ from catp_jax.study.records import (
     Setting,
     SettingCost,
 )
-from catp_jax.study.tables import NOTES, markdown_table, write_csv
+from catp_jax.study.tables import (
+    NOTES,
+    markdown_differences,
+    markdown_families,
+    markdown_table,
+    write_csv,
+)
 from catp_jax.terminal import one_line
 
 PANELS = 7  # at most, in a row of pictures
@@ -204,6 +210,11 @@ def markdown(studies: dict[str, Study], pictures: dict[str, Path]) -> str:
     for name, study in studies.items():
         lines += [f"## {name}", "", _described(study.header), ""]
         lines += [*markdown_table(study.results), ""]
+        for title, some in (
+            ("By family of questions", markdown_families(study.results)),
+            ("Against unpruned and random, paired", markdown_differences(study.results)),
+        ):
+            lines += [f"### {title}", "", *some, ""] if some else []
         if study.unfinished:
             lines += ["Not finished: " + "; ".join(study.unfinished) + ".", ""]
         if name in pictures:

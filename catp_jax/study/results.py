@@ -66,6 +66,32 @@ def interval(
     return float(low), float(high)
 
 
+def difference(
+    answers: Sequence[Answer], others: Sequence[Answer], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much better the first answers are than others to the same questions: the mean difference
+    of their scores, and its bootstrap 95 % interval over images.
+    """
+    gains = [own.score - other.score for own, other in zip(answers, others, strict=True)]
+    low, high = interval(gains, [answer.image for answer in answers], seed=seed)
+    return float(np.mean(gains)), low, high
+
+
+def families(answers: Sequence[Answer]) -> dict[str, list[int]]:
+    """The numbers of each family's questions; none if the task has no families."""
+    found: dict[str, list[int]] = {}
+    for number, answer in enumerate(answers):
+        if answer.family:
+            found.setdefault(answer.family, []).append(number)
+    return found
+
+
+def needed_kept(answers: Sequence[Answer]) -> float | None:
+    """The mean share of what an answer depends on that was kept; None if nobody says."""
+    shares = [answer.needed for answer in answers if answer.needed is not None]
+    return float(np.mean(shares)) if shares else None
+
+
 def kl_divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """KL(reference ‖ other) of the distributions that logits [n, vocab] stand for, in nats."""
     p, q = (x.astype(np.float64) for x in (reference, other))

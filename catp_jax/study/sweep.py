@@ -201,7 +201,19 @@ def _answers(
             available=batch.packed.available[row],
             kept=None if kept is None else tuple(np.asarray(kept.number).tolist()),
             map=grid,
+            image=example.image_id,
+            family=example.family,
+            needed=_share(batch.needed, row, kept),
         )
+
+
+def _share(needed: np.ndarray | None, row: int, kept: Any) -> float | None:
+    """The share of what is needed that was kept."""
+    total = 0.0 if needed is None else float(needed[row].sum())
+    if needed is None or not total:
+        return None
+    left = total if kept is None else float(needed[row][np.asarray(kept.number)].sum())
+    return round(left / total, 4)
 
 
 def _rounded(grid: np.ndarray) -> tuple[tuple[float, ...], ...]:

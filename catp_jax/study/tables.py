@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
-from catp_jax.study.records import Result
+from catp_jax.study.records import UNPRUNED, Result
+from catp_jax.study.results import difference, families, interval, needed_kept
 from catp_jax.terminal import as_text
 
 WIDE = 130  # letters that the whole table takes
@@ -18,6 +19,9 @@ NOTHING = "–"  # a cell of what was not measured
 NOTES = """\
 - accuracy: mean score; in brackets its bootstrap 95 % interval, over images, each with all its
   questions
+- needed, kept: the mean share of what an answer depends on that was kept, where the task says so
+- against: the mean difference of the scores of the same questions, in percentage points; in
+  brackets its bootstrap 95 % interval over images
 - agreement: share of the questions answered as the unpruned model answers them
 - KL: of the first answer token's distribution from the unpruned model's, mean over the questions
 - cache: all that decoding keeps of one question, a share of its batch; with beam search the
@@ -92,6 +96,58 @@ def markdown_table(results: Sequence[Result]) -> list[str]:
     for cells in zip(*(cells for _, cells in shown), strict=True):
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def markdown_families(results: Sequence[Result]) -> list[str]:
+    """A table of accuracy by family of questions, and of what was kept of what is needed; nothing
+    if the task has no families.
+    """
+    found = families(results[0].answers)
+    if not found:
+        return []
+    lines = [
+        "| method | kept | needed, kept | " + " | ".join(found) + " |",
+        "|---|---:|---:" + "|---:" * len(found) + "|",
+    ]
+    for result in results:
+        share = needed_kept(result.answers)
+        cells = [
+            result.setting.method,
+            _kept(result),
+            NOTHING if share is None else f"{share:.1%}",
+        ]
+        for numbers in found.values():
+            some = [result.answers[number] for number in numbers]
+            scores, images = [one.score for one in some], [one.image for one in some]
+            low, high = interval(scores, images, seed=result.seed)
+            mean = sum(scores) / len(scores)
+            cells.append(f"{mean:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown_differences(results: Sequence[Result]) -> list[str]:
+    """A table of each setting's paired difference from unpruned, and from random at its budget, in
+    percentage points; nothing if there is neither.
+    """
+    unpruned = [r for r in results if r.setting.method == UNPRUNED]
+    random = {r.setting.keep: r for r in results if r.setting.method == "random"}
+    lines = []
+    for result in results:
+        if result.setting.method == UNPRUNED:
+            continue
+        others = [unpruned[0] if unpruned else None, random.get(result.setting.keep)]
+        cells = [result.setting.method, _kept(result)]
+        for other in others:
+            if other is None or other is result:
+                cells.append(NOTHING)
+                continue
+            mean, low, high = difference(result.answers, other.answers, seed=result.seed)
+            cells.append(f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+        if {*cells[2:]} != {NOTHING}:
+            lines.append("| " + " | ".join(cells) + " |")
+    head = ["| method | kept | against unpruned | against random |", "|---|---:|---:|---:|"]
+    return [*head, *lines] if lines else []
 
 
 def table(results: Sequence[Result], name: str = "", width: int = 80) -> Table:

@@ -18,8 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
+
 from catp_jax.messages import listed
 from catp_jax.readers.images import check_image
+from catp_jax.readers.reading import Box
 from catp_jax.readers.rows import lines_of, parse
 from catp_jax.study.vqa_score import vqa_accuracy
 
@@ -32,14 +36,19 @@ class Example:
 
     `answer` is the (most common) right answer, `answers` all that count where there are several,
     one per person in VQAv2. `image_id` is the same for all questions of an image.
+
+    Where the task knows it: `family` is the kind of question, and `needed` the parts of the image
+    that its answer depends on.
     """
 
-    image: Path | str
+    image: Path | str | UInt8[np.ndarray, "height width 3"]
     question: str
     answer: str
     id: str
     image_id: int
     answers: tuple[str, ...] = ()
+    family: str = ""
+    needed: tuple[Box, ...] = ()
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -228,12 +237,13 @@ def first_of_each_image(examples: Sequence[Example]) -> list[int]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """A fingerprint of questions, answers and images' names, in order."""
+    """A fingerprint of questions, answers and images (files by their names), in order."""
     out = hashlib.sha256()
     for example in examples:
-        name = example.image.name if isinstance(example.image, Path) else example.image
-        row = [example.id, name, example.question, example.answer, *example.answers]
+        row = [example.id, example.question, example.answer, *example.answers]
         out.update(json.dumps(row).encode())
+        image = example.image.name if isinstance(example.image, Path) else example.image
+        out.update(image.encode() if isinstance(image, str) else image.tobytes())
     return out.hexdigest()[:16]
 
 

@@ -165,8 +165,31 @@ class Text:
         return list(_encoded(self.encode, f"<|image|><|begin_of_text|>{question}"))
 
     def answer(self, answer: str) -> list[int]:
-        """The answer as a word after the question, and the end of the turn."""
-        return [*_encoded(self.encode, f" {answer}"), self.end]
+        """The answer as a word after the question, and the end of the turn. A digit has no space in
+        front: the tokenizer would make two tokens of it.
+        """
+        before = "" if answer.isdecimal() else " "
+        return [*_encoded(self.encode, f"{before}{answer}"), self.end]
+
+    def rows(
+        self, asked: list[list[tuple[str, str]]], each: int, length: int = TEXT_LENGTH
+    ) -> tuple[Int[np.ndarray, "i q s"], Bool[np.ndarray, "i q s"], Int[np.ndarray, "i q s"]]:
+        """Tokens, which of them are any, and targets, `each` questions an image; images with fewer
+        have empty rows.
+        """
+        shape = (len(asked), each, length)
+        tokens, targets = np.full(shape, self.padding, np.int32), np.full(shape, -1, np.int32)
+        valid = np.zeros(shape, bool)
+        for image, questions in enumerate(asked):
+            for row, (question, answer) in enumerate(questions):
+                prompt, reply = self.prompt(question), self.answer(answer)
+                line = prompt + reply
+                if len(line) > length:
+                    raise ValueError(f"{question!r} takes {len(line)} tokens of {length}")
+                tokens[image, row, : len(line)] = line
+                valid[image, row, : len(line)] = True
+                targets[image, row, len(prompt) - 1 : len(line) - 1] = reply
+        return tokens, valid, targets
 
     def batch(
         self,
@@ -177,18 +200,7 @@ class Text:
         config: TiledVitConfig,
     ) -> QuestionBatch:
         """One batch, `each` questions an image; images with fewer have empty rows."""
-        shape = (len(asked), each, TEXT_LENGTH)
-        tokens, targets = np.full(shape, self.padding, np.int32), np.full(shape, -1, np.int32)
-        valid = np.zeros(shape, bool)
-        for image, questions in enumerate(asked):
-            for row, (question, answer) in enumerate(questions):
-                prompt, reply = self.prompt(question), self.answer(answer)
-                line = prompt + reply
-                if len(line) > TEXT_LENGTH:
-                    raise ValueError(f"{question!r} takes {len(line)} tokens of {TEXT_LENGTH}")
-                tokens[image, row, : len(line)] = line
-                valid[image, row, : len(line)] = True
-                targets[image, row, len(prompt) - 1 : len(line) - 1] = reply
+        tokens, valid, targets = self.rows(asked, each)
         mask = tile_mask(config, ids)
         tiles = np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
         images = Images(

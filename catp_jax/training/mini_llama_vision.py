@@ -19,7 +19,6 @@ Architecture, tokenizer and files are those of the large models; only the number
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,11 +30,9 @@ import typer
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-import convert
-from catp_jax.contract import Keep
 from catp_jax.models.cross_decoder import CrossDecoderConfig
 from catp_jax.models.layers import Llama3Scaling, RopeConfig
-from catp_jax.models.mllama import Inputs, Mllama, MllamaConfig
+from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVitConfig
 from catp_jax.study.tasks import Example, easy_vqa
 from catp_jax.training.data import (
@@ -45,17 +42,20 @@ from catp_jax.training.data import (
     Text,
     evaluation_batches,
 )
+from catp_jax.training.llama_answers import (
+    answer_logits,
+    answer_loss,
+    say_what_is_seen,
+    write,
+)
 from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
 from catp_jax.training.photos import COLOURS, SHAPES, by_image
 from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
 from catp_jax.training.tokenizer import (
-    BOS,
-    EOS,
     EOT,
     PAD,
     make_processor,
     train_tokenizer,
-    write_processor,
 )
 
 VOCABULARY = 352
@@ -132,26 +132,6 @@ def initialise(config: MllamaConfig, seed: int) -> Mllama:
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), drawn))
 
 
-def say_what_is_seen(model: Mllama, heads: dict[str, Array], words: list[int]) -> None:
-    """Starts the decoder where a visual token looks like the words for what it shows.
-
-    The projector maps what stage 1's heads read to the embeddings of `words` (shapes, then
-    colours), and in cross-attention keys start as their group's first queries: from the outset a
-    row that says "red" attends to what is red. Without this, yes/no questions are answered unseen
-    for very long.
-    """
-    reading = jnp.concatenate([heads["shape"][:, 1:], heads["colour"][:, 1:]], axis=1)
-    embeddings = model.language_model.embed_tokens.embedding[...][jnp.array(words)]
-    projector = model.multi_modal_projector.kernel
-    projector[...] = reading @ embeddings / 16 + 0.1 * projector[...]  # readings reach about 16
-    config = model.config.text
-    group = config.num_attention_heads // config.num_key_value_heads
-    for index in config.cross_attention_layers:
-        attention = model.language_model.layers[index].cross_attn
-        queries = attention.q_proj.kernel[...].reshape(config.hidden_size, -1, config.head_dim)
-        attention.k_proj.kernel[...] = queries[:, ::group].reshape(config.hidden_size, -1)
-
-
 def tower_loss(graph: nnx.GraphDef) -> Any:
     """Loss of stage 1: what covers each token, shape and colour read off by a head each."""
 
@@ -173,34 +153,15 @@ def tower_loss(graph: nnx.GraphDef) -> Any:
     return loss
 
 
-def answer_logits(
+def logits_of(
     model: Mllama,
     batch: QuestionBatch,
     is_first_open: Bool[Array, " q"] | None = None,
     kept: Int[Array, "i q k"] | None = None,
 ) -> Float[Array, "i q s vocab"]:
-    """Logits of every row of every question; the image is encoded once for all of its questions.
-
-    `kept` are the visual tokens that each question's later layers see (None: all). Where
-    `is_first_open` is False, the first cross-attention layer is skipped.
-    """
-    graph, state = nnx.split(model)
-    first = model.language_model.first_cross
-
-    def one(tokens: Array, valid: Array, is_open: Array | None, kept: Array | None) -> Array:
-        model = nnx.merge(graph, state)
-        if is_open is not None:
-            layer = model.language_model.layers[first]
-            for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
-                value = getattr(layer, name)[...]
-                setattr(layer, name, nnx.Param(value * is_open.astype(value.dtype)[None]))
-        keep = None if kept is None else Keep(indices=kept, valid=jnp.ones_like(kept, bool))
-        return model(Inputs(tokens=tokens, token_valid=valid, images=batch.images), keep)
-
-    axes = (1, 1, None if is_first_open is None else 0, None if kept is None else 1)
-    return jax.vmap(one, in_axes=axes, out_axes=1)(
-        batch.tokens, batch.token_valid, is_first_open, kept
-    )
+    """`answer_logits` of a batch; its images are encoded once for all of their questions."""
+    visual = model.encode(batch.images)
+    return answer_logits(model, visual, batch.tokens, batch.token_valid, is_first_open, kept)
 
 
 def decoder_loss(graph: nnx.GraphDef, skip_first: float) -> Any:
@@ -214,12 +175,7 @@ def decoder_loss(graph: nnx.GraphDef, skip_first: float) -> Any:
     ) -> tuple[Float[Array, ""], Figures]:
         model = nnx.merge(graph, frozen, params)
         is_open = jax.random.bernoulli(key, 1 - skip_first, (batch.tokens.shape[1],))
-        logits = answer_logits(model, batch, is_open)
-        is_said = (batch.targets >= 0).astype(jnp.float32)
-        targets = jnp.maximum(batch.targets, 0)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        total = (losses * is_said).sum() / is_said.sum()
-        return total, {"loss": total, "accuracy": is_answered(logits, batch.targets).mean()}
+        return answer_loss(logits_of(model, batch, is_open), batch.targets)
 
     return loss
 
@@ -242,7 +198,7 @@ def evaluate(
             tokens = batch.images.tile_index.shape[1] * model.config.vision.tokens_per_tile
             order = jnp.argsort(jax.random.uniform(key, (*questions, tokens)), axis=-1)
             indices = order[..., :kept]
-        logits = answer_logits(nnx.merge(graph, state), batch, kept=indices)
+        logits = logits_of(nnx.merge(graph, state), batch, kept=indices)
         return is_answered(logits, batch.targets)
 
     results = []
@@ -270,17 +226,6 @@ def report(
         "accuracy blind": round(blind_accuracy(train_set, test_set), 4),
         "accuracy with random tokens kept": kept,
     }
-
-
-def write(model: Mllama, processor: Any, out: Path) -> None:
-    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights."""
-    bos, eos, eot, pad = processor.tokenizer.convert_tokens_to_ids([BOS, EOS, EOT, PAD])
-    ends = {"bos_token_id": bos, "eos_token_id": [eos, eot], "pad_token_id": pad}
-    with tempfile.TemporaryDirectory() as beside:
-        write_processor(processor, Path(beside))
-        text = json.dumps(ends | {"do_sample": False}, indent=2)
-        (Path(beside) / "generation_config.json").write_text(text + "\n")
-        convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
 
 
 def main(
@@ -343,7 +288,8 @@ def main(
     trained = train(stage, {"tower": tower, **heads}, work / "tower", log)
     nnx.update(model.vision_model, trained["tower"])
     words = [tokenizer.encode(f" {word}")[0] for word in (*SHAPES, *COLOURS)]
-    say_what_is_seen(model, trained, words)
+    reading = jnp.concatenate([trained["shape"][:, 1:], trained["colour"][:, 1:]], axis=1)
+    say_what_is_seen(model, reading, words)
 
     graph, frozen, params = nnx.split(model, nnx.PathContains("vision_model"), ...)
     for name, steps, is_plain, skip_first in (

@@ -15,18 +15,18 @@ from catp_jax.models.mllama import Inputs
 from catp_jax.study.tasks import Example, easy_vqa
 from catp_jax.training import mini_llama_vision
 from catp_jax.training.data import Composer, Text
+from catp_jax.training.llama_answers import say_what_is_seen
 from catp_jax.training.mini_llama_vision import (
-    answer_logits,
     evaluate,
     initialise,
+    logits_of,
     main,
     mini_config,
-    say_what_is_seen,
 )
 from catp_jax.training.scoring import blind_accuracy, is_answered
 from catp_jax.training.tokenizer import load_processor, train_tokenizer
 
-logits = jax.jit(answer_logits)
+logits = jax.jit(logits_of)
 read = jax.jit(lambda model, inputs: model(inputs))
 
 
@@ -76,13 +76,10 @@ def test_at_the_start_a_word_attends_to_what_it_names():
     """In the first cross-attention layer, key heads are query heads, and features are words."""
     model = initialise(mini_config(), seed=1)
     rng = np.random.default_rng(0)
-    heads = {
-        "shape": jnp.asarray(rng.normal(size=(192, 4)).astype(np.float32)),
-        "colour": jnp.asarray(rng.normal(size=(192, 9)).astype(np.float32)),
-    }
+    reading = jnp.asarray(rng.normal(size=(192, 11)).astype(np.float32))
     words = list(range(300, 311))
-    say_what_is_seen(model, heads, words)
-    seen = jnp.linalg.pinv(jnp.concatenate([heads["shape"][:, 1:], heads["colour"][:, 1:]], axis=1))
+    say_what_is_seen(model, reading, words)
+    seen = jnp.linalg.pinv(reading)
     features = model.multi_modal_projector(16 * seen)[None]  # one token for each word
     layer = model.language_model.layers[1]
     rows = model.language_model.embed_tokens(jnp.array([words]))
