@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", help="default: the shipped minis")
     parser.add_argument("--questions", type=int, default=2048)
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
-    parser.add_argument("--beams", type=int, default=5)
+    parser.add_argument("--num-beams", type=int, default=5)
     arguments = parser.parse_args()
     console = Console()
     examples = tasks.spread(list(tasks.easy_vqa("test")), arguments.questions)
@@ -154,8 +154,8 @@ def main() -> None:
         options=Options(
             max_new_tokens=10,
             min_new_tokens=1,
-            num_beams=arguments.beams,
-            length_penalty=1.0 if arguments.beams == 1 else 0.0,
+            num_beams=arguments.num_beams,
+            length_penalty=1.0 if arguments.num_beams == 1 else 0.0,
         ),
     )
     found: dict[str, Any] = {}
@@ -202,7 +202,7 @@ def main() -> None:
                 "versions": {"python": platform.python_version(), "jax": jax.__version__},
                 "task": "easy-vqa",
                 "questions": arguments.questions,
-                "num_beams": arguments.beams,
+                "num_beams": arguments.num_beams,
                 "models": found,
             }
         )

@@ -188,7 +188,7 @@ def _database(path: str | Path) -> Iterator[dict[str, Any]]:
             if not folders:
                 raise ValueError("it has no arrays")
             yield {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folders[0]}/"}}
-    except MemoryError:
+    except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # the machine's, not the file's
     except Exception as error:
         raise ValueError(

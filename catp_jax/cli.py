@@ -57,7 +57,7 @@ def start(
         int | None, typer.Option(help="How many processes there are.", min=1)
     ] = None,
     process_id: Annotated[
-        int | None, typer.Option(help="Which of them this one is, counting from 0.")
+        int | None, typer.Option(help="Which of them this one is, counting from 0.", min=0)
     ] = None,
     heartbeat: Annotated[
         int, typer.Option(help="Seconds after which a silent process counts as dead.")

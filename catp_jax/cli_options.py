@@ -20,10 +20,7 @@ import typer
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.pruning.named import Named
 
-METHODS = (
-    "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, oracle, "
-    "anti"
-)
+METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform"
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
 
@@ -321,10 +318,17 @@ def methods(prune: list[str] | None, keep: list[str] | None) -> "Named":
     specs, budgets = _once("--prune", prune), _once("--keep", keep)
     if (specs is None) != (budgets is None):
         raise typer.BadParameter("--prune and --keep go together; give both or neither")
+    from catp_jax.pruning import BOUNDS
     from catp_jax.pruning.named import named
 
     with wrong_call():
-        return named(specs, budgets)
+        found = named(specs, budgets)
+    if told := [spec for spec, _ in found if spec.partition(":")[0] in BOUNDS]:
+        raise typer.BadParameter(
+            f"{told[0]} must be told which visual tokens are needed; only a study of a task that "
+            "knows it can (study --task scenes)"
+        )
+    return found
 
 
 def _once(option: str, values: list[str] | None) -> str | None:

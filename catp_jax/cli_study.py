@@ -6,7 +6,8 @@ before one is loaded.
 
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +81,8 @@ def run(
     prune: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{opts.PRUNE} Repeat it to compare; all methods that fit the model, if not "
+            help=f"{opts.PRUNE} Of a task that knows what is needed also oracle, which keeps that "
+            "first, and anti, last. Repeat it to compare; all methods that fit the model, if not "
             "given.",
             metavar="METHOD,…",
         ),
@@ -141,6 +143,8 @@ def run(
     from convert import load_config
 
     settings = _settings(prune, keep)
+    files = {"questions": questions, "annotations": annotations, "images": images, "data": data}
+    make_task = _task(task, files, fraction, seed)
     with opts.wrong_call():
         parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
@@ -160,11 +164,11 @@ def run(
             "on a file system that all share, or give a new --out"
         )
 
-    files = {"questions": questions, "annotations": annotations, "images": images, "data": data}
-    chosen = _task(task, files, fraction, seed)
+    chosen = make_task()
     for problem in chosen.problems:
         say(problem)
     examples = spread(chosen.examples, limit)
+    _check_bounds(settings, chosen.name, examples)
     conditions = Conditions(
         task=chosen.name,
         source=chosen.source,
@@ -175,7 +179,11 @@ def run(
         batch=batch_size,
         options=options,
         seed=seed,
-        loading=loading.settings(name_of),
+        loading={
+            name: value
+            for name, value in loading.settings(name_of).items()
+            if name not in ("dtype", "weights")  # the model's own description says them
+        },
     )
     journal.check(**known_parts(conditions, examples))
 
@@ -315,8 +323,10 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed: int) -> "Task":
-    """The task, with the files that it takes and no others."""
+def _task(
+    name: str, files: dict[str, Path | None], fraction: float | None, seed: int
+) -> "Callable[[], Task]":
+    """What reads the task, which has the files that it takes and no others. Raises BadParameter."""
     from catp_jax.study.tasks import easy_vqa_task, jsonl_task
     from catp_jax.study.vqav2 import vqav2_task
 
@@ -329,7 +339,8 @@ def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed
     }
     if name not in takes or (dials and name != "scenes"):
         raise typer.BadParameter(
-            f"--task is {', '.join(takes)}; of these scenes alone takes dials (scenes:objects=12)"
+            f"--task is {', '.join(takes)}; of these scenes alone takes dials "
+            f"(scenes:objects=12); got {name}"
         )
     missing = [f"--{key}" for key in takes[name] if files[key] is None]
     if missing:
@@ -345,12 +356,26 @@ def _task(name: str, files: dict[str, Path | None], fraction: float | None, seed
         from catp_jax.training.scenes import Dials
 
         with opts.wrong_call():
-            return scenes_task(Dials.parse(dials))
+            return partial(scenes_task, Dials.parse(dials))
     if name == "easy-vqa":
-        return easy_vqa_task()
+        return easy_vqa_task
     if name == "jsonl":
-        return jsonl_task(*paths)
-    return vqav2_task(*paths, fraction=1.0 if fraction is None else fraction, seed=seed)
+        return partial(jsonl_task, *paths)
+    share = 1.0 if fraction is None else fraction
+    return partial(vqav2_task, *paths, fraction=share, seed=seed)
+
+
+def _check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:
+    """Raises BadParameter for a bound of a task that does not know what is needed."""
+    from catp_jax.pruning import BOUNDS
+    from catp_jax.pruning.named import split
+
+    named = {spec.partition(":")[0] for one in settings for spec in split(one.method)}
+    if (told := named & {*BOUNDS}) and not any(example.needed for example in examples):
+        raise typer.BadParameter(
+            f"{sorted(told)[0]} must be told which visual tokens are needed, and no question of "
+            f"{task} says so (scenes do)"
+        )
 
 
 def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]":
@@ -359,12 +384,12 @@ def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]
 
     Raises BadParameter for one that meets no other, and for what is no method or budget.
     """
-    from catp_jax.pruning.named import AUTO, listed, named
+    from catp_jax.pruning.named import AUTO, named, split
     from catp_jax.study.records import Setting
 
-    methods = {",".join(words): len(words) for words in map(listed, prune or [])}
+    methods = {",".join(words): len(words) for words in map(split, prune or [])}
     with opts.wrong_call():
-        budgets = {tuple(_budget(word) for word in listed(text)): text for text in keep or LEVELS}
+        budgets = {tuple(_budget(word) for word in split(text)): text for text in keep or LEVELS}
     if any(AUTO in some for some in budgets):
         raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
     counted = {f"--prune {method}": count for method, count in methods.items()}
@@ -408,7 +433,7 @@ def _all_that_fit(model: Any, keep: list[str] | None) -> "list[Setting]":
 def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
     """Raises ValueError for a method that prunes what the model does not have."""
     from catp_jax.pruning import make
-    from catp_jax.pruning.named import listed
+    from catp_jax.pruning.named import split
 
-    for spec in dict.fromkeys(spec for setting in settings for spec in listed(setting.method)):
+    for spec in dict.fromkeys(spec for setting in settings for spec in split(setting.method)):
         make(spec, 1, model.sites)

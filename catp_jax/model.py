@@ -24,7 +24,7 @@ from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import fingerprint
-from catp_jax.readers.reading import Box, ImageCache, Kept, Prompt, Question, Reader, arrange
+from catp_jax.readers.reading import Boxes, ImageCache, Kept, Prompt, Question, Reader, arrange
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.rules import shares
@@ -300,13 +300,13 @@ class Model:
         return self.reader.picture(source)
 
     def needed(
-        self, packed: Packed[Any], row: int, source: ImageLike, boxes: Sequence[Box]
-    ) -> np.ndarray:
-        """How much of each of a prompt's visual tokens, from 0 to 1, is about these parts of its
-        only image, the `source`: of a patch the share that lies in them, of a query the share of
-        its look.
+        self, packed: Packed[Any], images: Sequence[ImageLike], boxes: Sequence[Boxes]
+    ) -> list[np.ndarray]:
+        """How much of each visual token, from 0 to 1, is about parts of a prompt's only image: of a
+        patch the share that lies in them, of a query the share of its look. For each prompt whose
+        image and boxes are given, the first of the batch.
         """
-        return self.reader.needed(self.network, packed, row, source, boxes)
+        return self.reader.needed(self.network, packed, images, boxes)
 
     def kept_map(self, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
         """How much of each part of a prompt's image the kept visual tokens stand for, [rows,

@@ -152,12 +152,12 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder / CONFIG} is of an adapter that is not merged here; merge it with peft's "
             "merge_and_unload() and save the whole model\n  " + "\n  ".join(problems)
         )
-    if not is_there(folder / WEIGHTS) and (folder / "adapter_model.bin").exists():
-        raise ValueError(
-            f"{folder} has its adapter as a PyTorch pickle (adapter_model.bin), which is not read; "
-            "load it with peft and save it again, which writes safetensors"
-        )
     if not is_there(folder / WEIGHTS):
+        if is_there(folder / "adapter_model.bin"):
+            raise ValueError(
+                f"{folder} has its adapter as a PyTorch pickle (adapter_model.bin), which is not "
+                "read; load it with peft and save it again, which writes safetensors"
+            )
         raise ValueError(
             f"{folder} has {CONFIG} but no {WEIGHTS}; copy it too, or move {CONFIG} away"
         )

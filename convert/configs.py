@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from catp_jax import strict_json
+from catp_jax import messages, strict_json
 from catp_jax.files import is_there
 from catp_jax.terminal import one_line, without_advice
 from convert.adapter import alone
@@ -175,5 +175,4 @@ def _quantised(prefix: str, value: Any) -> str:
 
 def short(value: Any) -> str:
     """A value as JSON, cut to what fits a line."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return messages.short(json.dumps(value), 60)

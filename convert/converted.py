@@ -208,7 +208,7 @@ def to_hf(converted: str | Path, out: str | Path, progress: Progress | None = No
         # the old index counts other bytes, or names tensors that were left out
         if (manifest.ignored or is_cast) and SINGLE not in manifest.files:
             write_index(target, shards)
-        elif (folder / INDEX).exists():
+        elif is_there(folder / INDEX):
             shutil.copyfile(folder / INDEX, target / INDEX)
         shutil.copyfile(folder / "config.json", target / "config.json")
     matching = Matching({}, [matches[name] for name in tensors], {})

@@ -37,8 +37,8 @@ def parse_config(
     tables = [table for family in FAMILIES.values() for table in family.tables]
     if any(kind == part.model_type for table in tables for part in table.inside()):
         raise ValueError(
-            f"{where} is of {kind} alone, a part of a model; the whole one is wanted (supported: "
-            f"{supported})"
+            f"{where} is of {kind}, a language model or a part, and no whole model of images and "
+            f"text; supported: {supported}"
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type is {kind!r}; supported: {supported}")

@@ -57,7 +57,7 @@ class Manifest:
         if not is_there(path):
             raise ValueError(f"{folder} is no converted folder: it has no {MANIFEST}")
         try:
-            content = strict_json.parse(path.read_bytes())
+            content = strict_json.read(path)
             _check(content)
             del content["format"]
             content["files"] = {
@@ -86,6 +86,10 @@ def _check(content: dict[str, Any]) -> None:
         check_weights_file(name)
     if not all(is_text_by_text(file["metadata"]) for file in files.values()):
         raise ValueError("the metadata of its files are not objects of texts")
+    lists = {name: content[name] for name in ("ignored", "ignore_config")}
+    for name, found in {**lists, **{file: files[file]["tensors"] for file in files}}.items():
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise ValueError(f"{name} is {short(found)}, no list of names")
     names = [name for file in files.values() for name in file["tensors"]]
     dtypes, known = content["dtypes"], {dtype.name for dtype in DTYPES.values()}
     if len({*names}) != len(names) or {*names} != dtypes.keys():
@@ -96,10 +100,6 @@ def _check(content: dict[str, Any]) -> None:
     is_counted = isinstance(checksums, dict) and all(type(n) is int for n in checksums.values())
     if not is_counted or not isinstance(config, str):
         raise ValueError("its checksums are none")
-    lists = {name: content[name] for name in ("ignored", "ignore_config")}
-    for name, found in {**lists, **{file: files[file]["tensors"] for file in files}}.items():
-        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-            raise ValueError(f"{name} is {short(found)}, no list of names")
     if content.pop("sha256", None) != _digest(content):
         raise ValueError("it was changed after it was written")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from catp_jax import strict_json
 from catp_jax.files import what
+from catp_jax.messages import listed
 from convert.shards import MOST_TENSORS, UNQUANTISED, NotRead, Shard, read_shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,10 +55,10 @@ def find_shards(folder: Path) -> list[Shard]:
 
 def _find_listed(folder: Path) -> list[Shard]:
     """The weight files that an index names."""
-    listed = _read_index(folder / INDEX)
+    index = _read_index(folder / INDEX)
     shards: dict[str, Shard] = {}
     problems = []
-    for name in sorted({*listed.values()}):
+    for name in sorted({*index.values()}):
         if not os.path.lexists(folder / name):
             problems.append(f"{folder / name} is missing, though {INDEX} names it")
             continue
@@ -67,19 +68,17 @@ def _find_listed(folder: Path) -> list[Shard]:
             raise
         except ValueError as error:
             problems.append(str(error))
-    there = {(name, file) for name, file in listed.items() if file in shards}
+    there = {(name, file) for name, file in index.items() if file in shards}
     here = {(tensor.name, file) for file, shard in shards.items() for tensor in shard.tensors}
     for name, file in sorted(there - here):
         problems.append(f"{folder / file} has no {name}, though {INDEX} says so")
     for name, file in sorted(here - there):
-        place = f"in {listed[name]}" if name in listed else "nowhere"
+        place = f"in {index[name]}" if name in index else "nowhere"
         problems.append(f"{folder / file} has {name}, which {INDEX} puts {place}")
     if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
             f"the weights in {folder} are not whole; download or copy them again\n  "
-            + "\n  ".join(problems[:20])
-            + more
+            + listed(problems, between="\n  ")
         )
     return [*shards.values()]
 
@@ -89,16 +88,16 @@ def _read_index(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file that can be read, but {what(path)}")
     try:
-        listed = strict_json.parse(path.read_bytes())["weight_map"]
-        if not isinstance(listed, dict) or not listed:
+        index = strict_json.parse(path.read_bytes())["weight_map"]
+        if not isinstance(index, dict) or not index:
             raise ValueError("its weight_map is empty")
-        if len(listed) > MOST_TENSORS:
-            raise ValueError(f"it lists {len(listed)} tensors; at most {MOST_TENSORS} are read")
-        for file in listed.values():
+        if len(index) > MOST_TENSORS:
+            raise ValueError(f"it lists {len(index)} tensors; at most {MOST_TENSORS} are read")
+        for file in index.values():
             check_weights_file(file)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is corrupt: a weight_map is wanted ({error})") from error
-    return listed
+    return index
 
 
 def check_weights_file(name: object) -> str:

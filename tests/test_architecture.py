@@ -31,7 +31,9 @@ ROOMS: dict[str, set[str]] = {
         "checkpoint": "leaves messages",
         "convert": "files leaves messages strict_json terminal models checkpoint",
         "generation": "struct contract",
-        "readers": "struct files messages strict_json terminal models pruning sharding generation",
+        "readers": (
+            "struct contract files messages strict_json terminal models pruning sharding generation"
+        ),
         "study": (
             "struct contract lines messages strict_json terminal targets pruning generation readers"
         ),

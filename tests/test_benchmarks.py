@@ -189,7 +189,7 @@ def test_random_is_the_mean_of_its_draws():
     from benchmarks.testbed import mean_over
 
     one, other = (
-        tuple(Answer(f"{n}", "x", score, 0.0, 8, (0,), image=n, needed=share) for n in (0, 1))
+        tuple(Answer(f"{n}", "x", score, 0.0, n, 8, (0,), needed=share) for n in (0, 1))
         for score, share in ((1.0, 0.5), (0.0, None))
     )
     mean = mean_over([one, other])

@@ -180,6 +180,17 @@ def test_what_is_no_file_in_a_checkpoint_is_not_waited_for(tmp_path: Path, make)
         file.write_bytes(before)
 
 
+def test_a_device_without_room_is_not_called_damage(tmp_path: Path, monkeypatch):
+    checkpoint.save(tmp_path / "a", state())
+
+    def full(struct, part):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(leaves, "placed", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        checkpoint.restore(tmp_path / "a", jax.eval_shape(state))
+
+
 def test_damaged_checkpoint_says_so(tmp_path: Path):
     path = tmp_path / "a"
     checkpoint.save(path, {"x": np.random.default_rng(0).standard_normal(10_000)})

@@ -24,7 +24,7 @@ from catp_jax.matching import load_matcher
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.narrow import Weights
 from catp_jax.models.tiled_vit import VisionMode
-from catp_jax.pruning import METHODS
+from catp_jax.pruning import BOUNDS, METHODS
 from catp_jax.sharding.distributed import HEARTBEAT
 from catp_jax.study.records import Conditions
 from catp_jax.targets import GPUS
@@ -184,7 +184,8 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--logprobs", "2"], ["--logprobs", "--json"]),
         (["--stream", "--json"], ["--stream is for one --prompt"]),
         (["--stream", "--num-beams", "2"], ["a stream has one answer"]),
-        (["--num-return-sequences", "2"], ["2 greedy answers to a prompt would be the same"]),
+        (["--prune", "oracle", "--keep", "8"], ["oracle must be told", "study --task scenes"]),
+        (["--num-return-sequences", "2"], ["num_return_sequences is 2, but greedy answers"]),
         (["--num-return-sequences", "0"], ["at least 1"]),
         (["--forced-eos-token", "9999"], ["forced_eos_token_id has token 9999"]),
         (["--chat"], ["no chat template"]),
@@ -383,7 +384,7 @@ def test_one_sentence_says_what_this_is():
 
 
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
-    assert ", ".join(METHODS) == cli_options.METHODS
+    assert ", ".join(name for name in METHODS if name not in BOUNDS) == cli_options.METHODS
     assert ", ".join(GPUS) == cli_cluster.GPUS
     assert inspect.signature(cli.start).parameters["heartbeat"].default == HEARTBEAT
     script = "import sys; from catp_jax import cli; print({'jax', 'numpy'} & {*sys.modules})"

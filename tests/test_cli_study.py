@@ -403,3 +403,9 @@ def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(tiny, task, s
     done = study("model", "--task", task)
     assert done.exit_code == 2
     assert says in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_bound_of_a_task_that_does_not_know_is_refused_before_a_model_is_loaded(no_model):
+    words = ["model", "--task", "jsonl", "--data", questions(no_model), "--keep", "2"]
+    said = refused(study(*words, "--prune", "l2", "--prune", "anti"), "anti must be told")
+    assert "no question of jsonl says so" in said

@@ -124,10 +124,11 @@ def check_sampling(temperature: float, top_k: Any, top_p: float, answers: int) -
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1 (all tokens), got {top_p}")
     if answers < 1:
-        raise ValueError(f"a prompt gets at least 1 answer, got {answers}")
+        raise ValueError(f"num_return_sequences is at least 1, got {answers}")
     if answers > 1 and temperature == 0:
         raise ValueError(
-            f"{answers} greedy answers to a prompt would be the same; give a temperature"
+            f"num_return_sequences is {answers}, but greedy answers to a prompt would be the same; "
+            "give a temperature"
         )
 
 

@@ -26,7 +26,7 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
 
     Raises ValueError if their numbers differ, and for what `make` or `budget.parse` refuse.
     """
-    specs, budgets = listed(prune), listed(keep)
+    specs, budgets = split(prune), split(keep)
     budgets = [
         int(some) if isinstance(some, numbers.Integral) and not isinstance(some, bool) else some
         for some in budgets
@@ -45,7 +45,7 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
     return tuple(zip(specs, budgets, strict=True))
 
 
-def listed(words: Any) -> list[Any]:
+def split(words: Any) -> list[Any]:
     """Methods, or budgets, as a list: of a text what its commas separate."""
     if words is None:
         return []

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from catp_jax.contract import Evidence
 from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.models.blip2 import Blip2Config, Blip2Inputs
 from catp_jax.models.instructblip import InstructBlipConfig, InstructBlipInputs
@@ -36,7 +37,7 @@ from catp_jax.readers.images import ImageLike, read_image
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
-    Box,
+    Boxes,
     ImageCache,
     Kept,
     Prompt,
@@ -176,21 +177,23 @@ class QueryingReader(ABC):
         self,
         network: Any,
         packed: Packed[Any],
-        row: int,
-        source: ImageLike,
-        boxes: Sequence[Box],
-    ) -> np.ndarray:
+        images: Sequence[ImageLike],
+        boxes: Sequence[Boxes],
+    ) -> list[np.ndarray]:
         """The share of each query's look (see `kept_map`) that falls on these parts."""
+        front = packed.encoded.front if packed.encoded is not None else None
+        looks = _looks(network, packed.inputs) if front is None else _looks_of(front.view.evidence)
         grid = self.config.vision.grid
-        return fetch(_looks(network, packed.inputs.alone(row)))[:, 1:] @ covered(
-            boxes, grid, grid
-        ).reshape(-1)
+        return [
+            look[:, 1:] @ covered(some, grid, grid).reshape(-1)
+            for look, some in zip(fetch(looks), boxes, strict=False)
+        ]
 
     def kept_map(self, network: Any, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
         """Where the kept queries look: their cross-attention, averaged over layers and heads, the
         sum over them stretched to 1.
         """
-        looks = fetch(_looks(network, packed.inputs.alone(row)))
+        looks = fetch(_looks(network, packed.inputs.alone(row)))[0]
         grid = self.config.vision.grid
         out = looks[kept.number, 1:].sum(axis=0).reshape(grid, grid)
         return out / max(float(out.max()), 1e-12)
@@ -211,12 +214,18 @@ class Blip2Reader(QueryingReader):
 
 
 @jax.jit
-def _looks(network: Any, inputs: QueryingInputs) -> Float[Array, "q n"]:
+def _looks(network: Any, inputs: QueryingInputs) -> Float[Array, "b q n"]:
+    return _looks_of(network.thaw().read_images(inputs)[1])
+
+
+@jax.jit
+def _looks_of(evidence: Evidence) -> Float[Array, "b q n"]:
     """Cross-attention of every query over the image tokens, mean of all layers and heads."""
-    _, evidence = network.thaw().read_images(inputs)
-    queries, columns = evidence.cross[0].queries.shape[1], evidence.cross[0].keys.shape[1]
-    seen = jnp.ones((1, queries, columns), bool)
-    maps = [attention(layer.queries, layer.keys, seen).mean(axis=1)[0] for layer in evidence.cross]
+    maps = []
+    for layer in evidence.cross:
+        (batch, queries), columns = layer.queries.shape[:2], layer.keys.shape[1]
+        seen = jnp.ones((batch, queries, columns), bool)
+        maps.append(attention(layer.queries, layer.keys, seen).mean(axis=1))
     return jnp.stack(maps).mean(axis=0)
 
 

@@ -99,7 +99,11 @@ def generation_defaults(folder: Path, is_used: bool) -> tuple[Options, str]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     parts, plain = [], Options()
-    taken = {name: value for name, value in vars(options).items() if value != getattr(plain, name)}
+    taken = {
+        name: value
+        for name, value in vars(options).items()
+        if value != getattr(plain, name) and (name != "max_new_tokens" or name in given)
+    }
     if taken:
         parts.append(", ".join(f"{name}={_as_given(value)!r}" for name, value in taken.items()))
     if given.get("max_length", LENGTH) != LENGTH:

@@ -37,7 +37,7 @@ def read_image(source: ImageLike) -> Image.Image:
       `datasets` makes, {"bytes": …, "path": …};
     - a PIL image;
     - an array, of NumPy or another library: [height, width], with channels (1, 3 or 4) last or
-      first, of uint8, other whole numbers from 0 to 255, floats from 0 to 1, or True for white. If
+      first, of uint8, signed whole numbers from 0 to 255, floats from 0 to 1, or True for white. If
       both could be, channels are last.
 
     No image may have more pixels than Pillow opens, twice `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -264,8 +264,8 @@ def _from_array(source: Any) -> Image.Image:
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ValueError(
-            "an image array is of uint8, of whole numbers from 0 to 255 or of floats from 0 to 1, "
-            f"got {array.dtype}"
+            "an image array is of uint8, of signed whole numbers from 0 to 255 or of floats from 0 "
+            f"to 1, got {array.dtype}"
         )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS, MaskMode
 from catp_jax.models.mllama import MllamaConfig
@@ -24,6 +25,7 @@ from catp_jax.readers.mllama_packing import (
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
     Box,
+    Boxes,
     ImageCache,
     Prompt,
     Question,
@@ -100,6 +102,7 @@ class MllamaReader:
     @property
     def cross_layers(self) -> None:
         """Its visual tokens are the image's own."""
+        return None
 
     @property
     def positions(self) -> int:
@@ -159,29 +162,41 @@ class MllamaReader:
         self,
         network: Any,
         packed: MllamaPacked,
-        row: int,
-        source: ImageLike,
-        boxes: Sequence[Box],
-    ) -> np.ndarray:
+        images: Sequence[ImageLike],
+        boxes: Sequence[Boxes],
+    ) -> list[np.ndarray]:
         """The share of each token's patch that lies in these parts; class tokens have none."""
+        out = []
+        for row, (source, some) in enumerate(zip(images, boxes, strict=True)):
+            rows, columns = self._layout(packed, row)
+            some = self._on_canvas(some, read_image(source), rows, columns)
+            grid = self.config.vision.grid
+            shares = covered(some, rows * grid, columns * grid)
+            there = self.locate(packed, row, np.arange(packed.available[row]))
+            down, across = np.divmod(there.tile, columns)
+            found = shares[down * grid + there.row, across * grid + there.column]
+            out.append(np.where(there.row >= 0, found, 0.0))
+        return out
+
+    def _layout(self, packed: MllamaPacked, row: int) -> tuple[int, int]:
+        """Rows and columns of tiles of a prompt's first image; it must have one."""
+        images, vision = packed.inputs.images, self.config.vision
+        assert images is not None  # noqa: S101
+        image = int(images.tile_index[row, 0]) // vision.max_num_tiles
+        return vision.supported_aspect_ratios[int(images.aspect_ratio_ids[image]) - 1]
+
+    def _on_canvas(self, boxes: Boxes, image: Image.Image, rows: int, columns: int) -> list[Box]:
+        """Parts of an image as parts of its tiles, which may be larger."""
         from transformers.models.mllama.image_processing_pil_mllama import (
             get_image_size_fit_to_canvas,
         )
 
-        vision = self.config.vision
-        ratio = self.process_image(source).aspect_ratio_id
-        rows, columns = vision.supported_aspect_ratios[ratio - 1]
-        image, side = read_image(source), vision.image_size
+        side = self.config.vision.image_size
         high, wide = get_image_size_fit_to_canvas(
             image.height, image.width, rows * side, columns * side, side
         )
-        down, across = high / (rows * side), wide / (columns * side)  # the rest is padding
-        boxes = [(a * across, b * down, c * across, d * down) for a, b, c, d in boxes]
-        shares = covered(boxes, rows * vision.grid, columns * vision.grid)
-        there = self.locate(packed, row, np.arange(packed.available[row]))
-        tile_row, tile_column = np.divmod(there.tile, columns)
-        found = shares[tile_row * vision.grid + there.row, tile_column * vision.grid + there.column]
-        return np.where(there.row >= 0, found, 0.0)
+        down, across = high / (rows * side), wide / (columns * side)
+        return [(a * across, b * down, c * across, d * down) for a, b, c, d in boxes]
 
     def kept_map(
         self, network: Any, packed: MllamaPacked, row: int, kept: KeptTokens
@@ -191,9 +206,7 @@ class MllamaReader:
         vision = self.config.vision
         if images is None:
             return np.ones((vision.grid, vision.grid))
-        image = int(images.tile_index[row, 0]) // vision.max_num_tiles
-        ratio = int(images.aspect_ratio_ids[image])
-        rows, columns = vision.supported_aspect_ratios[ratio - 1]
+        rows, columns = self._layout(packed, row)
         out = np.zeros((rows * vision.grid, columns * vision.grid))
         is_patch = (kept.image == 0) & (kept.row >= 0)
         tile_row, tile_column = np.divmod(kept.tile[is_patch], columns)

@@ -21,6 +21,8 @@ Prompt = str | Sequence[dict[str, Any]]
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a part of an image, from 0 to 1."""
 
+Boxes = Sequence[Box]
+
 Image = TypeVar("Image")
 
 ImageCache = dict[str | int, tuple[ImageLike, Any]]
@@ -128,10 +130,10 @@ class Reader(Protocol):
         ...
 
     def needed(
-        self, network: Any, packed: Any, row: int, source: ImageLike, boxes: Sequence[Box]
-    ) -> np.ndarray:
-        """How much of each of a prompt's visual tokens, from 0 to 1, is about these parts of its
-        only image, the `source`.
+        self, network: Any, packed: Any, images: Sequence[ImageLike], boxes: Sequence[Boxes]
+    ) -> list[np.ndarray]:
+        """How much of each visual token, from 0 to 1, is about parts of a prompt's only image: for
+        each prompt whose image and boxes are given, the first of the batch.
         """
         ...
 

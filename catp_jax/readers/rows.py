@@ -21,7 +21,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(strict_json.MARK)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     for number, line in enumerate(content.split(b"\n"), start=1):

@@ -48,7 +48,7 @@ class Answerer(Protocol):
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
     def picture(self, source: Any) -> np.ndarray: ...
-    def needed(self, packed: Any, row: int, source: Any, boxes: Any) -> np.ndarray: ...
+    def needed(self, packed: Any, images: Any, boxes: Any) -> list[np.ndarray]: ...
     def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
 
@@ -115,12 +115,10 @@ class Batches:
         if not any(example.needed for example in examples):
             return None
         out = np.zeros((len(packed.available), max(packed.available)), np.float32)
-        for row in range(len(out)):
-            example = examples[row % len(examples)]
-            if example.needed:
-                found = self.model.needed(packed, row, example.image, example.needed)
-                out[row, : len(found)] = found
-        return out
+        images, boxes = zip(*((one.image, one.needed) for one in examples), strict=True)
+        for row, found in enumerate(self.model.needed(packed, images, boxes)):
+            out[row, : len(found)] = found
+        return out  # nothing for what fills the batch up
 
     def _prepare(self, number: int) -> Any:
         """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""

@@ -14,7 +14,7 @@ from catp_jax.generation.options import Options
 from catp_jax.study.plain import Record, to_plain
 from catp_jax.study.tasks import QUESTION, fill
 
-FORMAT = 2
+FORMAT = 3
 UNPRUNED = "unpruned"
 
 
@@ -145,10 +145,10 @@ class Answer:
     text: str
     score: float
     kl: float
+    image: int
     available: int
     kept: tuple[int, ...] | None
     map: tuple[tuple[float, ...], ...] | None = None
-    image: int = 0
     family: str = ""
     needed: float | None = None
 

@@ -67,7 +67,9 @@ def read_study(path: Path, messages: list[str] | None = None) -> Study:
 def study_of(journal: Journal) -> Study:
     """What a sweep has found. Raises ValueError if no setting is finished."""
     if journal.header is None:
-        raise ValueError(f"{journal.path} is empty; give one that `catp-jax study` has written")
+        raise ValueError(
+            f"{journal.path or 'the study'} is empty; give one that `catp-jax study` has written"
+        )
     batches: dict[Setting, list[Answers]] = defaultdict(list)
     for batch in journal.all(Answers):
         batches[batch.setting].append(batch)
@@ -93,7 +95,7 @@ def study_of(journal: Journal) -> Study:
     ]
     if not results:
         raise ValueError(
-            f"{journal.path} has no finished setting yet "
+            f"{journal.path or 'the study'} has no finished setting yet "
             f"({'; '.join(unfinished) or 'nothing answered'}); run the same `catp-jax study` "
             "again, which resumes"
         )

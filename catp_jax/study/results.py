@@ -13,16 +13,15 @@ def result_of(
     cost: SettingCost,
     answers: Sequence[Answer],
     unpruned: Sequence[Answer],
-    images: Sequence[int],
     times: Sequence[float],
     seed: int,
     versions: dict[str, str],
 ) -> Result:
     """A setting's figures from its answers and the unpruned model's to the same questions.
 
-    `images` says which image each question is about; `times` are those of the batches, if they were
-    measured.
+    `times` are those of the batches, if they were measured.
     """
+    images = [answer.image for answer in answers]
     low, high = interval([answer.score for answer in answers], images, seed=seed)
     same = [own.text == other.text for own, other in zip(answers, unpruned, strict=True)]
     milliseconds, spread = median_and_spread(times) if times else (None, None)

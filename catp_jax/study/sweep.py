@@ -97,7 +97,7 @@ def sweep(
     try:
         _begin(journal, header, batches, settings)
         answered = _answer(journal, batches, settings, score, frozenset(pictured), progress)
-        yield from _results(journal, answered, settings, conditions.seed, examples)
+        yield from _results(journal, answered, settings, conditions.seed)
     finally:
         journal.release()
 
@@ -239,10 +239,8 @@ def _results(
     answered: dict[Setting, list[Answers]],
     settings: list[Setting],
     seed: int,
-    examples: Sequence[Example],
 ) -> Iterator[Result]:
     """The figures of each setting, from its answers."""
-    images = [example.image_id for example in examples]
     written = {result.setting: result for result in journal.all(Result)}
     costs = {cost.setting: cost for cost in journal.all(SettingCost)}
     unpruned = _joined(answered[settings[0]])
@@ -250,7 +248,7 @@ def _results(
         answers = _joined(batches)
         if setting not in written:
             times = [batch.ms for batch in batches if batch.ms is not None]
-            result = result_of(costs[setting], answers, unpruned, images, times, seed, versions())
+            result = result_of(costs[setting], answers, unpruned, times, seed, versions())
             written[setting] = journal.append(result)
         yield written[setting].with_answers(answers)
 

@@ -38,7 +38,7 @@ ODD: tuple[Any, ...] = (
     *("", "x", "gelu", "../x", "\x1b[31m", "\ud800", "a" * 3000, [], [1], [[]], {}, {"x": 1}),
 )
 NAMES = (
-    *("x", "../../victim.safetensors", "/tmp/victim", "config.json", "UNFINISHED", ""),
+    *("x", "../../victim.safetensors", "/tmp/victim", "config.json", ""),
     "a\nb.safetensors",
 )
 

@@ -187,7 +187,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "opt",
         "",
         {"model_type": "blip_2_vision_model"},
-        "vision_model alone, a part",
+        "vision_model, a language model or a part",
     ),
     "unknown key": ("opt", "", {"sparkle": 3}, r"sparkle is unknown \(it is 3\)"),
     "quantised": ("opt", "", {"quantization_config": {"bits": 4}}, "the checkpoint is quantised"),

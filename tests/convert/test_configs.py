@@ -146,7 +146,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "text half": (
         "",
         {"model_type": "mllama_text_model"},
-        "mllama_text_model alone, a part",
+        "mllama_text_model, a language model or a part",
     ),
     "quantised": (
         "",

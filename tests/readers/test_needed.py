@@ -30,7 +30,7 @@ def test_tokens_of_llama_vision_are_those_whose_pixels_change(llama, height, wid
     top, bottom = int(box[1] * height), int(box[3] * height)
     painted[top:bottom, int(box[0] * width) : int(box[2] * width)] = 255
     packed = llama.prepare([plain], ["what is it?"])
-    needed = llama.needed(packed, 0, plain, [box])
+    (needed,) = llama.needed(packed, [plain], [[box]])
     assert needed.shape == (packed.available[0],)
     before, after = (llama.reader.process_image(image).pixels for image in (plain, painted))
     grid, patch = llama.config.vision.grid, llama.config.vision.patch_size
@@ -46,10 +46,11 @@ def test_tokens_of_llama_vision_are_those_whose_pixels_change(llama, height, wid
 def test_queries_of_blip2_have_their_looks_share():
     model = catp_jax.load(shallow("mini-blip2-opt"))
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    packed = model.prepare([image], ["what is it?"])
-    left = model.needed(packed, 0, image, [(0.0, 0.0, 0.5, 1.0)])
-    right = model.needed(packed, 0, image, [(0.5, 0.0, 1.0, 1.0)])
-    whole = model.needed(packed, 0, image, [(0.0, 0.0, 1.0, 1.0)])
+    packed = model.prepare([image] * 3, ["what is it?"] * 3)
+    boxes = [[(0.0, 0.0, 0.5, 1.0)], [(0.5, 0.0, 1.0, 1.0)], [(0.0, 0.0, 1.0, 1.0)]]
+    left, right, whole = model.needed(packed, [image] * 3, boxes)
+    (again,) = model.needed(model.encode(packed), [image], boxes[:1])
+    np.testing.assert_allclose(again, left, atol=1e-5)
     assert left.shape == (32,)
     np.testing.assert_allclose(left + right, whole, atol=1e-5)
     assert (whole > 0.5).all()  # but what goes to the class token

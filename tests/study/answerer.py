@@ -156,11 +156,12 @@ class Tiny:
     def picture(self, image):
         return np.linspace(0, 1, 20 * 24 * 3).reshape(20, 24, 3)
 
-    def needed(self, packed, row, source, boxes):
+    def needed(self, packed, images, boxes):
         """A box's left edge times eight is the token that it is about."""
-        out = np.zeros(TOKENS, np.float32)
-        out[[int(TOKENS * box[0]) for box in boxes]] = 1.0
-        return out
+        out = np.zeros((len(images), TOKENS), np.float32)
+        for row, some in enumerate(boxes):
+            out[row, [int(TOKENS * box[0]) for box in some]] = 1.0
+        return list(out)
 
     def kept_map(self, packed, number, kept):
         grid = np.zeros(TOKENS)
