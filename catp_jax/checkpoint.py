@@ -276,8 +276,9 @@ def _quiet() -> Iterator[None]:
     """Keeps from the user what Orbax says besides raising an error.
 
     It logs the error's traceback, too. And it gives up at the first array that cannot be written:
-    the others of its run end later and complain to an event loop that is closed by then, with a
-    traceback each. Nobody can wait for them, so from then on they are not listened to.
+    the others of its run end later and complain, each with a traceback, to an event loop that is
+    closed by then or, as nobody asked for them, to asyncio's log. Nobody can wait for them, so from
+    then on they are not listened to.
     """
     logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [log.level for log in logs]
@@ -292,9 +293,9 @@ def _quiet() -> Iterator[None]:
     try:
         yield
         sys.unraisablehook = hook
+        logs[1].setLevel(levels[1])
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        logs[0].setLevel(levels[0])
 
 
 def _remove_parts(path: Path) -> None:

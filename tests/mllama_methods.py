@@ -129,9 +129,9 @@ def oracle_columns(method: str, mode: str) -> np.ndarray:
         elif method == "k_norm":
             own = oracles.k_norm(keys, sees, keep=BUDGET)
         elif method == "uniform":
-            there = np.flatnonzero(sees.any(axis=0))
-            own = [there[-(-(n + 1) * len(there) // BUDGET) - 1] for n in range(BUDGET)]
-            own = own if len(there) > BUDGET else there.tolist()
+            own = np.flatnonzero(sees.any(axis=0)).tolist()
+            if (found := len(own)) > BUDGET:
+                own = [own[-(-(n + 1) * found // BUDGET) - 1] for n in range(BUDGET)]
         elif method == "random":  # nothing to derive: any selection will do
             kept = mixed(method, mode).selection.kept
             own = np.asarray(kept.indices[row])[np.asarray(kept.valid[row])].tolist()
