@@ -53,9 +53,8 @@ def save(path: str | Path, tree: Any) -> None:
 
     options = ocp.Context()
     options.array.saving.storage_options.chunk_byte_size = PIECE
-    options.array.saving.use_compression = (
-        False  # which saves a fifth, and takes three times as long
-    )
+    # which saves a fifth, and takes three times as long
+    options.array.saving.use_compression = False
     options.memory.deepcopy_host_arrays = False  # nothing changes them before this returns
     with _writing(path) as place, options:
         ocp.save(str(place), arrays)

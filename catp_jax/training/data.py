@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from catp_jax.training.photos import (
     put_together,
     read_image,
 )
+from catp_jax.training.tokenizer import EOT, PAD
 
 UNUSUAL_LAYOUT = 0.15  # share of training images that are not 2×2 tiles
 TEXT_LENGTH = 18  # the longest question, its answer and the marks around them, in tokens
@@ -159,6 +161,12 @@ class Text:
     encode: Encode
     end: int
     padding: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Text":
+        """In a tokenizer's words."""
+        end, padding = tokenizer.convert_tokens_to_ids([EOT, PAD])
+        return cls(tokenizer.encode, end, padding)
 
     def prompt(self, question: str) -> list[int]:
         """What the processor makes of `<|image|>` and the question."""

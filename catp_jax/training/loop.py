@@ -68,6 +68,20 @@ def warmup_cosine_adamw(
     )
 
 
+def adamw_stage(
+    name: str,
+    steps: int,
+    loss: Callable[[Any, Any, Any, Array], tuple[Float[Array, ""], Figures]],
+    batches: Callable[[int], Any],
+    *,
+    peak: float,
+    seed: int,
+) -> Stage:
+    """A stage as all models here are trained: by `warmup_cosine_adamw`, up to the rate `peak`."""
+    optimizer = warmup_cosine_adamw(peak, steps, weight_decay=0.02)
+    return Stage(name, steps, loss, batches, optimizer, seed, every=20, save_every=100)
+
+
 def train(
     stage: Stage,
     params: Params,

@@ -60,7 +60,7 @@ from catp_jax.training.blip2_start import (
     mini_config,
     say_what_is_seen,
 )
-from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.photos import COLOURS, SHAPES, by_image
 from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
 from catp_jax.training.tokenizer import (
@@ -262,18 +262,6 @@ def main(
     model = initialise(config, seed)
     shared, apart = work / "shared_log.jsonl", work / f"{which}_log.jsonl"
 
-    def stage(name: str, steps: int, loss: Any, batches: Any, peak: float) -> Stage:
-        return Stage(
-            name=name,
-            steps=steps,
-            loss=loss,
-            batches=batches,
-            optimizer=warmup_cosine_adamw(peak, steps, weight_decay=0.02),
-            seed=seed,
-            every=20,
-            save_every=100,
-        )
-
     def looks(step: int) -> LookBatch:
         return composer.looks(step, batch // 2)
 
@@ -282,7 +270,7 @@ def main(
         "shape": jnp.zeros((config.vision.hidden_size, 1 + len(SHAPES))),
         "colour": jnp.zeros((config.vision.hidden_size, 1 + len(COLOURS))),
     }
-    first = stage("tower", tower_steps, tower_loss(graph), looks, 2e-3)
+    first = adamw_stage("tower", tower_steps, tower_loss(graph), looks, peak=2e-3, seed=seed)
     trained = train(first, {"tower": tower, **heads}, work / "tower", shared)
     nnx.update(model.vision_model, trained["tower"])
 
@@ -293,7 +281,7 @@ def main(
         "shape": jnp.zeros((config.qformer.hidden_size, len(SHAPES))),
         "colour": jnp.zeros((config.qformer.hidden_size, len(COLOURS))),
     }
-    second = stage("qformer", qformer_steps, qformer_loss(graph), looks, 2e-3)
+    second = adamw_stage("qformer", qformer_steps, qformer_loss(graph), looks, peak=2e-3, seed=seed)
     trained = train(second, {"front": front, **heads}, work / "qformer", shared, frozen=frozen)
     nnx.update(model, trained["front"])
     words = [text.answer(word)[0] for word in (*SHAPES, *COLOURS)]
@@ -313,7 +301,7 @@ def main(
         def questions(step: int, is_plain: bool = is_plain) -> AskBatch:
             return composer.questions(step, batch // QUESTIONS, QUESTIONS, text, is_plain)
 
-        next_stage = stage(name, steps, answer_loss(graph), questions, 2e-3)
+        next_stage = adamw_stage(name, steps, answer_loss(graph), questions, peak=2e-3, seed=seed)
         params = train(next_stage, params, work / f"{which}_{name}", apart, frozen=frozen)
         model = nnx.merge(graph, frozen, params)
 

@@ -48,12 +48,10 @@ from catp_jax.training.llama_answers import (
     say_what_is_seen,
     write,
 )
-from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.photos import COLOURS, SHAPES, by_image
 from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
 from catp_jax.training.tokenizer import (
-    EOT,
-    PAD,
     make_processor,
     train_tokenizer,
 )
@@ -262,11 +260,7 @@ def main(
     tokenizer = train_tokenizer(
         (f"{e.question} {e.answer}" for e in train_set), VOCABULARY, POSITIONS
     )
-    text = Text(
-        encode=tokenizer.encode,
-        end=tokenizer.convert_tokens_to_ids(EOT),
-        padding=tokenizer.convert_tokens_to_ids(PAD),
-    )
+    text = Text.of(tokenizer)
     composer = Composer(train_set, config.vision, seed)
     model = initialise(config, seed)
 
@@ -275,15 +269,13 @@ def main(
         "shape": jnp.zeros((config.vision.output_size, 1 + len(SHAPES))),
         "colour": jnp.zeros((config.vision.output_size, 1 + len(COLOURS))),
     }
-    stage = Stage(
-        name="tower",
-        steps=tower_steps,
-        loss=tower_loss(tower_graph),
-        batches=lambda step: composer.dense(step, batch),
-        optimizer=warmup_cosine_adamw(2e-3, tower_steps, weight_decay=0.02),
+    stage = adamw_stage(
+        "tower",
+        tower_steps,
+        tower_loss(tower_graph),
+        lambda step: composer.dense(step, batch),
+        peak=2e-3,
         seed=seed,
-        every=20,
-        save_every=100,
     )
     trained = train(stage, {"tower": tower, **heads}, work / "tower", log)
     nnx.update(model.vision_model, trained["tower"])
@@ -296,17 +288,15 @@ def main(
         ("reader", reader_steps, True, 0.0),
         ("decoder", decoder_steps, False, SKIP_FIRST),
     ):
-        stage = Stage(
-            name=name,
-            steps=steps,
-            loss=decoder_loss(graph, skip_first),
-            batches=lambda step, plain=is_plain: composer.questions(
+        stage = adamw_stage(
+            name,
+            steps,
+            decoder_loss(graph, skip_first),
+            lambda step, plain=is_plain: composer.questions(
                 step, batch, QUESTIONS, text, is_plain=plain
             ),
-            optimizer=warmup_cosine_adamw(1e-3, steps, weight_decay=0.02),
+            peak=1e-3,
             seed=seed,
-            every=20,
-            save_every=100,
         )
         params = train(stage, params, work / name, log, frozen=frozen)
     model = nnx.merge(graph, frozen, params)

@@ -38,14 +38,14 @@ from catp_jax.models.tiled_vit import TiledVit
 from catp_jax.struct import pytree
 from catp_jax.training.data import Text
 from catp_jax.training.llama_answers import answer_logits, answer_loss, say_what_is_seen, write
-from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.mini_llama_vision import initialise, mini_config
 from catp_jax.training.photos import normalise
 from catp_jax.training.scene_batches import LABELS, SEEN, cut, patch_labels
 from catp_jax.training.scene_questions import FAMILIES, Asked, drawn, questions_of
 from catp_jax.training.scenes import Dice, Scene, make_scene
 from catp_jax.training.scoring import check_options, is_answered, minutes
-from catp_jax.training.tokenizer import EOT, PAD, make_processor, train_tokenizer
+from catp_jax.training.tokenizer import make_processor, train_tokenizer
 
 VOCABULARY, POSITIONS = 512, 512
 TEXT_LENGTH = 22  # the longest question, its answer and the marks around them, in tokens
@@ -294,26 +294,20 @@ def main(
     heads = {
         name: jnp.zeros((config.vision.output_size, len(labels))) for name, labels in LABELS.items()
     }
-    stage = Stage(
-        name="tower",
-        steps=tower_steps,
-        loss=tower_loss(graph),
-        batches=lambda step: patches(step, 8, config.vision.patch_size, seed),
-        optimizer=warmup_cosine_adamw(2e-3, tower_steps, weight_decay=0.02),
+    stage = adamw_stage(
+        "tower",
+        tower_steps,
+        tower_loss(graph),
+        lambda step: patches(step, 8, config.vision.patch_size, seed),
+        peak=2e-3,
         seed=seed,
-        every=20,
-        save_every=100,
     )
     trained = train(stage, {"tower": tower, **heads}, work / "tower", log)
     nnx.update(model.vision_model, trained["tower"])
 
     asked_about = [make_scene("train", number, seed=seed) for number in range(scenes)]
     tokenizer = make_tokenizer(asked_about[:600])
-    text = Text(
-        encode=tokenizer.encode,
-        end=tokenizer.convert_tokens_to_ids(EOT),
-        padding=tokenizer.convert_tokens_to_ids(PAD),
-    )
+    text = Text.of(tokenizer)
     words = [text.answer(word)[0] for word in SEEN]
     reading = jnp.concatenate([trained[name][:, 1:] for name in ("name", "colour", "size")], axis=1)
     say_what_is_seen(model, reading, words)
@@ -324,15 +318,13 @@ def main(
 
     bank = Bank(model, "train", asked_about, text)
     graph, frozen, params = nnx.split(model, nnx.PathContains("vision_model"), ...)
-    stage = Stage(
-        name="decoder",
-        steps=decoder_steps,
-        loss=decoder_loss(graph),
-        batches=lambda step: bank.draw(step, decoder_steps, 16, seed),
-        optimizer=warmup_cosine_adamw(1e-3, decoder_steps, weight_decay=0.02),
+    stage = adamw_stage(
+        "decoder",
+        decoder_steps,
+        decoder_loss(graph),
+        lambda step: bank.draw(step, decoder_steps, 16, seed),
+        peak=1e-3,
         seed=seed,
-        every=20,
-        save_every=100,
     )
     params = train(stage, params, work / "decoder", log, frozen=frozen)
     model = nnx.merge(graph, frozen, params)
