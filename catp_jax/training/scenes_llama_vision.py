@@ -19,31 +19,31 @@ Architecture, tokenizer and files are those of the large models; only the number
 import dataclasses
 import json
 import sys
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import typer
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import Visual
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVit
-from catp_jax.struct import pytree
 from catp_jax.training.data import Text
 from catp_jax.training.llama_answers import answer_logits, answer_loss, say_what_is_seen, write
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.mini_llama_vision import initialise, mini_config
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_batches import LABELS, SEEN, cut, patch_labels
-from catp_jax.training.scene_questions import FAMILIES, Asked, drawn, questions_of
-from catp_jax.training.scenes import Dice, Scene, make_scene
+from catp_jax.training.scene_bank import Bank, Pairs, Rows, SceneBatch, evaluate
+from catp_jax.training.scene_batches import SEEN, cut
+from catp_jax.training.scene_questions import FAMILIES, questions_of
+from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
+from catp_jax.training.scenes import Scene, make_scene
 from catp_jax.training.scoring import check_options, is_answered, minutes
 from catp_jax.training.tokenizer import make_processor, train_tokenizer
 
@@ -52,9 +52,6 @@ TEXT_LENGTH = 22  # the longest question, its answer and the marks around them, 
 LAYOUT = (2, 2)
 SKIP_FIRST = 0.75  # share of the questions that skip the first cross-attention layer
 SHARP = 1.5  # where the scales of query and key norms start
-EASY = (3.0, 3.0, 1.0, 1.0, 3.0)  # how often each family is asked at first …
-HARD = (1.0, 2.0, 2.5, 3.0, 1.0)  # … and at last
-EACH = 8  # questions about a scene in a step
 
 
 def scenes_config() -> MllamaConfig:
@@ -78,28 +75,20 @@ def know_places(tower: TiledVit) -> None:
     """
     config, table = tower.config, tower.gated_positional_embedding
     rows, columns = np.divmod(np.arange(config.grid**2), config.grid)
-    table.embedding[...] = _sines(rows, columns, config.hidden_size)
+    table.embedding[...] = sines(rows, columns, config.hidden_size)
     places = np.zeros((len(config.supported_aspect_ratios) + 1, config.max_num_tiles,
                        config.tokens_per_tile, config.hidden_size))  # fmt: skip
     for number, (down, across) in enumerate(config.supported_aspect_ratios, start=1):
         for tile in range(down * across):
             row, column = divmod(tile, across)
             where = rows + config.grid * row, columns + config.grid * column
-            places[number, tile] = _sines(*where, config.hidden_size)
+            places[number, tile] = sines(*where, config.hidden_size)
     table.tile_embedding.embedding[...] = jnp.asarray(places.reshape(len(places), -1), jnp.float32)
     for layer in (*tower.transformer.layers, *tower.global_transformer.layers):
         layer.self_attn.k_proj.kernel[...] = layer.self_attn.q_proj.kernel[...]
 
 
-def _sines(rows: np.ndarray, columns: np.ndarray, width: int) -> Float[Array, "n d"]:
-    """A vector for each place, zeros for the class token in front of them."""
-    frequencies = 64.0 ** -(np.arange(width // 4) / (width // 4))
-    angles = [place[:, None] * frequencies for place in (rows, columns)]
-    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return jnp.asarray(np.pad(np.concatenate(waves, axis=1), ((1, 0), (0, 0))), jnp.float32)
-
-
-def tiles_of(scenes: list[Scene]) -> Float[np.ndarray, "i t c height width"]:
+def tiles_of(scenes: Sequence[Scene]) -> Float[np.ndarray, "i t c height width"]:
     """Pixels as the image processor hands them to the model."""
     images = [cut(normalise(scene.pixels).transpose(1, 2, 0), LAYOUT) for scene in scenes]
     return np.stack(images).transpose(0, 1, 4, 2, 3)
@@ -126,102 +115,36 @@ def show(model: Mllama, features: Float[Array, "i n out"]) -> Visual:
     )
 
 
-@pytree
-class PatchBatch:
-    """Scenes, and what each token of theirs is labelled with (see `scene_batches`)."""
-
-    pixels: Float[Array, "i t c height width"]
-    labels: dict[str, Int[Array, "i t n"]]
-    weights: Float[Array, "i t n"]
+def tokens_of(grid: np.ndarray) -> np.ndarray:
+    """A grid of patches in the order of the tokens; class tokens in front have no label."""
+    tiles = cut(grid, LAYOUT)
+    return np.pad(tiles.reshape(len(tiles), -1), ((0, 0), (1, 0)))
 
 
-@pytree
-class SceneBatch:
-    """What the tower makes of scenes, with `q` questions each, as in `data.QuestionBatch`."""
+def rows_of(text: Text) -> Callable[[list[Pairs], int], Rows]:
+    """How questions become tokens."""
 
-    features: Float[Array, "i n out"]
-    tokens: Int[Array, "i q s"]
-    token_valid: Bool[Array, "i q s"]
-    targets: Int[Array, "i q s"]
-
-
-def patches(step: int, size: int, patch: int, seed: int) -> PatchBatch:
-    """Batch number `step`, of scenes of its own."""
-    scenes = [make_scene("train", step * size + n, seed=seed) for n in range(size)]
-    labelled = [patch_labels(scene, patch) for scene in scenes]
-
-    def by_token(grid: np.ndarray) -> np.ndarray:  # class tokens in front have no label
-        tiles = cut(grid, LAYOUT)
-        return np.pad(tiles.reshape(len(tiles), -1), ((0, 0), (1, 0)))
-
-    return PatchBatch(
-        pixels=jnp.asarray(tiles_of(scenes)),
-        labels={
-            name: jnp.asarray(np.stack([by_token(labels[name]) for labels, _ in labelled]))
-            for name in LABELS
-        },
-        weights=jnp.asarray(np.stack([by_token(weights) for _, weights in labelled])),
-    )
-
-
-def tower_loss(graph: nnx.GraphDef) -> Any:
-    """Loss of stage 1: what each token is labelled with, read off by a head each."""
-
-    def loss(
-        params: dict[str, Any], frozen: None, batch: PatchBatch, key: Array
-    ) -> tuple[Float[Array, ""], Figures]:
-        features = see(nnx.merge(graph, params["tower"]), batch.pixels)
-        total, figures = jnp.zeros(()), {}
-        on_objects = batch.weights * (batch.labels["name"] > 0).astype(jnp.float32)
-        for name, labels in batch.labels.items():
-            logits = features @ params[name]
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            total += (losses * batch.weights).sum() / labels.shape[0]
-            is_right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
-            figures[name] = (is_right * on_objects).sum() / on_objects.sum()
-        return total, {"loss": total, **figures}
-
-    return loss
-
-
-class Bank:
-    """Scenes with what the tower makes of them, and batches of questions about them."""
-
-    def __init__(self, model: Mllama, split: str, scenes: list[Scene], text: Text) -> None:
-        self.scenes, self.text = scenes, text
-        graph, state = nnx.split(model.vision_model)
-        tower = jax.jit(lambda state, pixels: see(nnx.merge(graph, state), pixels))
-        made = [
-            np.asarray(tower(state, jnp.asarray(tiles_of(scenes[start : start + 16]))), np.float16)
-            for start in range(0, len(scenes), 16)
-        ]
-        self.features = np.concatenate(made).reshape(len(scenes), -1, made[0].shape[-1])
-
-    def batch(self, numbers: Any, asked: list[list[Asked]]) -> SceneBatch:
-        """These questions about the scenes of these numbers."""
-        pairs = [[(one.question, one.answer) for one in some] for some in asked]
-        tokens, valid, targets = self.text.rows(pairs, max(map(len, asked)), TEXT_LENGTH)
-        return SceneBatch(
-            features=jnp.asarray(self.features[numbers].astype(np.float32)),
+    def rows(asked: list[Pairs], each: int) -> Rows:
+        tokens, valid, targets = text.rows(asked, each, TEXT_LENGTH)
+        return Rows(
             tokens=jnp.asarray(tokens),
             token_valid=jnp.asarray(valid),
             targets=jnp.asarray(targets),
         )
 
-    def draw(self, step: int, steps: int, size: int, seed: int) -> SceneBatch:
-        """Batch number `step` of `steps`: easy families fade out."""
-        rng = np.random.default_rng((seed, step))
-        share = step / steps
-        weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
-        numbers = rng.integers(len(self.scenes), size=size)
-        asked = []
-        for number in numbers.tolist():
-            dice, some = Dice(seed, step, number), []
-            while len(some) < EACH:
-                family = rng.choice(list(FAMILIES), p=weights / weights.sum())
-                some += drawn(dice, self.scenes[number], [family])
-            asked.append(some)
-        return self.batch(numbers, asked)
+    return rows
+
+
+def encoder(model: Mllama) -> Callable[[Sequence[Scene]], Array]:
+    """What the model's tower makes of scenes."""
+    graph, state = nnx.split(model.vision_model)
+    tower = jax.jit(lambda state, pixels: see(nnx.merge(graph, state), pixels))
+
+    def encode(scenes: Sequence[Scene]) -> Array:
+        features = tower(state, jnp.asarray(tiles_of(scenes)))
+        return features.reshape(len(scenes), -1, features.shape[-1])
+
+    return encode
 
 
 def decoder_loss(graph: nnx.GraphDef) -> Any:
@@ -231,34 +154,28 @@ def decoder_loss(graph: nnx.GraphDef) -> Any:
         params: Any, frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
         model = nnx.merge(graph, frozen, params)
-        is_open = jax.random.bernoulli(key, 1 - SKIP_FIRST, (batch.tokens.shape[1],))
+        rows = batch.rows
+        is_open = jax.random.bernoulli(key, 1 - SKIP_FIRST, (rows.tokens.shape[1],))
         visual = show(model, batch.features)
-        logits = answer_logits(model, visual, batch.tokens, batch.token_valid, is_open)
-        return answer_loss(logits, batch.targets)
+        logits = answer_logits(model, visual, rows.tokens, rows.token_valid, is_open)
+        return answer_loss(logits, rows.targets)
 
     return loss
 
 
-def evaluate(model: Mllama, bank: Bank, asked: list[list[Asked]]) -> dict[str, float]:
-    """The share of right answers by family and, within one, by kind."""
+def answered(model: Mllama) -> Callable[[SceneBatch], Array]:
+    """1 where greedy decoding would give exactly the answer."""
     graph, state = nnx.split(model)
 
     @jax.jit
-    def answered(state: Any, batch: SceneBatch) -> Array:
-        model = nnx.merge(graph, state)
+    def is_right(state: Any, batch: SceneBatch) -> Array:
+        model, rows = nnx.merge(graph, state), batch.rows
         visual = show(model, batch.features)
-        logits = answer_logits(model, visual, batch.tokens, batch.token_valid)
-        return is_answered(logits, batch.targets)
+        return is_answered(
+            answer_logits(model, visual, rows.tokens, rows.token_valid), rows.targets
+        )
 
-    right = defaultdict(list)
-    for start in range(0, len(asked), 32):
-        some = asked[start : start + 32]
-        is_right = np.asarray(answered(state, bank.batch(slice(start, start + len(some)), some)))
-        for image, questions in enumerate(some):
-            for row, one in enumerate(questions):
-                right[one.family].append(is_right[image, row])
-                right[f"{one.family}, {one.kind}"].append(is_right[image, row])
-    return {name: round(float(np.mean(some)), 4) for name, some in sorted(right.items())}
+    return lambda batch: is_right(state, batch)
 
 
 def main(
@@ -291,17 +208,8 @@ def main(
     know_places(model.vision_model)
 
     graph, tower = nnx.split(model.vision_model)
-    heads = {
-        name: jnp.zeros((config.vision.output_size, len(labels))) for name, labels in LABELS.items()
-    }
-    stage = adamw_stage(
-        "tower",
-        tower_steps,
-        tower_loss(graph),
-        lambda step: patches(step, 8, config.vision.patch_size, seed),
-        peak=2e-3,
-        seed=seed,
-    )
+    patch, heads = config.vision.patch_size, empty_heads(config.vision.output_size)
+    stage = tower_stage(tower_steps, see, graph, tiles_of, tokens_of, patch, seed)
     trained = train(stage, {"tower": tower, **heads}, work / "tower", log)
     nnx.update(model.vision_model, trained["tower"])
 
@@ -316,13 +224,13 @@ def main(
         for norm in (attention.q_norm, attention.k_norm):
             norm.scale[...] = SHARP * norm.scale[...]
 
-    bank = Bank(model, "train", asked_about, text)
+    bank = Bank(asked_about, encoder(model), rows_of(text))
     graph, frozen, params = nnx.split(model, nnx.PathContains("vision_model"), ...)
     stage = adamw_stage(
         "decoder",
         decoder_steps,
         decoder_loss(graph),
-        lambda step: bank.draw(step, decoder_steps, 16, seed),
+        lambda step: bank.draw(step, decoder_steps, seed),
         peak=1e-3,
         seed=seed,
     )
@@ -332,8 +240,8 @@ def main(
     processor = make_processor(tokenizer, config.vision.image_size, config.vision.max_num_tiles)
     write(model, processor, out)
     test = questions_of("test", test_scenes, each=2)
-    bank = Bank(model, "test", [scene for scene, _ in test], text)
-    figures = evaluate(model, bank, [asked for _, asked in test])
+    bank = Bank([scene for scene, _ in test], encoder(model), rows_of(text))
+    figures = evaluate(answered(model), bank, [asked for _, asked in test])
     figures["minutes of training"] = minutes(log)
     line = json.dumps({"stage": "test", "scenes": test_scenes, **figures}) + "\n"
     (out / "training_log.jsonl").write_text(log.read_text() + line)

@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import catp_jax
@@ -14,6 +15,7 @@ import convert
 from catp_jax.training import scenes_llama_vision as recipe
 from catp_jax.training.mini_llama_vision import initialise
 from catp_jax.training.scene_batches import LABELS, patch_labels
+from catp_jax.training.scene_tower import tower_stage
 from catp_jax.training.scenes import make_scene
 from catp_jax.training.scenes_llama_vision import scenes_config
 from catp_jax.training.tokenizer import load_processor
@@ -42,14 +44,16 @@ def test_tokens_start_with_where_they_are():
 
 
 def test_labels_follow_the_tokens():
-    batch = recipe.patches(3, 2, 8, seed=0)
-    scene = make_scene("train", 3 * 2 + 1)
+    graph, _ = nnx.split(initialise(toy_config(), 0).vision_model)
+    stage = tower_stage(1, recipe.see, graph, recipe.tiles_of, recipe.tokens_of, 8, seed=0)
+    batch = stage.batches(3)
+    scene = make_scene("train", 3 * 8 + 1)
     labels, _ = patch_labels(scene, 8)
     for name in LABELS:
         tokens = np.asarray(batch.labels[name][1])[:, 1:].reshape(2, 2, 8, 8)
         grid = tokens.transpose(0, 2, 1, 3).reshape(16, 16)
         np.testing.assert_array_equal(grid, labels[name])
-    assert batch.weights.sum() == pytest.approx(2.0, abs=1e-4)
+    assert batch.weights.sum() == pytest.approx(8.0, abs=1e-4)
     assert not np.asarray(batch.weights)[:, :, 0].any()  # class tokens
     pixels = np.asarray(batch.pixels[1]).transpose(0, 2, 3, 1)  # tile 1 is at the top right
     expected = scene.pixels[:64, 64:].astype(np.float32) / 127.5 - 1

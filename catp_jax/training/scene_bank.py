@@ -1,0 +1,102 @@
+"""The last stage of both recipes on scenes: what a frozen encoder makes of them, and questions."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float16, Int
+
+from catp_jax.struct import pytree
+from catp_jax.training.scene_questions import FAMILIES, Asked, drawn
+from catp_jax.training.scenes import Dice, Scene
+
+EASY = (3.0, 3.0, 1.0, 1.0, 3.0)  # how often each family is asked at first …
+HARD = (1.0, 2.0, 2.5, 3.0, 1.0)  # … and at last
+SCENES, EACH = 16, 8  # scenes in a step, and questions about each
+
+Pairs = list[tuple[str, str]]
+"""Questions and their answers."""
+
+
+@pytree
+class Rows:
+    """Questions about some scenes as tokens, `q` about each; `targets` is what each row should say,
+    -1: anything. A decoder of its own (T5's) has `decoder_tokens`.
+    """
+
+    tokens: Int[Array, "i q s"]
+    token_valid: Bool[Array, "i q s"]
+    targets: Int[Array, "i q t"]
+    decoder_tokens: Int[Array, "i q t"] | None = None
+
+
+@pytree
+class SceneBatch:
+    """What an encoder makes of scenes, and questions about them."""
+
+    features: Float[Array, "i n d"]
+    rows: Rows
+
+
+class Bank:
+    """Scenes with what a frozen encoder makes of them, and batches of questions about them."""
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        encode: Callable[[Sequence[Scene]], Array],
+        rows: Callable[[list[Pairs], int], Rows],
+    ) -> None:
+        """`encode` gives the features of some scenes, `rows` turns their questions, so many about
+        each, into tokens.
+        """
+        made = [
+            np.asarray(encode(scenes[start : start + SCENES]), np.float16)
+            for start in range(0, len(scenes), SCENES)
+        ]
+        self.scenes, self.rows = scenes, rows
+        self.features: Float16[np.ndarray, "scenes n d"] = np.concatenate(made)
+
+    def batch(self, numbers: Any, asked: list[list[Asked]]) -> SceneBatch:
+        """These questions about the scenes of these numbers."""
+        pairs = [[(one.question, one.answer) for one in some] for some in asked]
+        return SceneBatch(
+            features=jnp.asarray(self.features[numbers].astype(np.float32)),
+            rows=self.rows(pairs, max(map(len, asked))),
+        )
+
+    def draw(self, step: int, steps: int, seed: int) -> SceneBatch:
+        """Batch number `step` of `steps`: easy families fade out."""
+        rng = np.random.default_rng((seed, step))
+        share = step / steps
+        weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
+        numbers = rng.integers(len(self.scenes), size=SCENES)
+        asked = []
+        for number in numbers.tolist():
+            dice, some = Dice(seed, step, number), []
+            while len(some) < EACH:
+                family = rng.choice(list(FAMILIES), p=weights / weights.sum())
+                some += drawn(dice, self.scenes[number], [family])
+            asked.append(some)
+        return self.batch(numbers, asked)
+
+
+def evaluate(
+    answered: Callable[[SceneBatch], Float[Array, "i q"]], bank: Bank, asked: list[list[Asked]]
+) -> dict[str, float]:
+    """The share of right answers by family and, within one, by kind. `answered` says which they
+    are.
+    """
+    right = defaultdict(list)
+    for start in range(0, len(asked), SCENES):
+        some = asked[start : start + SCENES]
+        numbers = slice(start, start + len(some))
+        is_right = np.asarray(jax.device_get(answered(bank.batch(numbers, some))))
+        for image, questions in enumerate(some):
+            for row, one in enumerate(questions):
+                right[one.family].append(is_right[image, row])
+                right[f"{one.family}, {one.kind}"].append(is_right[image, row])
+    return {name: round(float(np.mean(some)), 4) for name, some in sorted(right.items())}
