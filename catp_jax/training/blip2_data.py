@@ -87,38 +87,47 @@ class Text:
             raise ValueError(f"an answer is one token, but {answer!r} has {len(tokens)}")
         return [*tokens, self.end]
 
+    def rows(self, asked: list[Pairs], each: int, length: int = TEXT_LENGTH) -> list[np.ndarray]:
+        """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …];
+        images with fewer questions have empty rows.
+        """
+        shape = (len(asked), each)
+        tokens = np.full((*shape, length), self.padding, np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        said = length if self.start is None else ANSWER_LENGTH
+        targets = np.full((*shape, said), -1, np.int32)
+        decoder = np.full((*shape, ANSWER_LENGTH), self.padding, np.int32)
+        for image, questions in enumerate(asked):
+            for row, (question, answer) in enumerate(questions):
+                prompt, reply = self.encode(question), self.answer(answer)
+                line = prompt if self.start is not None else prompt + reply
+                if len(line) > length:
+                    raise ValueError(f"{question!r} takes {len(line)} tokens of {length}")
+                tokens[image, row, : len(line)] = line
+                valid[image, row, : len(line)] = True
+                if self.start is None:
+                    targets[image, row, len(prompt) - 1 : len(line) - 1] = reply
+                else:
+                    targets[image, row], decoder[image, row] = reply, [self.start, *reply[:-1]]
+        return [tokens, valid, targets, decoder]
+
     def batch(
         self, pixels: Float[np.ndarray, "i c height width"], asked: list[Pairs], each: int
     ) -> AskBatch:
         """One batch, `each` questions an image; images with fewer have empty rows."""
-        rows = len(asked) * each
-        tokens = np.full((rows, TEXT_LENGTH), self.padding, np.int32)
-        valid = np.zeros((rows, TEXT_LENGTH), bool)
-        length = TEXT_LENGTH if self.start is None else ANSWER_LENGTH
-        targets = np.full((rows, length), -1, np.int32)
-        decoder = np.full((rows, ANSWER_LENGTH), self.padding, np.int32)
-        for image, questions in enumerate(asked):
-            for row, (question, answer) in enumerate(questions, start=image * each):
-                prompt, reply = self.encode(question), self.answer(answer)
-                line = prompt if self.start is not None else prompt + reply
-                if len(line) > TEXT_LENGTH:
-                    raise ValueError(f"{question!r} takes {len(line)} tokens of {TEXT_LENGTH}")
-                tokens[row, : len(line)] = line
-                valid[row, : len(line)] = True
-                if self.start is None:
-                    targets[row, len(prompt) - 1 : len(line) - 1] = reply
-                else:
-                    targets[row], decoder[row] = reply, [self.start, *reply[:-1]]
+        tokens, valid, targets, decoder = (
+            jnp.asarray(array.reshape(-1, array.shape[-1])) for array in self.rows(asked, each)
+        )
         inputs = Blip2Inputs(
             pixels=jnp.asarray(pixels),
             image_index=jnp.asarray(np.repeat(np.arange(len(asked), dtype=np.int32), each)),
-            tokens=jnp.asarray(tokens),
-            token_valid=jnp.asarray(valid),
+            tokens=tokens,
+            token_valid=valid,
         )
         return AskBatch(
             inputs=inputs,
-            decoder_tokens=None if self.start is None else jnp.asarray(decoder),
-            targets=jnp.asarray(targets),
+            decoder_tokens=None if self.start is None else decoder,
+            targets=targets,
         )
 
 
