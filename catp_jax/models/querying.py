@@ -167,7 +167,16 @@ class QueryingModel(nnx.Module):
         Rows are the kept queries and the text; with T5 the `decoder_tokens`, which begin with the
         start token.
         """
-        x, slots, _ = self._sequence(self.front(inputs), keep)
+        return self.rows(self.front(inputs), keep, decoder_tokens)
+
+    def rows(
+        self,
+        front: QueryingFront,
+        keep: Keep | None = None,
+        decoder_tokens: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b rows vocab"]:
+        """The same from the state of a prefill."""
+        x, slots, _ = self._sequence(front, keep)
         if not isinstance(self.language_model, T5):
             return self.language_model(x, slots)
         if decoder_tokens is None:

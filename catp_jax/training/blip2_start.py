@@ -5,7 +5,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.opt import Opt, OptConfig
@@ -119,16 +119,15 @@ def initialise(config: Blip2Config, seed: int) -> Blip2:
     return nnx.merge(graph, jax.tree.map_with_path(draw, state))
 
 
-def say_what_is_seen(model: Blip2, heads: dict[str, Array], words: list[int]) -> None:
+def say_what_is_seen(model: Blip2, reading: Float[Array, "d words"], words: list[int]) -> None:
     """Starts the language model where a query looks like the words for what it has seen.
 
-    The projection maps what stage 2's heads read to the embeddings of `words` (shapes, then
-    colours), and in self-attention keys start as queries: from the outset a row that says "red"
-    attends to queries that have seen red. The projection's bias starts as a word of its own, which
-    says "query": how much of it a row gets tells how well its word fits the image. Without this,
-    yes/no questions are answered unseen for very long.
+    The projection maps what the heads of the stage before read, a column of `reading` for each of
+    the `words`, to the words' embeddings, and in self-attention keys start as queries: from the
+    outset a row that says "red" attends to queries that have seen red. The projection's bias starts
+    as a word of its own, which says "query": how much of it a row gets tells how well its word fits
+    the image. Without this, yes/no questions are answered unseen for very long.
     """
-    reading = jnp.concatenate([heads["shape"], heads["colour"]], axis=1)
     language, projection = model.language_model, model.language_projection
     if isinstance(language, Opt):
         embeddings = language.model.decoder.embed_tokens.embedding[...]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,8 +15,6 @@ from catp_jax.contract import Keep, Site, View
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import Visual
 from catp_jax.models.mllama import Mllama
-from catp_jax.training.loop import Figures
-from catp_jax.training.scoring import is_answered
 from catp_jax.training.tokenizer import BOS, EOS, EOT, PAD, write_processor
 
 
@@ -57,16 +54,6 @@ def answer_logits(
 
     axes = (1, 1, None if is_first_open is None else 0, None if kept is None else 1)
     return jax.vmap(one, in_axes=axes, out_axes=1)(tokens, token_valid, is_first_open, kept)
-
-
-def answer_loss(
-    logits: Float[Array, "i q s vocab"], targets: Int[Array, "i q s"]
-) -> tuple[Float[Array, ""], Figures]:
-    """The answers' tokens and the ends after them."""
-    is_said = (targets >= 0).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-    total = (losses * is_said).sum() / is_said.sum()
-    return total, {"loss": total, "accuracy": is_answered(logits, targets).mean()}
 
 
 def say_what_is_seen(model: Mllama, reading: Float[Array, "out w"], words: list[int]) -> None:

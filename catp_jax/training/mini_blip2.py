@@ -62,7 +62,14 @@ from catp_jax.training.blip2_start import (
 )
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.photos import COLOURS, SHAPES, by_image
-from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
+from catp_jax.training.scoring import (
+    answer_loss,
+    blind_accuracy,
+    check_options,
+    is_answered,
+    kind,
+    minutes,
+)
 from catp_jax.training.tokenizer import (
     OPT_SPECIAL,
     T5_SPECIAL,
@@ -125,18 +132,14 @@ def answer_logits(model: Blip2, batch: AskBatch) -> Float[Array, "b rows vocab"]
     return logits[:, -batch.targets.shape[1] :]
 
 
-def answer_loss(graph: nnx.GraphDef) -> Any:
+def answers_loss(graph: nnx.GraphDef) -> Any:
     """Loss of stages 3 and 4: the answer's token and the end after it."""
 
     def loss(
         params: Any, frozen: Any, batch: AskBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
         logits = answer_logits(nnx.merge(graph, frozen, params), batch)
-        is_said = (batch.targets >= 0).astype(jnp.float32)
-        targets = jnp.maximum(batch.targets, 0)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        total = (losses * is_said).sum() / is_said.sum()
-        return total, {"loss": total, "accuracy": is_answered(logits, batch.targets).mean()}
+        return answer_loss(logits, batch.targets)
 
     return loss
 
@@ -285,7 +288,8 @@ def main(
     trained = train(second, {"front": front, **heads}, work / "qformer", shared, frozen=frozen)
     nnx.update(model, trained["front"])
     words = [text.answer(word)[0] for word in (*SHAPES, *COLOURS)]
-    say_what_is_seen(model, trained, words)
+    reading = jnp.concatenate([trained["shape"], trained["colour"]], axis=1)
+    say_what_is_seen(model, reading, words)
 
     parts = [("reader", reader_steps, True), ("answers", answers_steps, False)]
     if isinstance(model.language_model, Opt):
@@ -301,7 +305,7 @@ def main(
         def questions(step: int, is_plain: bool = is_plain) -> AskBatch:
             return composer.questions(step, batch // QUESTIONS, QUESTIONS, text, is_plain)
 
-        next_stage = adamw_stage(name, steps, answer_loss(graph), questions, peak=2e-3, seed=seed)
+        next_stage = adamw_stage(name, steps, answers_loss(graph), questions, peak=2e-3, seed=seed)
         params = train(next_stage, params, work / f"{which}_{name}", apart, frozen=frozen)
         model = nnx.merge(graph, frozen, params)
 

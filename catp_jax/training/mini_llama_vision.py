@@ -44,13 +44,19 @@ from catp_jax.training.data import (
 )
 from catp_jax.training.llama_answers import (
     answer_logits,
-    answer_loss,
     say_what_is_seen,
     write,
 )
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.photos import COLOURS, SHAPES, by_image
-from catp_jax.training.scoring import blind_accuracy, check_options, is_answered, kind, minutes
+from catp_jax.training.scoring import (
+    answer_loss,
+    blind_accuracy,
+    check_options,
+    is_answered,
+    kind,
+    minutes,
+)
 from catp_jax.training.tokenizer import (
     make_processor,
     train_tokenizer,

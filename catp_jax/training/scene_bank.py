@@ -1,7 +1,7 @@
 """The last stage of both recipes on scenes: what a frozen encoder makes of them, and questions."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,3 +100,10 @@ def evaluate(
                 right[one.family].append(is_right[image, row])
                 right[f"{one.family}, {one.kind}"].append(is_right[image, row])
     return {name: round(float(np.mean(some)), 4) for name, some in sorted(right.items())}
+
+
+def texts_about(scenes: Sequence[Scene]) -> Iterator[str]:
+    """All questions about some scenes with their answers, to train a tokenizer on."""
+    for scene in scenes:
+        for make in FAMILIES.values():
+            yield from (f"{one.question} {one.answer}" for one in make(scene))

@@ -35,18 +35,20 @@ from catp_jax.models.cross_decoder import Visual
 from catp_jax.models.mllama import Mllama, MllamaConfig
 from catp_jax.models.tiled_vit import TiledVit
 from catp_jax.training.data import Text
-from catp_jax.training.llama_answers import answer_logits, answer_loss, say_what_is_seen, write
+from catp_jax.training.llama_answers import answer_logits, say_what_is_seen, write
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.mini_llama_vision import initialise, mini_config
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_bank import Bank, Pairs, Rows, SceneBatch, evaluate
+from catp_jax.training.scene_bank import Bank, Pairs, Rows, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import SEEN, cut
-from catp_jax.training.scene_questions import FAMILIES, questions_of
+from catp_jax.training.scene_card import card
+from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
 from catp_jax.training.scenes import Scene, make_scene
-from catp_jax.training.scoring import check_options, is_answered, minutes
+from catp_jax.training.scoring import answer_loss, check_options, is_answered, minutes
 from catp_jax.training.tokenizer import make_processor, train_tokenizer
 
+NAME = "scenes-llama-vision"
 VOCABULARY, POSITIONS = 512, 512
 TEXT_LENGTH = 22  # the longest question, its answer and the marks around them, in tokens
 LAYOUT = (2, 2)
@@ -242,17 +244,26 @@ def main(
     test = questions_of("test", test_scenes, each=2)
     bank = Bank([scene for scene, _ in test], encoder(model), rows_of(text))
     figures = evaluate(answered(model), bank, [asked for _, asked in test])
-    figures["minutes of training"] = minutes(log)
-    line = json.dumps({"stage": "test", "scenes": test_scenes, **figures}) + "\n"
+    figures |= {"scenes": test_scenes, "minutes of training": minutes(log)}
+    line = json.dumps({"stage": "test", **figures}) + "\n"
     (out / "training_log.jsonl").write_text(log.read_text() + line)
+    readme = card(
+        "Mini Llama Vision for scenes",
+        "A Llama 3.2 Vision",
+        "mllama",
+        sum(x.size for x in jax.tree.leaves(nnx.state(model))),
+        "scenes_llama_vision",
+        {"out": NAME, "seed": seed},
+        {"tower": tower_steps, "decoder": decoder_steps},
+        figures,
+    )
+    (out / "README.md").write_text(readme)
     typer.echo(json.dumps(figures, indent=2))
 
 
 def make_tokenizer(scenes: list[Scene]) -> Any:
     """A tokenizer of the words of all questions about some scenes."""
-    asked = (one for scene in scenes for make in FAMILIES.values() for one in make(scene))
-    texts = (f"{one.question} {one.answer}" for one in asked)
-    return train_tokenizer(texts, VOCABULARY, POSITIONS)
+    return train_tokenizer(texts_about(scenes), VOCABULARY, POSITIONS)
 
 
 if __name__ == "__main__":

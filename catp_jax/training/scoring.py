@@ -7,9 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from catp_jax.study.tasks import Example
+from catp_jax.training.loop import Figures
 from catp_jax.training.photos import COLOURS, SHAPES
 
 
@@ -19,6 +21,16 @@ def is_answered(
     """1 where greedy decoding would give exactly the answer and then end."""
     is_right = (logits.argmax(axis=-1) == targets) | (targets < 0)
     return is_right.all(axis=-1).astype(jnp.float32)
+
+
+def answer_loss(
+    logits: Float[Array, "*rows s vocab"], targets: Int[Array, "*rows s"]
+) -> tuple[Float[Array, ""], Figures]:
+    """The answers' tokens and the ends after them."""
+    is_said = (targets >= 0).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    total = (losses * is_said).sum() / is_said.sum()
+    return total, {"loss": total, "accuracy": is_answered(logits, targets).mean()}
 
 
 def kind(answer: str) -> str:

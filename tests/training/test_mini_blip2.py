@@ -26,7 +26,7 @@ from catp_jax.training.blip2_data import (
 from catp_jax.training.blip2_start import QUERIES, initialise, mini_config, say_what_is_seen
 from catp_jax.training.mini_blip2 import (
     answer_logits,
-    answer_loss,
+    answers_loss,
     evaluate,
     main,
     make_text,
@@ -192,13 +192,10 @@ def test_both_kinds_start_from_the_same_front(models):
 def test_at_the_start_a_query_looks_like_the_words_for_what_it_has_seen(kind):
     model = initialise(mini_config(kind), seed=1)
     rng = np.random.default_rng(0)
-    heads = {
-        "shape": jnp.asarray(rng.normal(size=(64, 3)).astype(np.float32)),
-        "colour": jnp.asarray(rng.normal(size=(64, 8)).astype(np.float32)),
-    }
+    reading = jnp.asarray(rng.normal(size=(64, 11)).astype(np.float32))
     words = jnp.arange(300, 311)
-    say_what_is_seen(model, heads, words.tolist())
-    seen = jnp.linalg.pinv(jnp.concatenate([heads["shape"], heads["colour"]], axis=1))
+    say_what_is_seen(model, reading, words.tolist())
+    seen = jnp.linalg.pinv(reading)
     queries = model.language_projection(64 * seen)  # one for each word
     likeness = queries @ model.language_model.embed(words[None])[0].T
     assert (likeness.argmax(axis=1) == jnp.arange(11)).all()
@@ -256,7 +253,7 @@ def test_looking_is_learned_from_one_batch(models, composer):
 def test_answering_is_learned_from_one_batch(kind, models, composer, texts):
     batch = composer.questions(0, 4, 2, texts[kind], True)
     graph, frozen, params = nnx.split(models[kind], nnx.PathContains("vision_model"), ...)
-    first, last = descend(answer_loss(graph), params, frozen, batch)
+    first, last = descend(answers_loss(graph), params, frozen, batch)
     assert last < 0.5 * first
 
 

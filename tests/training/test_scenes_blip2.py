@@ -1,0 +1,157 @@
+"""Training the mini BLIP-2s for scenes: where they start, what they see, and the command."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import catp_jax
+import convert
+from catp_jax.training import scenes_blip2 as recipe
+from catp_jax.training.blip2_start import initialise
+from catp_jax.training.scene_batches import LABELS
+from catp_jax.training.scenes import make_scene
+from catp_jax.training.scenes_blip2 import scenes_config
+
+FAMILIES = {"attribute", "existence", "count", "relation", "reading"}
+
+
+def toy_config(which):
+    """The mini with fewer layers, which compile sooner."""
+    config = scenes_config(which)
+    layers = {"num_hidden_layers": 1} if which == "opt" else {"num_layers": 1}
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, num_hidden_layers=1),
+        qformer=dataclasses.replace(config.qformer, num_hidden_layers=2),
+        text=dataclasses.replace(config.text, **layers),
+    )
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [make_scene("train", number) for number in range(6)]
+
+
+def test_cells_are_named_row_by_row(scenes):
+    labels = recipe.cell_labels(scenes)
+    for scene, *columns in zip(scenes, *labels.values(), strict=True):
+        found = [
+            (number // 4, number % 4, *words)
+            for number, words in enumerate(zip(*columns, strict=True))
+            if any(words)
+        ]
+        told = sorted(
+            (
+                thing.row,
+                thing.column,
+                *(LABELS[key].index(getattr(thing, key)) for key in ("name", "colour", "size")),
+            )
+            for thing in scene.things
+        )
+        assert found == told
+
+
+def test_at_the_start_queries_look_apart_and_get_nothing_in_common(scenes):
+    model = initialise(toy_config("opt"), 0)
+    recipe.know_places(model.vision_model)
+    features = model.vision_model(jnp.asarray(recipe.pixels_of(scenes)))[0] + 3.0
+    layer = model.qformer.encoder.layer[0].crossattention.attention
+    before = layer.query.kernel[...]
+    recipe.look_apart(model, features)
+    np.testing.assert_allclose(layer.query.kernel[...], 2 * before)
+    np.testing.assert_allclose(layer.value(features).mean(axis=(0, 1)), 0, atol=1e-4)
+
+
+def test_heads_start_with_how_often_labels_are_weighted_in(scenes):
+    """With no difference between queries a probe says each label as often as it is right."""
+    labels = recipe.cell_labels(scenes)
+    often = np.exp(recipe.probes(labels, 96, seed=0)["often"]["colour"])
+    objects = [thing.colour for scene in scenes for thing in scene.things]
+    assert often[0] == pytest.approx(0.5, abs=1e-3)
+    for colour in set(objects):
+        share = objects.count(colour) / len(objects) / 2
+        assert often[LABELS["colour"].index(colour)] == pytest.approx(share, abs=1e-3)
+
+
+def test_half_the_heads_of_an_opt_are_drawn_to_queries():
+    model = initialise(toy_config("opt"), 0).language_model
+    word = jnp.asarray(np.random.default_rng(0).normal(size=96).astype(np.float32))
+    recipe.have_eyes(model, word)
+    attention = model.model.decoder.layers[0].self_attn
+    bias = np.asarray(attention.q_proj.bias[...]).reshape(6, 16)
+    keys = np.asarray((word - word.mean()) / word.std() @ attention.k_proj.kernel[...])
+    drawn = np.einsum("hd,hd->h", bias, keys.reshape(6, 16))
+    assert (drawn[1::2] > 1).all()
+    assert not drawn[::2].any()
+
+
+@pytest.mark.parametrize("which", ["opt", "t5"])
+def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(
+    which, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipe, "scenes_config", toy_config)
+    options = {
+        "which": which,
+        "work": tmp_path / "work",
+        "seed": 0,
+        "tower_steps": 2,
+        "qformer_steps": 2,
+        "answers_steps": 2,
+        "scenes": 20,
+        "test_scenes": 3,
+    }
+    recipe.main(out=tmp_path / "one", **options)
+    recipe.main(out=tmp_path / "two", **options)  # everything is there already
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
+    assert first == second
+    model, config = convert.load(tmp_path / "one")
+    assert config == toy_config(which)
+    log = [
+        json.loads(x) for x in (tmp_path / "one" / "training_log.jsonl").read_text().splitlines()
+    ]
+    assert [line["stage"] for line in log] == ["tower", "qformer", "answers", "test"]
+    assert all(math.isfinite(line["loss"]) for line in log[:3])
+    assert set(log[-1]) >= FAMILIES
+    if which == "opt":
+        places = model.language_model.model.decoder.embed_positions.embedding[...]
+        assert not np.asarray(places).any()
+    with pytest.raises(ValueError, match="exists already"):
+        recipe.main(out=tmp_path / "one", **options)
+    with pytest.raises(ValueError, match="seed 0, not 1"):
+        recipe.main(out=tmp_path / "three", **{**options, "seed": 1})
+
+    # training and the front door see the same pixels, and what training reads is the whole model's
+    loaded, scene = catp_jax.load(tmp_path / "one"), make_scene("test", 0)
+    asked = ["what digit is red?", "is there a red circle?"]
+    packed = loaded.prepare([scene.pixels] * 2, asked)
+    np.testing.assert_allclose(packed.inputs.pixels[0], recipe.pixels_of([scene])[0], atol=1e-6)
+    assert jnp.isfinite(loaded.generate([scene.pixels] * 2, asked).logits).all()
+
+
+@pytest.mark.parametrize("which", ["opt", "t5"])
+def test_training_reads_kept_states_as_the_model_reads_images(which, scenes):
+    model = initialise(toy_config(which), 0)
+    tokenizer = recipe.make_tokenizer(which, scenes)
+    text = recipe.make_text(tokenizer, model.config)
+    pairs = [[("what digit is red?", "7"), ("is there a red circle?", "no")]] * len(scenes)
+    pixels = jnp.asarray(recipe.pixels_of(scenes))
+    rows = recipe.rows_of(text)(pairs, 2)
+    states = model.encode(pixels)[0]
+    mine = recipe.answer_logits(model, recipe.SceneBatch(features=states, rows=rows))
+    asked = text.batch(np.asarray(pixels), pairs, 2)
+    whole = model(asked.inputs, None, asked.decoder_tokens)[:, -asked.targets.shape[1] :]
+    length = asked.targets.shape[1]
+    np.testing.assert_allclose(
+        mine.reshape(-1, *mine.shape[2:])[:, :length], whole, atol=2e-5, rtol=1e-4
+    )
+
+
+def test_the_two_kinds_start_alike_up_to_the_queries():
+    fronts = [nnx.state(initialise(scenes_config(which), 0).qformer) for which in ("opt", "t5")]
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), *fronts)))
