@@ -6,9 +6,9 @@ from catp_jax.training.scene_questions import FAMILIES
 
 CARD = """# {title}
 
-{what} of {millions:.1f} million parameters (`{kind}` in `transformers`), trained from random weights
-on generated scenes: 6 to 10 objects and digits on textured ground, questions of five families. It is
-there to study which visual tokens an answer needs; it knows nothing else.
+{what} of {millions:.1f} million parameters (`{kind}` in `transformers`), trained from random
+weights on generated scenes: 6 to 10 objects and digits on textured ground, questions of five
+families. It is there to study which visual tokens an answer needs; it knows nothing else.
 
     catp-jax study run {name} --task scenes --prune random --keep 25%
 
@@ -27,8 +27,8 @@ or, in an environment with `catp-jax[demo]`,
     python -m catp_jax.training.{module} {options}
 
 {minutes:.0f} minutes of steps; a run that is cut off resumes when started again. Figures are in
-`training_log.jsonl`, the last line is the test. `catp_jax/training/{module}.py` says what each stage
-is for: {stages}.
+`training_log.jsonl`, the last line is the test. `catp_jax/training/{module}.py` says what each
+stage is for: {stages}.
 """
 
 
