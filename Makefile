@@ -12,7 +12,10 @@ help: ## this list
 demo: $(VENV)/demo.stamp ## answer questions with the shipped checkpoint, unpruned and pruned; pictures in demo/
 	$(BIN)/catp-jax demo --out demo
 
-train: runs/mini-llama-vision runs/mini-blip2-opt runs/mini-blip2-t5 ## train the mini checkpoints anew, into runs/; about an hour, resumes
+MINIS := mini-llama-vision mini-blip2-opt mini-blip2-t5
+MINIS += scenes-llama-vision scenes-blip2-opt scenes-blip2-t5
+
+train: $(MINIS:%=runs/%) ## train the mini checkpoints anew, into runs/; each under an hour, resumes
 
 runs/mini-llama-vision: | $(VENV)/demo.stamp
 	$(BIN)/python -m catp_jax.training.mini_llama_vision --out $@ --work runs/work
@@ -20,8 +23,15 @@ runs/mini-llama-vision: | $(VENV)/demo.stamp
 runs/mini-blip2-%: | $(VENV)/demo.stamp
 	$(BIN)/python -m catp_jax.training.mini_blip2 --kind $* --out $@ --work runs/blip2-work
 
-# Both share their first stages; one after the other, also with make -j.
+runs/scenes-llama-vision: | $(VENV)/demo.stamp
+	$(BIN)/python -m catp_jax.training.scenes_llama_vision --out $@ --work runs/scenes-work
+
+runs/scenes-blip2-%: | $(VENV)/demo.stamp
+	$(BIN)/python -m catp_jax.training.scenes_blip2 --kind $* --out $@ --work runs/scenes-blip2-work
+
+# Both kinds share their first stages; one after the other, also with make -j.
 runs/mini-blip2-t5: | runs/mini-blip2-opt
+runs/scenes-blip2-t5: | runs/scenes-blip2-opt
 
 test: $(VENV)/test.stamp $(VENV)/gpu-compiler.stamp ## run the tests
 	$(BIN)/python -m pytest

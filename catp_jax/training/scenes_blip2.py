@@ -75,13 +75,6 @@ def scenes_config(which: str) -> Blip2Config:
     return dataclasses.replace(
         config,
         vision=dataclasses.replace(config.vision, image_size=128),
-        qformer=dataclasses.replace(
-            config.qformer,
-            hidden_size=96,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            intermediate_size=192,
-        ),
         text=text,
         image_token_index=VOCABULARY - 1,
     )
