@@ -119,14 +119,20 @@ def initialise(config: Blip2Config, seed: int) -> Blip2:
     return nnx.merge(graph, jax.tree.map_with_path(draw, state))
 
 
-def say_what_is_seen(model: Blip2, reading: Float[Array, "d words"], words: list[int]) -> None:
+def say_what_is_seen(
+    model: Blip2,
+    reading: Float[Array, "d w"],
+    words: list[int],
+    places: Float[Array, "d p"] | None = None,
+) -> None:
     """Starts the language model where a query looks like the words for what it has seen.
 
     The projection maps what the heads of the stage before read, a column of `reading` for each of
-    the `words`, to the words' embeddings, and in self-attention keys start as queries: from the
-    outset a row that says "red" attends to queries that have seen red. The projection's bias starts
-    as a word of its own, which says "query": how much of it a row gets tells how well its word fits
-    the image. Without this, yes/no questions are answered unseen for very long.
+    the `words`, to the words' embeddings, what else is read (`places`) to embeddings of no word,
+    and in self-attention keys start as queries: from the outset a row that says "red" attends to
+    queries that have seen red. The projection's bias starts as a word of its own, which says
+    "query": how much of it a row gets tells how well its word fits the image. Without this, yes/no
+    questions are answered unseen for very long.
     """
     language, projection = model.language_model, model.language_projection
     if isinstance(language, Opt):
@@ -138,7 +144,12 @@ def say_what_is_seen(model: Blip2, reading: Float[Array, "d words"], words: list
         for block in language.encoder.block:
             attention = block.layer[0].SelfAttention
             attention.k.kernel[...] = attention.q.kernel[...]
-    seen = reading @ embeddings[jnp.array(words)]
+    said = embeddings[jnp.array(words)]
+    if places is not None:
+        nameless = jax.random.normal(jax.random.key(0), (places.shape[1], embeddings.shape[1]))
+        said = jnp.concatenate([said, embeddings.std() * nameless])
+        reading = jnp.concatenate([reading, places], axis=1)
+    seen = reading @ said
     projection.kernel[...] = seen / 8 + 0.1 * embeddings.std() * projection.kernel[...]
     projection.bias = nnx.Param(  # its type allows None, so that it cannot be written into
         embeddings.std() * jax.random.normal(jax.random.key(len(words)), embeddings.shape[1:]),

@@ -56,15 +56,24 @@ def answer_logits(
     return jax.vmap(one, in_axes=axes, out_axes=1)(tokens, token_valid, is_first_open, kept)
 
 
-def say_what_is_seen(model: Mllama, reading: Float[Array, "out w"], words: list[int]) -> None:
+def say_what_is_seen(
+    model: Mllama,
+    reading: Float[Array, "out w"],
+    words: list[int],
+    places: Float[Array, "out p"] | None = None,
+) -> None:
     """Starts the decoder where a visual token looks like the words for what it shows.
 
     The projector maps what the tower's heads read (`reading`, a column for each of the `words`) to
-    the words' embeddings, and in cross-attention keys start as their group's first queries: from
-    the outset a row that says "red" attends to what is red. Without this, yes/no questions are
-    answered unseen for very long.
+    the words' embeddings, what other heads read (`places`) to embeddings of no word, and in
+    cross-attention keys start as their group's first queries: from the outset a row that says "red"
+    attends to what is red. Without this, yes/no questions are answered unseen for very long.
     """
     embeddings = model.language_model.embed_tokens.embedding[...][jnp.array(words)]
+    if places is not None:
+        nameless = jax.random.normal(jax.random.key(0), (places.shape[1], embeddings.shape[1]))
+        embeddings = jnp.concatenate([embeddings, embeddings.std() * nameless])
+        reading = jnp.concatenate([reading, places], axis=1)
     projector = model.multi_modal_projector.kernel
     projector[...] = reading @ embeddings / 16 + 0.1 * projector[...]  # readings reach about 16
     config = model.config.text

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Int
 
 from catp_jax.struct import pytree
-from catp_jax.training.scene_questions import FAMILIES, Asked, drawn
+from catp_jax.training.scene_questions import TAUGHT, Asked, drawn
 from catp_jax.training.scenes import Dice, Scene
 
-EASY = (3.0, 3.0, 1.0, 1.0, 3.0)  # how often each family is asked at first …
-HARD = (1.0, 2.0, 2.5, 3.0, 1.0)  # … and at last
+EASY = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)  # how often each family is asked at first …
+HARD = (1.0, 2.0, 2.5, 3.0, 1.0, 0.5)  # … and at last
 SCENES, EACH = 16, 8  # scenes in a step, and questions about each
 
 Pairs = list[tuple[str, str]]
@@ -78,7 +78,7 @@ class Bank:
         for number in numbers.tolist():
             dice, some = Dice(seed, step, number), []
             while len(some) < EACH:
-                family = rng.choice(list(FAMILIES), p=weights / weights.sum())
+                family = rng.choice(list(TAUGHT), p=weights / weights.sum())
                 some += drawn(dice, self.scenes[number], [family])
             asked.append(some)
         return self.batch(numbers, asked)
@@ -105,5 +105,5 @@ def evaluate(
 def texts_about(scenes: Sequence[Scene]) -> Iterator[str]:
     """All questions about some scenes with their answers, to train a tokenizer on."""
     for scene in scenes:
-        for make in FAMILIES.values():
+        for make in TAUGHT.values():
             yield from (f"{one.question} {one.answer}" for one in make(scene))

@@ -96,10 +96,15 @@ def _counted(question: str, kind: str, found: list[Thing]) -> Iterator[Asked]:
         yield Asked(question, COUNTS[len(found) - 1], "count", kind, tuple(found))
 
 
+def _named(scene: Scene) -> list[Thing]:
+    """The shapes that colour and name tell from all others."""
+    looks = Counter((thing.colour, thing.name) for thing in scene.things)
+    return [t for t in scene.things if looks[t.colour, t.name] == 1 and not t.is_digit]
+
+
 def relation(scene: Scene) -> Iterator[Asked]:
     """Where one object is, seen from another, and what is nearest to it."""
-    looks = Counter((thing.colour, thing.name) for thing in scene.things)
-    named = [t for t in scene.things if looks[t.colour, t.name] == 1 and not t.is_digit]
+    named = _named(scene)
     for thing in named:
         for other in named:
             where = f"the {thing.colour} {thing.name}", f"the {other.colour} {other.name}"
@@ -133,6 +138,15 @@ def reading(scene: Scene) -> Iterator[Asked]:
             yield Asked(question, thing.colour, "reading", "color", (thing,))
 
 
+def place(scene: Scene) -> Iterator[Asked]:
+    """In which row or column of cells an object is."""
+    for thing in _named(scene):
+        for line, number in (("row", thing.row), ("column", thing.column)):
+            if number < len(COUNTS):
+                question = f"which {line} is the {thing.colour} {thing.name} in?"
+                yield Asked(question, COUNTS[number], "place", line, (thing,))
+
+
 FAMILIES: dict[str, Callable[[Scene], Iterator[Asked]]] = {
     "attribute": attribute,
     "existence": existence,
@@ -140,6 +154,9 @@ FAMILIES: dict[str, Callable[[Scene], Iterator[Asked]]] = {
     "relation": relation,
     "reading": reading,
 }
+TAUGHT = {**FAMILIES, "place": place}
+"""What training asks: before a model can say that one object is left of another, it has to know
+where each is, which it learns much sooner if it is asked."""
 WORDS = (*SHAPES, *COLOURS, *DIGITS, *SIZES, *COUNTS, "yes", "no")
 """What a model has to be able to say and to read."""
 
@@ -205,12 +222,12 @@ def scenes_task(
 
 
 def drawn(dice: Dice, scene: Scene, families: Iterable[str]) -> list[Asked]:
-    """A question of each of the families, for training: kind and answer are drawn first, evenly of
-    those that the scene has.
+    """A question of each of the families (see `TAUGHT`), for training: kind and answer are drawn
+    first, evenly of those that the scene has.
     """
     out = []
     for family in families:
-        candidates = list(FAMILIES[family](scene))
+        candidates = list(TAUGHT[family](scene))
         for name in ("kind", "answer"):
             values = sorted({getattr(one, name) for one in candidates})
             if values:

@@ -331,7 +331,9 @@ def main(
     nnx.update((model.qformer, model.query_tokens), trained["queries"])
 
     reading = jnp.concatenate([trained["heads"][name][:, 1:] for name in IN_CELL], axis=1)
-    say_what_is_seen(model, reading, [text.answer(word)[0] for word in SEEN])
+    asked = trained["probes"]
+    places = asked["key"] @ asked["ask"].T * config.qformer.hidden_size**-0.5
+    say_what_is_seen(model, reading, [text.answer(word)[0] for word in SEEN], places)
     is_learned = nnx.Any(*map(nnx.PathContains, ("language_model", "language_projection")))
     if isinstance(model.language_model, Opt):
         word: Any = model.language_projection.bias

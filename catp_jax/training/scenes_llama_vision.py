@@ -186,7 +186,7 @@ def main(
         "scenes-llama-vision-work"
     ),
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
-    tower_steps: Annotated[int, typer.Option(help="steps of stage 1, of 8 scenes")] = 1000,
+    tower_steps: Annotated[int, typer.Option(help="steps of stage 1, of 8 scenes")] = 1600,
     decoder_steps: Annotated[int, typer.Option(help="steps of stage 2, of 16 scenes")] = 2500,
     scenes: Annotated[int, typer.Option(help="scenes that stage 2 asks about")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
@@ -220,7 +220,8 @@ def main(
     text = Text.of(tokenizer)
     words = [text.answer(word)[0] for word in SEEN]
     reading = jnp.concatenate([trained[name][:, 1:] for name in ("name", "colour", "size")], axis=1)
-    say_what_is_seen(model, reading, words)
+    places = jnp.concatenate([trained["row"], trained["column"], trained["middle"][:, 1:]], axis=1)
+    say_what_is_seen(model, reading, words, places)
     for index in config.text.cross_attention_layers:
         attention = model.language_model.layers[index].cross_attn
         for norm in (attention.q_norm, attention.k_norm):
