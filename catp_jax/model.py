@@ -344,6 +344,7 @@ class Model:
             available=packed.available,
             kept=kept,
             cached=out.selection.cached,
+            is_merged=out.selection.merged,
             capacity=packed.capacity if chosen is None else chosen.indices.shape[1],
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),

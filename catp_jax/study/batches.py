@@ -31,7 +31,7 @@ class Answerer(Protocol):
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
-    `number` counts visual tokens before pruning.
+    `number` counts visual tokens before pruning, and whether it `is_merged`.
     `needed` says how much of each visual token is about parts of the image. `picture` is an image
     as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in it a prompt's kept
     tokens look, [rows, columns] in 0 … 1.

@@ -138,7 +138,8 @@ class Answer:
     in the picture the kept tokens look, [rows, columns] in 0 … 1, for pictured questions.
 
     `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
-    answer depends on that was kept, where the task says so.
+    answer depends on that was kept, where the task says so; None where tokens were merged, since a
+    mean holds a part of everything.
     """
 
     id: str

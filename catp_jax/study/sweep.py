@@ -203,7 +203,7 @@ def _answers(
             map=grid,
             image=example.image_id,
             family=example.family,
-            needed=_share(batch.needed, row, kept),
+            needed=None if out.is_merged else _share(batch.needed, row, kept),
         )
 
 

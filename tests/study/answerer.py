@@ -151,6 +151,7 @@ class Tiny:
             logits=logits,
             available=packed.available,
             kept=kept,
+            is_merged=out.selection.merged,
         )
 
     def picture(self, image):
