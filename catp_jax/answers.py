@@ -32,8 +32,9 @@ class Answers:
 
     `text` is without special tokens, `tokens` with them, the end token included. `available` counts
     visual tokens before pruning; `kept` says which were kept (None: all), `cached` which are in the
-    cache of a layer that was pruned apart, by the layer's number. `capacity` is the room that each
-    prompt's visual tokens take in the other caches.
+    cache of a layer that was pruned apart, by the layer's number. If `is_merged`, what is kept are
+    means of several tokens, each named by one in the middle of them. `capacity` is the room that
+    each prompt's visual tokens take in the other caches.
     `logprobs` are those of the tokens, and `alternatives` the likeliest tokens at each place with
     theirs, the likeliest first; None unless they were asked for, see `sampling` and `beam` for what
     they are of. `reports` has the final state of each pruner, `logits` those of the first new
@@ -47,6 +48,7 @@ class Answers:
     available: tuple[int, ...]
     kept: list[Kept] | None
     cached: dict[int, Keep]
+    is_merged: bool
     capacity: int
     reports: tuple[Any, ...]
     logits: np.ndarray

@@ -5,6 +5,7 @@ model.generate(images=["a.png"], prompts=["what color is the shape?"]).text
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from catp_jax.models.tiled_vit import VisionMode
 from catp_jax.readers import hub
 from catp_jax.readers.images import Fetch
 from catp_jax.readers.reading import special_tokens
+from catp_jax.readers.seen import Seen
 from catp_jax.sharding import place
 from catp_jax.sharding.mesh import MeshLike, find_devices, make_mesh
 
@@ -35,6 +37,8 @@ def load(
     adapter: str | Path | None = None,
     generation_config: bool = True,
     processor: str | Path | None = None,
+    image_scale: float = 1.0,
+    tiles: int | None = None,
     fetch: Fetch | None = None,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
@@ -50,7 +54,9 @@ def load(
     beside the weights or in the folder `adapter`, is merged into them. Without `generation_config`
     the folder's file of that name sets no defaults.
 
-    `processor` is another folder or name to take tokenizer and image processor from. `fetch`
+    `processor` is another folder or name to take tokenizer and image processor from. `image_scale`
+    makes images smaller before the model sees them, and `tiles` is how many an image has at most;
+    a loaded model's `seeing` changes both, see `readers.seen`. `fetch`
     brings images at web addresses: it takes the address and returns bytes, or another image.
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
@@ -63,8 +69,10 @@ def load(
     config = convert.load_config(folder, ignore_config)
     family = family_of(config, folder)
     defaults, note = family.defaults(folder, generation_config)
+    seen = Seen(image_scale, tiles)
+    seen.check(config)
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
-    reader = family.load_reader(processor_folder, config, modes)
+    reader: Any = replace(family.load_reader(processor_folder, config, modes), seen=seen)
     size = reader.config.text.vocab_size
     ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config, size)
     network, _ = convert.load(

@@ -26,6 +26,7 @@ def generate(
     model: opts.ModelFolder,
     loading: opts.Loading,
     generation: opts.Generation,
+    seeing: opts.Seeing,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,7 +143,8 @@ def generate(
     find_devices()
     more = {"seed": seed, "num_return_sequences": num_return_sequences, "logprobs": logprobs}
     given = {"num_return_sequences": 1} | opts.given(more) | generation.given()
-    family = family_of(load_config(model, loading.ignore_config or ()), model)
+    config = load_config(model, loading.ignore_config or ())
+    family, seen = family_of(config, model), seeing.checked(config)
     defaults, note = family.defaults(model, not no_generation_config)
     with opts.wrong_call():
         options = defaults.over(**given)
@@ -151,7 +153,7 @@ def generate(
         file.begin(
             {
                 "model": batches.fingerprint(model),
-                "load": loading.settings(batches.fingerprint),
+                "load": loading.settings(batches.fingerprint) | seen,
                 "prune": chosen,
                 "chat": chat,
                 **dataclasses.asdict(options),
@@ -162,7 +164,8 @@ def generate(
             return
     from catp_jax import api
 
-    loaded = api.load(model, **loading.keywords(), generation_config=False)  # options have it
+    keywords = loading.keywords() | seen
+    loaded = api.load(model, **keywords, generation_config=False)  # options have it
     if note:
         say(note)
     pruning = {"prune": [name for name, _ in chosen], "keep": [some for _, some in chosen]}

@@ -20,7 +20,7 @@ import typer
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.pruning.named import Named
 
-METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform"
+METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, pool"
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
 
@@ -167,6 +167,30 @@ class Loading:
             for name, value in given(self.keywords()).items()
             if name != "mesh"
         }
+
+
+IMAGE_SCALE = (
+    "Show the model each image with this share of its rows and columns of pixels (0.5): Llama "
+    "Vision may take fewer tiles of it, for the others it is a blur."
+)
+TILES = "Llama Vision: cut an image into so many tiles at most."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeing:
+    """What a model sees of an image: keywords of `api.load`."""
+
+    image_scale: Annotated[float | None, typer.Option(help=IMAGE_SCALE)] = None
+    tiles: Annotated[int | None, typer.Option(help=TILES)] = None
+
+    def checked(self, config: Any) -> dict[str, Any]:
+        """What was given, for a model of this configuration. Raises BadParameter."""
+        from catp_jax.readers.seen import Seen
+
+        keywords = given(vars(self))
+        with wrong_call():
+            Seen(**keywords).check(config)
+        return keywords
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,14 @@ def run(
             metavar="N|P%,…",
         ),
     ] = None,
+    image_scale: Annotated[
+        list[float] | None,
+        typer.Option(help=f"{opts.IMAGE_SCALE} Repeat it to compare; nothing is pruned there."),
+    ] = None,
+    tiles: Annotated[
+        list[int] | None,
+        typer.Option(help=f"{opts.TILES} Repeat it to compare; nothing is pruned there."),
+    ] = None,
     out: Annotated[
         Path | None,
         opts.file_option(
@@ -148,7 +156,8 @@ def run(
     with opts.wrong_call():
         parse_mesh({} if loading.mesh is None else loading.mesh)
     find_devices()
-    family = family_of(load_config(model, loading.ignore_config or ()), model)
+    config = load_config(model, loading.ignore_config or ())
+    family, smaller = family_of(config, model), _smaller(image_scale, tiles, config)
     defaults, note = family.defaults(model, generation_config)
     given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
     with opts.wrong_call():
@@ -202,6 +211,7 @@ def run(
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         settings = settings or _all_that_fit(loaded, keep)
         _check_fit(settings, loaded)
+        settings = [*settings, *smaller]
         with interruptible():
             sweep(
                 loaded,
@@ -422,6 +432,17 @@ def _budget(text: str) -> int | str:
         return text
     parsed = budget.parse(text)
     return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
+
+
+def _smaller(scales: list[float] | None, tiles: list[int] | None, config: Any) -> "list[Setting]":
+    """Settings of smaller images, for a model of this configuration. Raises BadParameter."""
+    from catp_jax.study.records import Setting
+
+    each: list[dict[str, Any]] = [{"image_scale": scale} for scale in scales or []]
+    each += [{"tiles": number} for number in tiles or []]
+    for seen in each:
+        opts.Seeing(**seen).checked(config)
+    return [Setting(name, str(value)) for seen in each for name, value in seen.items()]
 
 
 def _all_that_fit(model: Any, keep: list[str] | None) -> "list[Setting]":

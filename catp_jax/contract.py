@@ -1,7 +1,8 @@
 """The page that models and pruning methods both read; neither reads the other.
 
 A model shows what it has at a *site* (a `View`); a method answers how an axis of that site shrinks
-(a `Reduction`); the model does the shrinking and carries masks and positions along.
+(a `Reduction`: entries stay, or become means of several); the model does the shrinking and carries
+masks and positions along.
 
 Adding a method: write a `@pytree` with a class attribute `sites`, where it can work, the static
 field `site`, where it does, `start(view)` and `__call__(view, state)`. Numbers that fix a shape are
@@ -12,6 +13,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,6 +65,17 @@ class Evidence:
 
 
 @pytree
+class Tiles:
+    """How visual tokens lie in images: tile by tile, first `others`, which have no place in it
+    (class tokens), then `rows` × `columns` patches, row by row.
+    """
+
+    rows: int = static()
+    columns: int = static()
+    others: int = static()
+
+
+@pytree
 class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
@@ -76,6 +89,9 @@ class View:
     `sees` is False in every row that is text padding; a column is `valid` if it holds a token that
     some row sees. At CACHE and READ it is valid if new tokens may read it, for each head (`kv`) if
     a method kept it so, and `tokens` is None.
+
+    `tiles` is how all of the visual tokens lie, None where they have no place or some are gone.
+    After a `Merge` an entry is a mean, and `numbers` say which token stands for it.
     """
 
     site: Site = static()
@@ -88,6 +104,7 @@ class View:
     numbers: Int[Array, "b n"] | Int[Array, "b kv n"]
     valid: Bool[Array, "b n"] | Bool[Array, "b kv n"]
     sees: Bool[Array, "b s n"] | Bool[Array, "b kv s n"]
+    tiles: Tiles | None = None
 
 
 @pytree
@@ -96,6 +113,9 @@ class Keep:
 
     At CACHE and READ each key-value head may keep entries of its own.
     """
+
+    merges: ClassVar[bool] = False
+    """Whether entries are means of several."""
 
     indices: Int[Array, "b k"] | Int[Array, "b kv k"]
     valid: Bool[Array, "b k"] | Bool[Array, "b kv k"]
@@ -118,10 +138,93 @@ class Keep:
         indices = indices.reshape(indices.shape + (1,) * (array.ndim - indices.ndim))
         return jnp.take_along_axis(array, indices, axis=1)
 
+    def first(self, size: int) -> "Keep":
+        """The first `size` entries of it."""
+        return replace(self, indices=self.indices[..., :size], valid=self.valid[..., :size])
+
+
+@pytree
+class Merge(Keep):
+    """Means: output entry `j` is the mean of the input entries `i` with `groups[:, i] == j`, and
+    empty if there are none. An entry with another number (-1) goes nowhere.
+
+    Only real numbers have a mean. In all else, its number, its position, who sees it, it is like
+    its member `indices[:, j]`, which stands for it: let a group be of entries that the same rows
+    see. Text stays what it is: each is a group of its own, behind the visual ones.
+    """
+
+    merges: ClassVar[bool] = True
+
+    groups: Int[Array, "b n"] | Int[Array, "b kv n"]
+
+    @classmethod
+    def of(
+        cls,
+        groups: Int[Array, "b *n"],
+        off_centre: Int[Array, "b *n"],
+        size: int,
+    ) -> "Merge":
+        """`size` groups, for each of which the member stands that is least `off_centre`."""
+        known = jnp.where((groups >= 0) & (groups < size), groups, size)
+        index = jax.lax.broadcasted_iota(jnp.int32, groups.shape, groups.ndim - 1)
+        by_group = jax.lax.sort((known, off_centre, index), num_keys=3)[-1]
+        members = _members(groups, size).sum(axis=-1, dtype=jnp.int32)
+        start = jnp.minimum(jnp.cumsum(members, axis=-1) - members, groups.shape[-1] - 1)
+        indices = jnp.take_along_axis(by_group, start, axis=-1)
+        return cls(indices=indices, valid=members > 0, groups=groups)
+
+    def apply(self, array: Array) -> Array:
+        """As a selection's, with means in place of entries."""
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return super().apply(array)
+        members = _members(self.groups, self.indices.shape[-1])
+        number = members.sum(axis=-1, dtype=jnp.float32)
+        number = jnp.swapaxes(number, 1, 2) if self.is_by_head else number
+        total = jnp.einsum(
+            "bhkn,bnh...->bkh..." if self.is_by_head else "bkn,bn...->bk...",
+            members.astype(array.dtype),
+            array,
+            precision=jax.lax.Precision.HIGHEST,  # the mean of one entry is that entry
+            preferred_element_type=jnp.float32,
+        )
+        number = number.reshape(number.shape + (1,) * (total.ndim - number.ndim))
+        return (total / jnp.maximum(number, 1)).astype(array.dtype)
+
+
+def _members(groups: Int[Array, "b *n"], size: int) -> Bool[Array, "b *kv k n"]:
+    """Which entries a group has."""
+    numbers = jnp.arange(size, dtype=jnp.int32)
+    return groups[..., None, :] == numbers.reshape((1,) * (groups.ndim - 1) + (size, 1))
+
+
+@pytree
+class Chained(Keep):
+    """`before` and, on its result, `then`, where one of them merges. `indices` and `valid` are of
+    both, in terms of the entries that `before` was given.
+    """
+
+    merges: ClassVar[bool] = True
+
+    before: Keep
+    then: Keep
+
+    def apply(self, array: Array) -> Array:
+        """One after the other."""
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return super().apply(array)
+        return self.then.apply(self.before.apply(array))
+
+    def first(self, size: int) -> "Chained":
+        """The first `size` entries of it."""
+        fewer = self.then.first(size)
+        return replace(
+            self, indices=self.indices[..., :size], valid=self.valid[..., :size], then=fewer
+        )
+
 
 @pytree
 class Reduction:
-    """How the axes of a site shrink; None leaves an axis as it is."""
+    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`."""
 
     tokens: Keep | None = None
 
@@ -190,11 +293,12 @@ def keep_columns(mask: Bool[Array, "b s n"], keep: Keep) -> Bool[Array, "b *kv s
 
 
 def chain(first: Keep, then: Keep) -> Keep:
-    """One selection that does what `first` and, on its result, `then` do."""
-    return Keep(
-        indices=then.apply(first.indices),
-        valid=then.apply(first.valid) & then.valid,
-    )
+    """One reduction that does what `first` and, on its result, `then` do."""
+    indices = then.apply(first.indices)
+    valid = then.apply(first.valid) & then.valid
+    if first.merges or then.merges:
+        return Chained(indices=indices, valid=valid, before=first, then=then)
+    return Keep(indices=indices, valid=valid)
 
 
 Select = Callable[[View | None], Keep | None]

@@ -25,6 +25,7 @@ from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import fingerprint
 from catp_jax.readers.reading import Boxes, ImageCache, Kept, Prompt, Question, Reader, arrange
+from catp_jax.readers.seen import Seen
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.rules import shares
@@ -84,7 +85,20 @@ class Model:
             **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
             "checksum": checksum.hexdigest()[:16],
             "processor": fingerprint(self.reader.processor),
+            **self.reader.seen.described(),
         }
+
+    def seeing(self, image_scale: float = 1.0, tiles: int | None = None) -> "Model":
+        """The model, to which images are shown with fewer pixels, or of which an image has so many
+        tiles at most; see `readers.seen`.
+
+        Raises ValueError for a scale that is not above 0 and at most 1, and for tiles that the
+        model does not have.
+        """
+        seen = Seen(image_scale, tiles)
+        seen.check(self.config)
+        reader: Any = self.reader
+        return dataclasses.replace(self, reader=dataclasses.replace(reader, seen=seen))
 
     def prepare(
         self,
@@ -344,6 +358,7 @@ class Model:
             available=packed.available,
             kept=kept,
             cached=out.selection.cached,
+            is_merged=out.selection.merged,
             capacity=packed.capacity if chosen is None else chosen.indices.shape[1],
             reports=out.selection.states,
             logits=np.asarray(out.logits, np.float32),

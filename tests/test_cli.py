@@ -81,6 +81,19 @@ def test_generate_pruned_tells_as_json_what_was_kept():
     assert 0 < report["mass"] <= 1
 
 
+def test_smaller_images_and_means_have_fewer_visual_tokens():
+    def row(*words):
+        done = catp_jax("generate", MINI, "--image", CIRCLE, *ASK, "--json", *words)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert row("--image-scale", "0.5")["visual_tokens"] == 65
+    assert row("--tiles", "2")["visual_tokens"] == 65
+    pooled = row("--prune", "pool", "--keep", "16")
+    assert (pooled["visual_tokens"], len(pooled["kept"])) == (260, 16)
+    assert all(place["row"] >= 0 for place in pooled["kept"])
+
+
 def test_a_budget_found_by_the_data_and_sampling_with_a_seed():
     words = [
         *("generate", MINI, "--image", CIRCLE, *ASK, "--json", "--max-new-tokens", 5),
@@ -188,6 +201,9 @@ def test_a_budget_that_is_none_is_refused(keep, said):
         (["--num-return-sequences", "2"], ["num_return_sequences is 2, but greedy answers"]),
         (["--num-return-sequences", "0"], ["at least 1"]),
         (["--forced-eos-token", "9999"], ["forced_eos_token_id has token 9999"]),
+        (["--image-scale", "0"], ["image_scale is above 0 and at most 1"]),
+        (["--image-scale", "nan"], ["image_scale is above 0 and at most 1"]),
+        (["--tiles", "5"], ["tiles is 1 to 4 for this model, got 5"]),
         (["--chat"], ["no chat template"]),
         (["--image", "nowhere.png"], ["nowhere.png", "is not a file"]),
     ],
@@ -299,7 +315,7 @@ def test_options_that_commands_share_say_the_same():
     commands = [cli_generate.generate, cli_study.run, cli.match, cli.convert, cli_demo.demo]
     commands += [cli_cluster.plan, cli_cluster.doctor]
     own = {"out", "seed", "prune", "keep", "prompt", "batch_size", "image", "mesh", "dtype"}
-    own |= {"model"}
+    own |= {"model", "image_scale", "tiles"}
     said = {}
     for command in commands:
         for name, parameter in parameters(command).items():

@@ -409,3 +409,28 @@ def test_a_bound_of_a_task_that_does_not_know_is_refused_before_a_model_is_loade
     words = ["model", "--task", "jsonl", "--data", questions(no_model), "--keep", "2"]
     said = refused(study(*words, "--prune", "l2", "--prune", "anti"), "anti must be told")
     assert "no question of jsonl says so" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image-scale", "0"], "image_scale is above 0 and at most 1"),
+        (["--image-scale", "1.5"], "image_scale is above 0 and at most 1"),
+        (["--image-scale", "nan"], "image_scale is above 0 and at most 1"),
+        (["--image-scale", "0.5", "--image-scale", "-1"], "image_scale is above 0"),
+        (["--tiles", "0"], "tiles is a whole number of at least 1"),
+        (["--tiles", "5"], "tiles is 1 to 4 for this model, got 5"),
+    ],
+)
+def test_smaller_images_that_are_none_are_refused_before_a_model_is_loaded(words, said, no_model):
+    refused(study("model", "--task", "easy-vqa", *words), said)
+
+
+def test_a_study_compares_smaller_images_beside_methods(tiny):
+    words = ["--prune", "l2", "--keep", "4", "--image-scale", 0.5, "--tiles", 1]
+    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl", *words)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]
+    found = [str(row) for row in rows]
+    for method, keep in (("image_scale", "0.5"), ("tiles", "1"), ("l2", 4), ("unpruned", None)):
+        assert any(repr({"method": method, "keep": keep})[1:-1] in row for row in found)

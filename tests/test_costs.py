@@ -17,7 +17,7 @@ from catp_jax.contract import Keep
 from catp_jax.generation import generate as programs
 from catp_jax.models import cross_decoder, tiled_vit
 from catp_jax.models.mllama import Inputs, Mllama
-from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
+from catp_jax.pruning import FastV, KNorm, Pool, Random, TrimmedLlama
 from catp_jax.readers.mllama_packing import pack
 from catp_jax.struct import replace
 from tests.random_mllama import CONFIG, IMAGE, PER_TILE, TEXT, picture, random_mllama
@@ -97,6 +97,14 @@ def test_trimmed_llama_computes_the_weights_of_one_layer():
     assert SCORE_PRODUCT <= extra <= SCORE_PRODUCT + 15 * weights
 
 
+def test_pooling_costs_the_means_and_their_keys_in_the_first_layer():
+    extra = prefill_flops(Pool(keep=KEEP)) - gather_flops(KEEP)
+    means = BATCH * KEEP * COLUMNS * WIDTH * 2
+    made = BATCH * KEEP * WIDTH * 2 * KV_HEADS * CHANNELS * 2
+    # where patches lie, and a sort: some hundred operations a token, whatever its width
+    assert means + made <= extra <= means + made + 500 * BATCH * COLUMNS
+
+
 def test_keeping_everything_at_random_is_within_a_hair_of_not_pruning():
     full, unpruned = prefill_flops(Random(keep=COLUMNS)), prefill_flops(None)
     assert abs(full - unpruned) < 0.01 * unpruned
@@ -121,11 +129,12 @@ def test_pruning_costs_less_than_not_pruning(method: Any):
     assert prefill_flops(method(keep=KEEP)) < 0.97 * prefill_flops(None)
 
 
+@pytest.mark.parametrize("method", [KNorm, Pool])
 @pytest.mark.parametrize("keep", [KEEP, 3])
-def test_the_cache_has_as_many_slots_as_are_kept(keep: int):
+def test_the_cache_has_as_many_slots_as_are_kept(method: Any, keep: int):
     out = jax.eval_shape(
         lambda model, inputs: programs.prefill.__wrapped__(
-            model, (KNorm(keep=keep),), inputs, new_slots=5
+            model, (method(keep=keep),), inputs, new_slots=5
         ),
         random_mllama(),
         inputs(),

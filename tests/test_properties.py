@@ -116,7 +116,9 @@ def all_methods(batch: MllamaPacked, pruners: dict[str, Any]) -> dict[str, progr
             (),
             front,
             keep,
-            programs.Selection(kept=keep, cached={}, states=()),
+            programs.Selection(
+                kept=Keep(indices=keep.indices, valid=keep.valid), cached={}, states=()
+            ),
             sampling(len(batch.available)),
             Stop(ends=NEVER, pad=PAD, max_new_tokens=NEW),
         )

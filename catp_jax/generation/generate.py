@@ -259,11 +259,8 @@ def select_tokens(
 
 def truncate(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selection]:
     """The first `capacity` entries of a selection."""
-
-    def first(some: Keep | None) -> Any:
-        return jax.tree.map(lambda array: array[:, :capacity], some)
-
-    return first(keep), replace(selection, kept=first(selection.kept))
+    kept = None if selection.kept is None else selection.kept.first(capacity)
+    return keep.first(capacity), replace(selection, kept=kept)
 
 
 @partial(jax.jit, static_argnames=("new_slots",))

@@ -7,7 +7,7 @@ of the pruners.
 from typing import Any
 
 from catp_jax.contract import Keep, Pruners, Site, View, is_at, run_pruners, settle
-from catp_jax.struct import pytree
+from catp_jax.struct import pytree, static
 
 
 @pytree
@@ -15,10 +15,12 @@ class Selection:
     """What pruning left, all in numbers of a sample's visual tokens before any pruning.
 
     `kept`: of those that go through the language model (None: all stay); `cached`: in the caches of
-    layers that were pruned apart. `states` has the last state of every pruner, in their order; None
+    layers that were pruned apart. `merged`: some of those are means, each named by the token that
+    stands for its group. `states` has the last state of every pruner, in their order; None
     for one that had nothing to look at, one by layer where it works in every layer.
     """
 
+    merged: bool = static(default=False)
     kept: Keep | None
     cached: dict[int, Keep]
     states: tuple[Any, ...]
@@ -48,6 +50,7 @@ class Selector:
         noted = Selection.start(pruners) if noted is None else noted
         self.pruners, self.chosen, self.is_step = settle(pruners, sites), chosen, is_step
         self.kept, self.cached, self.states = noted.kept, {**noted.cached}, [*noted.states]
+        self.merged = noted.merged
         self.was_shown = any(state is not None for state in noted.states)
 
     def __call__(self, view: View | None) -> Keep | None:
@@ -79,6 +82,8 @@ class Selector:
             keep, state = None, pruner.start(view)
         elif view.layer in states:
             keep, (state,) = run_pruners((pruner,), view, [states[view.layer]])
+            if keep is not None and keep.merges:
+                raise ValueError(f"{name} merges tokens, which a step cannot (site READ)")
         else:
             raise ValueError(
                 f"{name} has no state; give step the selection.states of a prefill with the same "
@@ -93,6 +98,7 @@ class Selector:
 
     def _note(self, view: View, keep: Keep) -> None:
         """The visual tokens that are left, in terms of those before any pruning."""
+        self.merged |= keep.merges
         room = view.num_visual - (view.valid.shape[-1] - keep.indices.shape[-1])
         numbers = keep.apply(view.numbers)[..., :room]
         left = Keep(indices=numbers, valid=keep.valid[..., :room] & (numbers >= 0))
@@ -118,4 +124,6 @@ class Selector:
     @property
     def selection(self) -> Selection:
         """What was noted."""
-        return Selection(kept=self.kept, cached=self.cached, states=tuple(self.states))
+        return Selection(
+            merged=self.merged, kept=self.kept, cached=self.cached, states=tuple(self.states)
+        )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site, View, keep_columns
+from catp_jax.contract import Keep, Select, Site, Tiles, View, keep_columns
 from catp_jax.models.attention import attend, attend_blocks
 from catp_jax.models.blocks import KeysValues
 from catp_jax.models.cache import (
@@ -97,12 +97,14 @@ class Visual:
     """The visual tokens of a batch, tiles without padding first, and who sees them.
 
     `slots.positions` counts visual tokens through the sample's tiles, `sees` is False in rows of
-    text padding and for tiles that a row's image span does not cover.
+    text padding and for tiles that a row's image span does not cover. `tiles` says how they lie, as
+    long as all are there.
     """
 
     features: Float[Array, "b n d"]
     slots: Slots
     sees: Bool[Array, "b s n"]
+    tiles: Tiles | None = None
 
     def keep(self, keep: Keep) -> "Visual":
         """The kept tokens, the mask gathered with them."""
@@ -281,6 +283,7 @@ class CrossDecoder(nnx.Module):
             numbers=visual.slots.positions,
             valid=visual.slots.valid & visual.sees.any(axis=1),
             sees=visual.sees & visual.slots.valid[:, None, :],
+            tiles=visual.tiles,
         )
         x = layer(x, first.made, *cross_mask(visual.sees, visual.slots.valid, mode))
         return replace(front, hidden=x, cross=first, visual=visual, view=view)
@@ -294,7 +297,9 @@ class CrossDecoder(nnx.Module):
         """
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
         if (keep := select(front.view)) is not None and visual is not None and first is not None:
-            visual, first = visual.keep(keep), replace(first, made=first.made.keep(keep))
+            visual, project = visual.keep(keep), self.layers[self.first_cross].cross_attn.project
+            made = project(visual.features) if keep.merges else first.made.keep(keep)
+            first = replace(first, made=made)
         layers = dict(enumerate(front.before))
         cross = {} if first is None else {self.first_cross: first}
         rope, mask = self._rope(text.positions), causal_mask(text, text)

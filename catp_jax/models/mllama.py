@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site, View
+from catp_jax.contract import Keep, Select, Site, Tiles, View
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import (
     CrossCache,
@@ -105,7 +105,7 @@ class Mllama(nnx.Module):
 
         Rows of padding tiles are dropped here, which changes nothing: cross-attention masks them.
         """
-        per_tile = self.config.vision.tokens_per_tile
+        per_tile, grid = self.config.vision.tokens_per_tile, self.config.vision.grid
         features = self.vision_model(
             jnp.asarray(images.pixels),
             jnp.asarray(images.aspect_ratio_ids),
@@ -122,6 +122,7 @@ class Mllama(nnx.Module):
                 valid=jnp.repeat(images.tile_valid, per_tile, axis=1),
             ),
             sees=jnp.repeat(images.tile_seen, per_tile, axis=2),
+            tiles=Tiles(rows=grid, columns=grid, others=per_tile - grid**2),
         )
 
     def front(self, inputs: Inputs) -> Front:

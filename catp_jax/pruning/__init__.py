@@ -15,6 +15,7 @@ from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
 from catp_jax.pruning.l2 import L2Norm
 from catp_jax.pruning.oracle import Oracle
+from catp_jax.pruning.pool import Pool
 from catp_jax.pruning.position import Position
 from catp_jax.pruning.random import Random
 from catp_jax.pruning.self_attention import SelfAttention
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "k_norm": KNorm,
     "random": Random,
     "uniform": Uniform,
+    "pool": Pool,
     "oracle": Oracle,
     "anti": Anti,
 }

@@ -48,6 +48,7 @@ from catp_jax.readers.reading import (
     remember,
     stretched,
 )
+from catp_jax.readers.seen import WHOLE, Seen
 from catp_jax.sharding.place import fetch
 from catp_jax.struct import replace
 
@@ -67,6 +68,7 @@ class QueryingReader(ABC):
 
     config: QueryingConfig
     processor: Any
+    seen: Seen = WHOLE
 
     name: ClassVar[str]
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
@@ -119,7 +121,7 @@ class QueryingReader(ABC):
         """
         if len(images) != 1:
             raise ValueError(f"{self.name} takes one image with each prompt, got {len(images)}")
-        process = partial(process_image, self.processor)
+        process = partial(process_image, self.processor, seen=self.seen)
         follows = isinstance(prompt, str) and not self.has_decoder
         tokens = tokenize(self.processor, f"{prompt}{begun}" if follows else prompt)
         check_tokens(tokens, self.config.text.vocab_size, "the language model")
@@ -171,7 +173,8 @@ class QueryingReader(ABC):
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
-        return stretched(process_image(self.processor, source).transpose(1, 2, 0))
+        image = process_image(self.processor, source, self.seen)
+        return stretched(image.transpose(1, 2, 0))
 
     def needed(
         self,
@@ -319,9 +322,10 @@ def load_checked(
     return processor
 
 
-def process_image(processor: Any, source: ImageLike) -> np.ndarray:
+def process_image(processor: Any, source: ImageLike, seen: Seen = WHOLE) -> np.ndarray:
     """The image resized and normalised, [3, height, width]."""
-    out = processor.image_processor([read_image(source)], return_tensors="np")
+    image = seen.smaller(read_image(source), processor.image_processor)
+    out = processor.image_processor([image], return_tensors="np")
     return np.asarray(out["pixel_values"][0], np.float32)
 
 

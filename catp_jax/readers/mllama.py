@@ -35,6 +35,7 @@ from catp_jax.readers.reading import (
     remember,
     stretched,
 )
+from catp_jax.readers.seen import WHOLE, Seen
 from catp_jax.readers.templates import render
 
 IMAGE_MARK = "<|image|>"
@@ -43,13 +44,15 @@ IMAGE_MARK = "<|image|>"
 @dataclasses.dataclass(frozen=True)
 class MllamaReader:
     """`mask_mode` says what text does that sees no image, see `cross_decoder.MaskMode`;
-    `vision_mode` which of the tower's states the decoder gets (None: as the config says).
+    `vision_mode` which of the tower's states the decoder gets (None: as the config says); `seen`
+    how images are made smaller.
     """
 
     config: MllamaConfig
     processor: Any
     mask_mode: MaskMode = "meta"
     vision_mode: VisionMode | None = None
+    seen: Seen = WHOLE
 
     has_generation_config: ClassVar[bool] = True
 
@@ -143,12 +146,25 @@ class MllamaReader:
 
     def process_image(self, source: ImageLike) -> ProcessedImage:
         """The image as the model sees it: resized, cut into tiles, normalised."""
-        out = self.processor.image_processor([[read_image(source)]], return_tensors="np")
-        return ProcessedImage(
-            pixels=np.asarray(out["pixel_values"][0, 0], np.float32),
-            aspect_ratio_id=int(out["aspect_ratio_ids"][0, 0]),
-            num_tiles=int(out["num_tiles"][0][0]),
+        vision = self.config.vision
+        most = vision.max_num_tiles if self.seen.tiles is None else self.seen.tiles
+        fewer = {} if most == vision.max_num_tiles else {"max_image_tiles": most}
+        out = self.processor.image_processor(
+            [[self._read_image(source)]], return_tensors="np", **fewer
         )
+        pixels = np.asarray(out["pixel_values"][0, 0], np.float32)
+        ratio = int(out["aspect_ratio_ids"][0, 0])
+        if fewer:  # which counts fewer ratios, and makes less padding
+            ratio = 1 + vision.supported_aspect_ratios.index(_ratios(most)[ratio - 1])
+            missing = vision.max_num_tiles - most
+            pixels = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        return ProcessedImage(
+            pixels=pixels, aspect_ratio_id=ratio, num_tiles=int(out["num_tiles"][0][0])
+        )
+
+    def _read_image(self, source: ImageLike) -> Image.Image:
+        """The image as the processor gets it."""
+        return self.seen.smaller(read_image(source), self.processor.image_processor)
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image's tiles put together again, [height, width, 3] from 0 to 1."""
@@ -169,7 +185,7 @@ class MllamaReader:
         out = []
         for row, (source, some) in enumerate(zip(images, boxes, strict=True)):
             rows, columns = self._layout(packed, row)
-            some = self._on_canvas(some, read_image(source), rows, columns)
+            some = self._on_canvas(some, self._read_image(source), rows, columns)
             grid = self.config.vision.grid
             shares = covered(some, rows * grid, columns * grid)
             there = self.locate(packed, row, np.arange(packed.available[row]))
@@ -230,3 +246,12 @@ class MllamaReader:
         text = render(template, prompt, self.tokenizer.special_tokens_map)
         check_text(text, "what the chat template makes of the chat")
         return list(self.tokenizer(text + begun, add_special_tokens=False)["input_ids"])
+
+
+def _ratios(tiles: int) -> list[tuple[int, int]]:
+    """How so many tiles at most can lie, as transformers numbers them: rows and columns."""
+    from transformers.models.mllama.image_processing_pil_mllama import (
+        get_all_supported_aspect_ratios,
+    )
+
+    return get_all_supported_aspect_ratios(tiles)

@@ -13,6 +13,7 @@ from catp_jax.models.cross_decoder import EXTRA_EMBEDDINGS
 from catp_jax.readers.chat import check_text, take_images
 from catp_jax.readers.images import Fetch, ImageLike, fetch_image, is_web_address
 from catp_jax.readers.packing import Packed
+from catp_jax.readers.seen import Seen
 from catp_jax.sharding import place
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -72,6 +73,11 @@ class Reader(Protocol):
 
     @property
     def config(self) -> Any: ...
+    @property
+    def seen(self) -> Seen:
+        """How images are made smaller before they are processed."""
+        ...
+
     @property
     def processor(self) -> Any:
         """That of transformers."""

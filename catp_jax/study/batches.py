@@ -4,7 +4,6 @@ import dataclasses
 import enum
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -31,7 +30,8 @@ class Answerer(Protocol):
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
-    `number` counts visual tokens before pruning.
+    `number` counts visual tokens before pruning, and whether it `is_merged`.
+    `seeing` is the model to which smaller images are shown.
     `needed` says how much of each visual token is about parts of the image. `picture` is an image
     as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in it a prompt's kept
     tokens look, [rows, columns] in 0 … 1.
@@ -44,6 +44,7 @@ class Answerer(Protocol):
     @property
     def network(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
+    def seeing(self, image_scale: float = ..., tiles: int | None = ...) -> Any: ...
     def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
@@ -95,20 +96,26 @@ class Batches:
         """The questions of a batch."""
         return self._examples[number]
 
-    def encode(self, number: int) -> EncodedBatch:
-        """A batch, read and encoded.
+    def encode_each(self, number: int, settings: Sequence[Setting]) -> dict[Setting, EncodedBatch]:
+        """A batch as each of the settings has it: once for all that see its images alike."""
+        seen = {str(setting.seen): setting for setting in settings}
+        encoded = {key: self.encode(number, setting.seen) for key, setting in seen.items()}
+        return {setting: encoded[str(setting.seen)] for setting in settings}
+
+    def encode(self, number: int, seen: dict[str, Any] | None = None) -> EncodedBatch:
+        """A batch, read and encoded; `seen` is what the model sees less of.
 
         Raises ValueError, with the id and the image, for a question that cannot be used.
         """
-        packed = self._prepare(number)
+        model = self.model.seeing(**seen) if seen else self.model
+        packed = self._prepare(number, model)
         shapes = str(jax.tree.map(jnp.shape, packed.inputs))
         if self.is_timed and shapes not in self._encoded:
-            jax.block_until_ready(self.model.encode(packed).encoded)  # compiles
+            jax.block_until_ready(model.encode(packed).encoded)  # compiles
             self._encoded.add(shapes)
-        packed, ms = self._clocked(lambda: self.model.encode(packed))
-        return EncodedBatch(
-            number, self._examples[number], packed, ms, self._needed(number, packed)
-        )
+        packed, ms = self._clocked(lambda: model.encode(packed))
+        needed = None if seen else self._needed(number, packed)  # the share kept would say nothing
+        return EncodedBatch(number, self._examples[number], packed, ms, needed)
 
     def _needed(self, number: int, packed: Any) -> np.ndarray | None:
         examples = self._examples[number]
@@ -120,18 +127,18 @@ class Batches:
             out[row, : len(found)] = found
         return out  # nothing for what fills the batch up
 
-    def _prepare(self, number: int) -> Any:
+    def _prepare(self, number: int, model: Any) -> Any:
         """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""
         examples = list(self._examples[number])
         filled = (examples * self.conditions.batch)[: self.conditions.batch] if number else examples
         prompts = [self.conditions.ask(example.question) for example in filled]
         begun = [self.conditions.begun] * len(filled)
         try:
-            return self.model.prepare([example.image for example in filled], prompts, begun)
+            return model.prepare([example.image for example in filled], prompts, begun)
         except ValueError:
             for example, prompt in zip(examples, prompts, strict=False):
                 try:
-                    self.model.prepare([example.image], [prompt], begun[:1])
+                    model.prepare([example.image], [prompt], begun[:1])
                 except ValueError as error:
                     raise ValueError(
                         f"question {example.id!r} about {quoted(str(example.image))}: {error}"
@@ -160,7 +167,7 @@ class Batches:
 
     def _undrawn(self, setting: Setting, batch: EncodedBatch) -> Pruners:
         """The same, with each method's own seed."""
-        if setting.method == UNPRUNED:
+        if setting.method == UNPRUNED or setting.seen:
             return ()
         packed, methods = batch.packed, named.named(setting.method, setting.keep)
         slots = max(packed.available)
@@ -188,7 +195,9 @@ class Batches:
             }
             for pruner, (_, keep) in zip(
                 self._undrawn(setting, batch),
-                () if setting.keep is None else named.named(setting.method, setting.keep),
+                ()
+                if setting.keep is None or setting.seen
+                else named.named(setting.method, setting.keep),
                 strict=False,  # no prompt may have an image
             )
         )
@@ -207,17 +216,23 @@ class Batches:
             first, last = batch.examples[0].id, batch.examples[-1].id
             raise ValueError(f"questions {first!r} to {last!r}: {error}") from None
 
-    def compile(self, pruned: dict[Setting, Pruners], batch: EncodedBatch) -> None:
+    def compile(self, pruned: dict[Setting, Pruners], encoded: dict[Setting, EncodedBatch]) -> None:
         """Runs what has not run for this batch's shapes."""
         keys = {
-            setting: (setting, str(jax.tree.map(jnp.shape, (batch.packed.inputs, pruners))))
+            setting: (
+                setting,
+                str(jax.tree.map(jnp.shape, (encoded[setting].packed.inputs, pruners))),
+            )
             for setting, pruners in pruned.items()
         }
         new = [setting for setting in pruned if keys[setting] not in self._compiled]
         if new:
             self.report(f"compiling {len(new)} programs")
-            ask = partial(self.ask, batch=batch)
-            in_parallel(ask, [pruned[setting] for setting in new], self.model.network)
+            in_parallel(
+                lambda setting: self.ask(pruned[setting], encoded[setting]),
+                new,
+                self.model.network,
+            )
             self._compiled |= {keys[setting] for setting in new}
 
     def _clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:

@@ -42,26 +42,23 @@ def sizes(
 
 def measure(
     network: Any,
-    pruned: Sequence[Any],
-    inputs: Any,
+    given: Sequence[tuple[Any, Any]],
     batch: int,
     new_slots: int,
     num_beams: int = 1,
 ) -> list[Cost]:
-    """The costs of each tuple of pruners on the same inputs, with times.
+    """The costs of pruners, each with its inputs, and times.
 
     Everything is compiled first; then the settings take turns, so that what else the machine does
     meets all alike.
     """
-    costs = [sizes(network, pruners, inputs, batch, new_slots, num_beams) for pruners in pruned]
-    compiled = in_parallel(
-        partial(_compile, network=network, inputs=inputs, new_slots=new_slots), pruned, network
-    )
+    costs = [sizes(network, *some, batch, new_slots, num_beams) for some in given]
+    compiled = in_parallel(partial(_compile, network=network, new_slots=new_slots), given, network)
     steps = min(STEPS, new_slots)
-    prefills: list[list[float]] = [[] for _ in pruned]
-    tokens: list[list[float]] = [[] for _ in pruned]
+    prefills: list[list[float]] = [[] for _ in given]
+    tokens: list[list[float]] = [[] for _ in given]
     for turn in range(-1, ROUNDS):  # the first is not counted
-        for number, pruners in enumerate(pruned):
+        for number, (pruners, inputs) in enumerate(given):
             started = time.perf_counter()
             start = jax.block_until_ready(compiled[number](network, pruners, inputs))
             prefill = time.perf_counter() - started
@@ -96,7 +93,8 @@ def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], network: Any) 
         return list(pool.map(call, items))
 
 
-def _compile(pruners: Any, *, network: Any, inputs: Any, new_slots: int) -> Any:
+def _compile(given: tuple[Any, Any], *, network: Any, new_slots: int) -> Any:
+    pruners, inputs = given
     return programs.prefill.lower(network, pruners, inputs, new_slots=new_slots).compile()
 
 

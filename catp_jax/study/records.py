@@ -16,6 +16,8 @@ from catp_jax.study.tasks import QUESTION, fill
 
 FORMAT = 3
 UNPRUNED = "unpruned"
+SEEN: dict[str, type] = {"image_scale": float, "tiles": int}
+"""What a model may see less of, unpruned, by the name that it has as a setting's method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +25,22 @@ class Setting:
     """A method and how many visual tokens it keeps: a count, or a percentage such as "25%".
 
     Several that apply in order are separated by commas, and so are their budgets:
-    `Setting("catp,fastv", "16,8")`. `Setting("unpruned", None)` prunes nothing.
+    `Setting("catp,fastv", "16,8")`. `Setting("unpruned", None)` prunes nothing, nor does
+    `Setting("image_scale", "0.5")` or `Setting("tiles", "1")`, which show the model smaller images.
     """
 
     method: str
     keep: int | str | None
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What the model sees less of: keywords of its `seeing`."""
+        kind = SEEN.get(self.method)
+        return {} if kind is None else {self.method: kind(self.keep)}
+
     def __str__(self) -> str:
+        if self.seen:
+            return f"{self.method} {self.keep}"
         return self.method if self.keep is None else f"{self.method}, keep {self.keep}"
 
 
@@ -138,7 +149,8 @@ class Answer:
     in the picture the kept tokens look, [rows, columns] in 0 … 1, for pictured questions.
 
     `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
-    answer depends on that was kept, where the task says so.
+    answer depends on that was kept, where the task says so; None where tokens were merged, since a
+    mean holds a part of everything.
     """
 
     id: str

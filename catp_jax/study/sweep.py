@@ -117,24 +117,25 @@ def _begin(journal: Journal, header: Header, batches: Batches, settings: list[Se
     if not new:
         return
     batches.report("reading images")
-    first = batches.encode(0)
-    pruned = {setting: batches.pruners(setting, first) for setting in new}
+    first = batches.encode_each(0, new)
+    pruned = {setting: batches.pruners(setting, first[setting]) for setting in new}
     batches.compile(pruned, first)
+    options = batches.conditions.options
     shapes = {
-        "inputs": first.packed.inputs,
-        "batch": len(first.packed.available),
-        "new_slots": batches.conditions.options.max_new_tokens,
-        "num_beams": batches.conditions.options.num_beams,
+        "batch": len(first[new[0]].packed.available),
+        "new_slots": options.max_new_tokens,
+        "num_beams": options.num_beams,
     }
     network = batches.model.network
+    given = [(pruners, first[setting].packed.inputs) for setting, pruners in pruned.items()]
     if batches.is_timed:
         batches.report("compiling, timing")
-        costs = measure(network, list(pruned.values()), **shapes)
+        costs = measure(network, given, **shapes)
     else:
-        costs = [sizes(network, pruners, **shapes) for pruners in pruned.values()]
+        costs = [sizes(network, *some, **shapes) for some in given]
     journal.begin(header)  # now that every setting has run once
     for setting, cost in zip(new, costs, strict=True):
-        journal.append(SettingCost(setting, batches.as_data(setting, first), cost))
+        journal.append(SettingCost(setting, batches.as_data(setting, first[setting]), cost))
 
 
 def _answer(
@@ -154,13 +155,15 @@ def _answer(
         missing = [setting for setting in settings if (setting, number) not in there]
         if not missing:
             continue
-        batch = batches.encode(number)
         needed = list(dict.fromkeys([settings[0], *missing]))  # KL needs the unpruned logits
-        pruned = {setting: batches.pruners(setting, batch) for setting in needed}
-        batches.compile(pruned, batch)
-        _draw(journal, batches, batch, pictured)  # before the answers, which end the batch
+        encoded = batches.encode_each(number, needed)
+        pruned = {setting: batches.pruners(setting, encoded[setting]) for setting in needed}
+        batches.compile(pruned, encoded)
+        # before the answers, which end the batch
+        _draw(journal, batches, encoded[settings[0]], pictured)
         reference = np.empty(0)
         for setting in needed:
+            batch = encoded[setting]
             batches.report(f"answering: {setting}")
             out, ms = batches.ask(pruned[setting], batch)
             if setting == settings[0]:
@@ -203,7 +206,7 @@ def _answers(
             map=grid,
             image=example.image_id,
             family=example.family,
-            needed=_share(batch.needed, row, kept),
+            needed=None if out.is_merged else _share(batch.needed, row, kept),
         )
 
 

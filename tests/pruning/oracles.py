@@ -5,7 +5,9 @@ A sample is `queries` [rows, heads, channels] (scaled), `keys` [columns, kv head
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -153,3 +155,41 @@ def received(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def l2(tokens: np.ndarray) -> list[float]:
     """The length of each token."""
     return [math.sqrt(sum(float(x) ** 2 for x in token)) for token in tokens]
+
+
+def parts(size: int, number: int) -> list[list[int]]:
+    """Places cut into even parts."""
+    found: list[list[int]] = [[] for _ in range(number)]
+    for place in range(size):
+        found[math.floor(Fraction(place, size) * number)].append(place)
+    return found
+
+
+def pool_cells(
+    rows: int, columns: int, others: int, there: Sequence[int], budget: int
+) -> list[list[int]]:
+    """The groups that tiles are cut into, from loops over places."""
+    per_tile = others + rows * columns
+    found = []
+    budget = min(budget, len(there) * per_tile)
+    shares = [len(part) for part in parts(budget, len(there))] if there else []
+    # the remainder goes to the last tiles
+    shares = sorted(shares)
+    ends = [(place + 1) * budget // len(there) for place in range(len(there))]
+    own = [end - start for start, end in itertools.pairwise([0, *ends])]
+    assert sorted(own) == shares
+    for tile, share in zip(there, own, strict=True):
+        begin = tile * per_tile
+        if share == per_tile:
+            found += [[begin + place] for place in range(per_tile)]
+            continue
+        share = min(share, rows * columns)
+        if not share:
+            continue
+        bands = min(math.ceil(math.sqrt(Fraction(share * rows, columns))), share)
+        cuts = [band * share // bands for band in range(bands + 1)]
+        for (left, right), lines in zip(itertools.pairwise(cuts), parts(rows, bands), strict=True):
+            for some in parts(columns, right - left):
+                cell = [row * columns + column for row in lines for column in some]
+                found.append([begin + others + patch for patch in cell])
+    return found

@@ -121,9 +121,11 @@ def test_a_method_goes_to_the_first_of_its_places_that_the_model_has():
     assert make("random", 8, CROSS).site is Site.CROSS
     assert make("fastv", 8, CROSS).site is Site.CROSS
     assert make("fastv", 8, OPT | CROSS).site is Site.LAYER
-    assert methods_for(ENTRY) == ["catp", "l2", "self_attention", "position", "random", "uniform"]
+    assert methods_for(ENTRY) == [
+        *("catp", "l2", "self_attention", "position", "random", "uniform", "pool")
+    ]
     assert methods_for(OPT) == [
-        *("catp", "l2", "self_attention", "position", "fastv", "random", "uniform")
+        *("catp", "l2", "self_attention", "position", "fastv", "random", "uniform", "pool")
     ]
 
 
@@ -131,7 +133,7 @@ def test_every_method_is_listed_once_and_has_its_own_file():
     for name, method in METHODS.items():
         assert dataclasses.is_dataclass(method)
         assert method.__module__ == f"catp_jax.pruning.{name}"
-    assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random", "uniform"]
+    assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random", "uniform", "pool"]
 
 
 def test_an_unknown_name_without_a_model_is_answered_with_all():

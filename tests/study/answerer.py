@@ -1,5 +1,6 @@
 """A small model for studies: eight visual tokens a prompt, which vote for one of four answers."""
 
+import copy
 import dataclasses
 import zlib
 from pathlib import Path
@@ -104,15 +105,24 @@ class Tiny:
     def __init__(self, kind="tiny"):
         self.network = Network(scale=jnp.ones(()))
         self.kind, self.batches, self.encodings = kind, [], []
+        self.share = 1.0
 
     def describe(self):
         return {"kind": self.kind, "visual_tokens": TOKENS}
 
+    def seeing(self, image_scale=1.0, tiles=None):
+        """Of an image with half the pixels a side half the tokens are left, and so on."""
+        model = copy.copy(self)
+        model.share = image_scale if tiles is None else tiles / 4
+        return model
+
     def prepare(self, images, prompts, begun):
+        count = int(TOKENS * self.share)
         tokens = [
-            visual_tokens(image, prompt) for image, prompt in zip(images, prompts, strict=True)
+            visual_tokens(image, prompt)[:count]
+            for image, prompt in zip(images, prompts, strict=True)
         ]
-        available = (TOKENS,) * len(prompts)
+        available = (count,) * len(prompts)
         return SimpleNamespace(
             prompts=list(prompts),
             available=available,
@@ -151,6 +161,7 @@ class Tiny:
             logits=logits,
             available=packed.available,
             kept=kept,
+            is_merged=out.selection.merged,
         )
 
     def picture(self, image):

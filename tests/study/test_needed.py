@@ -47,6 +47,12 @@ def test_oracle_keeps_what_each_question_needs_and_anti_none_of_it(results):
     assert needed_kept(results[0].answers) == 1.0
 
 
+def test_of_means_no_share_of_the_needed_tokens_is_told():
+    (_, pooled) = sweep(Tiny(), knowing(6), [Setting("pool", 2)])
+    assert [answer.kept for answer in pooled.answers] == [(1, 5)] * 6
+    assert needed_kept(pooled.answers) is None
+
+
 def test_answers_say_their_family_and_image_also_when_read_back(tmp_path):
     path = tmp_path / "sweep.jsonl"
     written = list(sweep(Tiny(), knowing(6), SETTINGS[:1], journal=Journal(path)))

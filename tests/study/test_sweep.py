@@ -382,3 +382,26 @@ def test_prompts_may_be_chats_and_answers_begun():
     assert [r.accuracy for r in run(model=Chats(), conditions=conditions)] == [
         r.accuracy for r in run()
     ]
+
+
+def test_a_smaller_image_is_a_setting_of_its_own_with_its_own_tokens_and_bytes(tmp_path):
+    settings = [Setting("image_scale", "0.5"), Setting("tiles", "1"), Setting("l2", 4)]
+    path = tmp_path / "sweep.jsonl"
+    model = Tiny()
+    whole, half, one, pruned = sweep(
+        model, examples(6), settings, Conditions(batch=4), journal=Journal(path)
+    )
+    assert [r.visual_tokens for r in (whole, half, one, pruned)] == [8, 4, 2, 4]
+    assert whole.cost.cache_bytes > half.cost.cache_bytes > one.cost.cache_bytes
+    assert half.cost.cache_bytes == pruned.cost.cache_bytes
+    assert half.pruners == ()
+    for answer, example in zip(half.answers, examples(6), strict=True):
+        votes = visual_tokens(example.image, example.question)[:4].sum(axis=0)
+        assert answer.text == WORDS[int(votes.argmax())]
+        assert (answer.kept, answer.available, answer.needed) == (None, 4, None)
+    assert half.kl > 0
+    # each batch is encoded once for all that see it alike
+    assert len(model.encodings) == 2 * 3 + 3
+    again = Tiny()
+    assert list(sweep(again, examples(6), settings, Conditions(batch=4), journal=Journal(path)))
+    assert again.encodings == []
