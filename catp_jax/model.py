@@ -243,9 +243,10 @@ class Model:
             raise ValueError(
                 f"an answer has at least one token, but that to prompt {given.index([])} adds none"
             )
-        new = round_up(max(map(len, given)), TOKEN_COUNTS)
+        longest = max(map(len, given))
+        new = round_up(longest, TOKEN_COUNTS)
         chosen = self._pruners(packed, tuple(pruners), named(prune, keep))
-        self._check_length(packed.longest, new)
+        self._check_length(packed.longest, longest)
         decoding = Forcing(
             given=jnp.asarray([[*tokens, *[0] * (new - len(tokens))] for tokens in given]),
             lengths=jnp.asarray([len(tokens) for tokens in given]),

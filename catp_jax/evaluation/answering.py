@@ -12,6 +12,7 @@ from catp_jax import api
 from catp_jax.answers import Likelihood
 from catp_jax.batch import Answer, Request, answer, as_chat
 from catp_jax.generation.options import Options
+from catp_jax.pruning.named import named
 from catp_jax.readers.reading import ImageCache, Prompt, Question
 
 NEW_TOKENS = 1024  # of an answer whose task does not say how many
@@ -43,8 +44,8 @@ class Evaluated:
     """A loaded model with how it is pruned.
 
     `is_chat` puts prompts through the checkpoint's chat template; None: if it has one. `loading`
-    are the keywords of `catp_jax.load`. Settings of several parts may be separated by "+" where
-    commas separate settings: `prune="l2+fastv"`, `keep="50%+8"`, `mesh="data=2+tensor=4"`.
+    are the keywords of `catp_jax.load`. Of `prune`, `keep` and `mesh` several parts may be joined
+    by "+", since commas separate a harness's settings: `prune="l2+fastv"`, `keep="50%+8"`.
 
     Raises ValueError for settings that are none.
     """
@@ -68,9 +69,10 @@ class Evaluated:
             )
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ValueError(f"batch_size is a number of at least 1, got {batch_size!r}")
-        loading = {name: _parts(value) for name, value in loading.items()}
         self.batch_size, self.seed = int(batch_size), seed
         self.prune, self.keep = _parts(prune), _parts(keep)
+        named(self.prune, self.keep)  # now, and not once a model is loaded
+        loading["mesh"] = _parts(loading.get("mesh"))
         # the options are the tasks': a checkpoint's own would draw where they want one answer
         self.model = api.load(pretrained, **{"generation_config": False, **loading})
         has_template = bool(getattr(self.model.reader.processor, "chat_template", None))
@@ -182,8 +184,8 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 def _parts(value: Any) -> Any:
-    """ "l2+fastv" as "l2,fastv", and without the quotation marks that a harness leaves."""
-    return value.strip("\"'").replace("+", ",") if isinstance(value, str) else value
+    """Parts joined by "+" as separated by commas."""
+    return value.replace("+", ",") if isinstance(value, str) else value
 
 
 def _no_answer(number: int, message: str) -> str:

@@ -115,7 +115,7 @@ def test_a_task_of_several_rounds_is_refused(lm: Any):
 
 
 def test_several_methods_are_said_with_a_plus():
-    settings = {"prune": '"l2+fastv"', "keep": "16+8", "batch_size": 1}
+    settings = {"prune": "l2+fastv", "keep": "16+8", "batch_size": 1}
     lm = CatpJax(pretrained=shallow("mini-blip2-opt"), **settings)
     assert (lm.evaluated.prune, lm.evaluated.keep) == ("l2,fastv", "16,8")
 
