@@ -12,7 +12,8 @@ from catp_jax import api
 from catp_jax.answers import Likelihood
 from catp_jax.batch import Answer, Request, answer, as_chat
 from catp_jax.generation.options import Options
-from catp_jax.pruning.named import named
+from catp_jax.pruning import make
+from catp_jax.pruning.named import AUTO, named
 from catp_jax.readers.reading import ImageCache, Prompt, Question
 
 NEW_TOKENS = 1024  # of an answer whose task does not say how many
@@ -47,7 +48,7 @@ class Evaluated:
     are the keywords of `catp_jax.load`. Of `prune`, `keep` and `mesh` several parts may be joined
     by "+", since commas separate a harness's settings: `prune="l2+fastv"`, `keep="50%+8"`.
 
-    Raises ValueError for settings that are none.
+    Raises ValueError for settings that are none, and for a method that does not fit the model.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Evaluated:
             raise ValueError(f"batch_size is a number of at least 1, got {batch_size!r}")
         self.batch_size, self.seed = int(batch_size), seed
         self.prune, self.keep = _parts(prune), _parts(keep)
-        named(self.prune, self.keep)  # now, and not once a model is loaded
+        methods = named(self.prune, self.keep)  # before the model, which may take minutes
         loading["mesh"] = _parts(loading.get("mesh"))
         # the options are the tasks': a checkpoint's own would draw where they want one answer
         self.model = api.load(pretrained, **{"generation_config": False, **loading})
+        for method, budget in methods:
+            make(method, None if budget == AUTO else 1, self.model.sites)
         has_template = bool(getattr(self.model.reader.processor, "chat_template", None))
         self.is_chat = has_template if is_chat is None else is_chat
 

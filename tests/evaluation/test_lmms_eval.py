@@ -50,7 +50,7 @@ def lm() -> Any:
         batch_size="2",
         device="cuda:0",
         max_batch_size=None,
-        prune="l2",
+        prune="uniform",
         keep="50%",
     )
     model.task_dict = {"shapes": {"test": DOCS}}
@@ -59,7 +59,7 @@ def lm() -> Any:
 
 def ours(lm: Any, **options: Any) -> Any:
     images, prompts = [doc["images"] for doc in DOCS], [doc["question"] for doc in DOCS]
-    return lm.evaluated.model.generate(images, prompts, prune="l2", keep="50%", **options)
+    return lm.evaluated.model.generate(images, prompts, prune="uniform", keep="50%", **options)
 
 
 def test_answers_are_in_order_whatever_is_asked_together(lm: Any):
@@ -112,6 +112,11 @@ def test_what_the_model_cannot_answer_says_why_and_costs_no_other():
 def test_a_task_of_several_rounds_is_refused(lm: Any):
     with pytest.raises(NotImplementedError, match="one round"):
         lm.generate_until_multi_round([])
+
+
+def test_a_method_that_does_not_fit_the_model_is_refused_at_once():
+    with pytest.raises(ValueError, match="l2 prunes a place that this model does not have"):
+        CatpJax(pretrained=shallow("mini-llama-vision"), prune="l2", keep=8)
 
 
 def test_several_methods_are_said_with_a_plus():
@@ -188,7 +193,7 @@ metric_list:
         warnings.simplefilter("ignore")
         out = module("lmms_eval.evaluator").simple_evaluate(
             model="catp_jax",
-            model_args=f"pretrained={shallow('mini-llama-vision')},prune=l2,keep=50%",
+            model_args=f"pretrained={shallow('mini-llama-vision')},prune=uniform,keep=50%",
             batch_size=2,
             tasks=["shapes_said", "shapes_chosen"],
             task_manager=tasks,
