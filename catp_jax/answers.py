@@ -54,6 +54,35 @@ class Answers:
     logits: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """How likely the model finds an answer: its `tokens`, the log-probability of each after those
+    before it, and whether a greedy answer begins with them.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The answer's log-probability."""
+        return sum(self.logprobs)
+
+
+def likelihoods_of(written: Written, given: Sequence[Sequence[int]]) -> list[Likelihood]:
+    """Of each answer that was written as it was given."""
+    rows = zip(np.asarray(written.logprobs), np.asarray(written.top_tokens), given, strict=True)
+    return [
+        Likelihood(
+            tokens=list(tokens),
+            logprobs=logprobs[: len(tokens)].tolist(),
+            is_greedy=likeliest[: len(tokens), 0].tolist() == list(tokens),
+        )
+        for logprobs, likeliest, tokens in rows
+    ]
+
+
 def logprobs_of(written: Written) -> list[list[float]] | None:
     """Of each answer's tokens."""
     if written.logprobs is None:

@@ -59,15 +59,21 @@ def run(
         str,
         typer.Option(
             help="Where the questions come from: scenes, drawn by this package, with dials after a "
-            "colon (scenes:objects=12,size=small,tiles=4); easy-vqa; vqav2; jsonl.",
+            "colon (scenes:objects=12,size=small,tiles=4); easy-vqa; vqav2, pope and gqa, from "
+            "their authors' files; jsonl.",
             metavar="TASK",
         ),
     ] = "easy-vqa",
-    questions: Annotated[Path | None, opts.file_option("vqav2: the question file.")] = None,
+    questions: Annotated[
+        Path | None, opts.file_option("vqav2, pope, gqa: the question file.")
+    ] = None,
     annotations: Annotated[Path | None, opts.file_option("vqav2: the annotation file.")] = None,
-    images: Annotated[Path | None, opts.file_option("vqav2: the folder of images.")] = None,
+    images: Annotated[
+        Path | None, opts.file_option("vqav2, pope, gqa: the folder of images.")
+    ] = None,
     fraction: Annotated[
-        float | None, typer.Option(help="vqav2: the share of the questions, drawn at random.")
+        float | None,
+        typer.Option(help="vqav2, pope, gqa: the share of the questions, drawn at random."),
     ] = None,
     data: Annotated[Path | None, opts.file_option("jsonl: the file of questions.")] = None,
     limit: opts.Limit = None,
@@ -75,7 +81,7 @@ def run(
         str | None,
         typer.Option(
             help='What is asked, with "{question}" where the question goes. If not given: the '
-            'question alone, and "Question: {question} Short answer:" for vqav2.'
+            'question alone, and "Question: {question} Short answer:" for vqav2, pope and gqa.'
         ),
     ] = None,
     prune: Annotated[
@@ -302,6 +308,7 @@ def sweep(
                     settings,
                     conditions,
                     score=task.score,
+                    measures=task.measures,
                     journal=journal,
                     name=name,
                     is_timed=is_timed,
@@ -337,14 +344,23 @@ def _task(
     name: str, files: dict[str, Path | None], fraction: float | None, seed: int
 ) -> "Callable[[], Task]":
     """What reads the task, which has the files that it takes and no others. Raises BadParameter."""
+    from catp_jax.study.gqa import gqa_task
+    from catp_jax.study.pope import pope_task
     from catp_jax.study.tasks import easy_vqa_task, jsonl_task
     from catp_jax.study.vqav2 import vqav2_task
 
     name, _, dials = name.partition(":")
+    published: dict[str, Callable[..., Task]] = {
+        "vqav2": vqav2_task,
+        "pope": pope_task,
+        "gqa": gqa_task,
+    }
     takes = {
         "scenes": [],
         "easy-vqa": [],
         "vqav2": ["questions", "annotations", "images"],
+        "pope": ["questions", "images"],
+        "gqa": ["questions", "images"],
         "jsonl": ["data"],
     }
     if name not in takes or (dials and name != "scenes"):
@@ -356,7 +372,7 @@ def _task(
     if missing:
         raise typer.BadParameter(f"--task {name} requires {', '.join(missing)} too")
     extra = [f"--{key}" for key, value in files.items() if value and key not in takes[name]]
-    if fraction is not None and name != "vqav2":
+    if fraction is not None and name not in published:
         extra.append("--fraction")
     if extra:
         raise typer.BadParameter(f"--task {name} does not take {', '.join(extra)}")
@@ -372,7 +388,7 @@ def _task(
     if name == "jsonl":
         return partial(jsonl_task, *paths)
     share = 1.0 if fraction is None else fraction
-    return partial(vqav2_task, *paths, fraction=share, seed=seed)
+    return partial(published[name], *paths, fraction=share, seed=seed)
 
 
 def _check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:

@@ -9,11 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.answers import Answers, NonFinite, alternatives_of, logprobs_of
+from catp_jax.answers import (
+    Answers,
+    Likelihood,
+    NonFinite,
+    alternatives_of,
+    likelihoods_of,
+    logprobs_of,
+)
 from catp_jax.contract import Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
-from catp_jax.generation.buckets import round_up
+from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.generation.decoding import Decoding, Stop
+from catp_jax.generation.forcing import Forcing
 from catp_jax.generation.options import Options
 from catp_jax.models.frozen import Frozen
 from catp_jax.models.narrow import narrow_type
@@ -223,15 +231,52 @@ class Model:
     ) -> Callable[[], Answers]:
         """Starts `generate_packed` and returns at once; calling the result waits for answers."""
         chosen = self._options(options)
-        asked = self._asked(packed, pruners, named(prune, keep), chosen)
-        pruners, decoding, stop = asked
-        if any(pruner.keep is None for pruner in pruners):
-            out = programs.generate_from(
-                self.network, *self._selected(pruners, packed), decoding, stop
-            )
-        else:
-            out = programs.generate(self.network, pruners, packed.given, decoding, stop)
+        out = self._run(packed, *self._asked(packed, pruners, named(prune, keep), chosen))
         return lambda: self._answers(place.fetch(out), packed)
+
+    def likelihoods(
+        self,
+        questions: Sequence[Question[Any]],
+        answered: Sequence[Question[Any]],
+        pruners: Sequence[Any] = (),
+        *,
+        prune: str | Sequence[str] | None = None,
+        keep: int | str | Sequence[int | str] | None = None,
+    ) -> list[Likelihood]:
+        """How likely the model finds given answers: `answered` are the same questions as
+        `questions`, both from `read`, but that they have `begun` with the answer.
+
+        An answer's tokens are those that reading it adds to the question's. Raises ValueError if it
+        adds none.
+        """
+        packed = self.pack(questions)
+        before = self.reader.before_answers(packed)
+        whole = self.reader.before_answers(self.reader.pack(answered))
+        given = [tokens[len(start) :] for start, tokens in zip(before, whole, strict=True)]
+        if not all(given):
+            raise ValueError(
+                f"an answer has at least one token, but that to prompt {given.index([])} adds none"
+            )
+        longest = max(map(len, given))
+        new = round_up(longest, TOKEN_COUNTS)
+        chosen = self._pruners(packed, tuple(pruners), named(prune, keep))
+        self._check_length(packed.longest, longest)
+        decoding = Forcing(
+            given=jnp.asarray([[*tokens, *[0] * (new - len(tokens))] for tokens in given]),
+            lengths=jnp.asarray([len(tokens) for tokens in given]),
+        )
+        stop = Options(max_new_tokens=new).stop(self.end_tokens, self.pad_token)
+        out = place.fetch(self._run(packed, *self._placed(chosen, decoding, stop)))
+        self._check_finite(out.is_finite, 1)
+        return likelihoods_of(out.written, given)
+
+    def _run(
+        self, packed: Packed[Any], pruners: Pruners, decoding: Decoding, stop: Stop
+    ) -> programs.Generated:
+        if any(pruner.keep is None for pruner in pruners):
+            selected = self._selected(pruners, packed)
+            return programs.generate_from(self.network, *selected, decoding, stop)
+        return programs.generate(self.network, pruners, packed.given, decoding, stop)
 
     def stream(
         self,
@@ -296,6 +341,11 @@ class Model:
         size, strings = self.config.text.vocab_size, chosen.strings
         machine = stop_machine(self.reader.tokenizer, size, strings) if strings else None
         stop = chosen.stop(self.end_tokens, self.pad_token, machine)
+        return self._placed(pruners, decoding, stop)
+
+    def _placed(
+        self, pruners: Pruners, decoding: Decoding, stop: Stop
+    ) -> tuple[Pruners, Decoding, Stop]:
         if isinstance(self.network, place.Sharded):
             return place.replicate((pruners, decoding, stop), self.network.mesh)
         return pruners, decoding, stop

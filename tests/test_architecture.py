@@ -45,6 +45,8 @@ ROOMS: dict[str, set[str]] = {
         "api": "models sharding readers convert families model",
         "matching": "models sharding generation readers convert",
         "batch": "lines sharding generation readers answers model",
+        # their models, as others' harnesses ask them
+        "evaluation": "pruning generation readers answers api batch",
         "plan": "leaves terminal targets models pruning sharding generation convert families",
         "doctor": "models pruning sharding convert families plan",
         "cli_options": "pruning readers",
@@ -76,6 +78,8 @@ GUESTS = {
         "convert.configs",
         "catp_jax.training.tokenizer",
     },
+    "lmms_eval": {"catp_jax.evaluation", "catp_jax.evaluation.lmms_eval"},
+    "vlmeval": {"catp_jax.evaluation.vlmevalkit"},
 }
 
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
@@ -264,7 +268,9 @@ heavy = {"torch", "matplotlib"} & set(sys.modules)
 assert not heavy, f"the import brings in {heavy}"
 for package in (catp_jax, convert):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith("__main__"):
+        # a harness's adapter is imported by the harness alone, which is there then
+        is_adapter = module.name.startswith("catp_jax.evaluation.")
+        if not (is_adapter or module.name.endswith("__main__")):
             importlib.import_module(module.name)
 import jax
 jax.config.update("jax_num_cpu_devices", 2)  # raises once a backend has been started

@@ -321,7 +321,7 @@ def test_options_that_commands_share_say_the_same():
         for name, parameter in parameters(command).items():
             (option,) = parameter.annotation.__metadata__
             said.setdefault(name, set()).add(option.help)
-            assert option.help[0].isupper() or option.help.startswith(("vqav2: ", "jsonl: "))
+            assert option.help[0].isupper() or option.help.startswith(("vqav2", "jsonl: "))
             assert option.help.endswith("."), option.help
     assert {name for name, texts in said.items() if len(texts) > 1} <= own
 

@@ -179,6 +179,26 @@ def test_questions_that_do_not_fit_are_said_and_the_rest_is_asked(tiny):
     assert header["data"]["questions"] == 1
 
 
+def test_a_study_of_pope_has_the_figures_of_its_authors(tiny):
+    Image.new("RGB", (4, 4)).save(tiny / "a.jpg")
+    asked = {"image": "a.jpg", "text": "Is there a dog in the image?"}
+    lines = [{**asked, "question_id": n, "label": "yes" if n else "no"} for n in range(4)]
+    (tiny / "q.json").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--questions", "q.json", "--images", ".", "--prune", "l2", "--keep", "2"]
+    done = study("model", "--task", "pope", *words)
+    assert done.exit_code == 0, done.output
+    rows = list(map(json.loads, Path("runs/model-pope.jsonl").read_text().splitlines()))
+    (first, *_) = [row for row in rows if row["row"] == "result"]
+    texts = [one["text"] for row in rows if row["row"] == "answers" for one in row["answers"]][:4]
+    said_yes = [not {"no", "No", "not"} & {*text.split(".")[0].split(" ")} for text in texts]
+    assert first["measures"]["yes ratio"] == sum(said_yes) / 4
+    assert first["measures"]["recall"] == sum(said_yes[1:]) / 3
+    assert study("report", "runs/model-pope.jsonl", "--out", "out").exit_code == 0
+    head = (tiny / "out/results.csv").read_text().splitlines()[0]
+    assert "precision,recall,F1,yes ratio" in head
+    assert "| F1 |" in (tiny / "out/report.md").read_text()
+
+
 def test_each_prune_meets_each_keep_of_as_many_budgets(tiny):
     words = ["model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl"]
     words += ["--prune", "l2", "--prune", "l2, position", "--prune", "position"]
@@ -288,7 +308,13 @@ def test_the_model_is_loaded_once_all_else_is_right(no_model):
         (["--task", "vqav2"], ["--task vqav2 requires --questions, --annotations, --images too"]),
         (["--task", "jsonl"], ["--task jsonl requires --data too"]),
         (["--task", "jsonl", "--data", "nothing.jsonl"], ["nothing.jsonl is not a file"]),
-        (["--task", "gqa"], ["gqa"]),
+        (["--task", "pope"], ["--task pope requires --questions, --images too"]),
+        (["--task", "gqa"], ["--task gqa requires --questions, --images too"]),
+        (
+            ["--task", "gqa", "--annotations", "a.json", "--questions", "q.json", "--images", "."],
+            ["--task gqa does not take --annotations"],
+        ),
+        (["--task", "coco"], ["coco"]),
         (["--out", "model"], ["model is not a file"]),
     ],
 )
@@ -396,7 +422,7 @@ def test_scenes_have_dials_families_and_bounds(tiny):
         ("scenes:objects=99", "16 cells, so 4 to 16 objects, got objects=99"),
         ("scenes:colour=red", "the dials objects or size or tiles"),
         ("easy-vqa:objects=3", "of these scenes alone takes dials"),
-        ("pictures", "--task is scenes, easy-vqa, vqav2, jsonl"),
+        ("pictures", "--task is scenes, easy-vqa, vqav2, pope, gqa, jsonl"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused_before_a_model_is_loaded(tiny, task, says):

@@ -189,7 +189,7 @@ class Result(Record):
     `visual_tokens`: mean number kept. `accuracy`: mean score, `low` and `high` its bootstrap 95 %
     interval. `agreement`: share of the questions with the same answer as unpruned. `kl`: mean over
     the questions. `milliseconds` of a question: the median over batches, `spread` half the
-    interquartile range; None: not measured.
+    interquartile range; None: not measured. `measures` are what else the task is reported by.
 
     `answers` are those of all questions in order.
     """
@@ -209,6 +209,7 @@ class Result(Record):
     pruners: tuple[dict[str, Any], ...]
     seed: int
     versions: dict[str, str]
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
     answers: Annotated[tuple[Answer, ...], Field(exclude=True)] = ()
 
     def figures(self) -> dict[str, Any]:

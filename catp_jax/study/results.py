@@ -16,10 +16,12 @@ def result_of(
     times: Sequence[float],
     seed: int,
     versions: dict[str, str],
+    measures: dict[str, float],
 ) -> Result:
     """A setting's figures from its answers and the unpruned model's to the same questions.
 
-    `times` are those of the batches, if they were measured.
+    `times` are those of the batches, if they were measured; `measures` what else the task is
+    reported by.
     """
     images = [answer.image for answer in answers]
     low, high = interval([answer.score for answer in answers], images, seed=seed)
@@ -41,6 +43,7 @@ def result_of(
         pruners=cost.pruners,
         seed=seed,
         versions=versions,
+        measures=measures,
     )
 
 

@@ -9,6 +9,7 @@ can be added to it later.
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ from catp_jax.study.records import (
     SettingCost,
 )
 from catp_jax.study.results import kl_divergence, result_of
-from catp_jax.study.tasks import Example, Score, digest, exact_match
+from catp_jax.study.tasks import Example, Measures, Score, digest, exact_match
 
 
 def versions() -> dict[str, str]:
@@ -63,6 +64,7 @@ def sweep(
     conditions: Conditions | None = None,
     *,
     score: Score = exact_match,
+    measures: Measures | None = None,
     journal: Journal | None = None,
     name: str = "model",
     pictured: Sequence[int] = (),
@@ -97,7 +99,8 @@ def sweep(
     try:
         _begin(journal, header, batches, settings)
         answered = _answer(journal, batches, settings, score, frozenset(pictured), progress)
-        yield from _results(journal, answered, settings, conditions.seed)
+        measure = partial(measures, examples) if measures else lambda scores: {}
+        yield from _results(journal, answered, settings, conditions.seed, measure)
     finally:
         journal.release()
 
@@ -242,6 +245,7 @@ def _results(
     answered: dict[Setting, list[Answers]],
     settings: list[Setting],
     seed: int,
+    measure: Callable[[Sequence[float]], dict[str, float]],
 ) -> Iterator[Result]:
     """The figures of each setting, from its answers."""
     written = {result.setting: result for result in journal.all(Result)}
@@ -251,7 +255,8 @@ def _results(
         answers = _joined(batches)
         if setting not in written:
             times = [batch.ms for batch in batches if batch.ms is not None]
-            result = result_of(costs[setting], answers, unpruned, times, seed, versions())
+            measures = measure([answer.score for answer in answers])
+            result = result_of(costs[setting], answers, unpruned, times, seed, versions(), measures)
             written[setting] = journal.append(result)
         yield written[setting].with_answers(answers)
 

@@ -3,6 +3,8 @@
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +24,7 @@ NOTES = """\
 - needed, kept: the mean share of what an answer depends on that was kept, where the task says so
 - against: the mean difference of the scores of the same questions, in percentage points; in
   brackets its bootstrap 95 % interval over images
+- precision, recall and F1 are of saying yes, and the yes ratio is how often it was said
 - agreement: share of the questions answered as the unpruned model answers them
 - KL: of the first answer token's distribution from the unpruned model's, mean over the questions
 - cache: all that decoding keeps of one question, a share of its batch; with beam search the
@@ -45,6 +48,7 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
             True,
             lambda r: f"{r.accuracy:.1%} [{100 * r.low:.1f}, {100 * r.high:.1f}]",
         ),
+        *((name, False, partial(_measure, name)) for name in measured(results)),
         ("agreement", True, lambda r: f"{r.agreement:.1%}"),
         ("KL, nats", False, lambda r: f"{r.kl:.3f}"),
         (
@@ -67,6 +71,15 @@ def columns(results: Sequence[Result], is_narrow: bool = False) -> list[tuple[st
         if is_main or not is_narrow
     ]
     return [(title, cells) for title, cells in filled if {*cells} != {NOTHING}]
+
+
+def measured(results: Sequence[Result]) -> list[str]:
+    """The names of what else the task is reported by."""
+    return list(dict.fromkeys(name for result in results for name in result.measures))
+
+
+def _measure(name: str, result: Result) -> str:
+    return f"{result.measures[name]:.1%}" if name in result.measures else NOTHING
 
 
 def _number(value: float | None) -> str:
@@ -172,13 +185,13 @@ def write_csv(results: Mapping[str, Sequence[Result]], path: Path) -> None:
     for name, some in results.items():
         for result in some:
             figures = result.figures()
-            parts = figures.pop("setting") | figures.pop("cost")
+            parts = figures.pop("setting") | figures.pop("cost") | figures.pop("measures")
             others = {
                 key: json.dumps(value) if isinstance(value, dict | list) else value
                 for key, value in figures.items()
             }
             rows.append({"model": name, **parts, **others})
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(chain(*rows))))
         writer.writeheader()
         writer.writerows(rows)

@@ -2,7 +2,7 @@
 
 `easy-vqa` (Victor Zhou, https://pypi.org/project/easy-vqa, MIT) is one coloured shape on a plain
 background, 64×64 pixels, and 107 forms of questions with 13 answers; its package carries the data.
-`vqav2` reads the official files (see `vqav2`). `jsonl` is one's own:
+`vqav2`, `pope` and `gqa` read their authors' files (see there). `jsonl` is one's own:
 
     {"image": "cat.png", "question": "what is it?", "answer": "cat", "id": "optional"}
     {"image": "cat.png", "question": "which colour?", "answers": ["grey", "gray"]}
@@ -58,6 +58,9 @@ class Example:
 
 Score = Callable[[str, Example], float]
 
+Measures = Callable[[Sequence[Example], Sequence[float]], dict[str, float]]
+"""Of all questions and their scores: figures other than the mean that a task is reported by."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -65,6 +68,7 @@ class Task:
 
     `prompt` turns a question into what the model is asked. `source` says where the questions come
     from, for the record; `left_out` how many cannot be used, by the reason, and `problems` which.
+    `measures` are what the task is reported by besides the mean score, if anything.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Task:
     source: dict[str, Any]
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    measures: Measures | None = None
 
 
 def easy_vqa_task(split: str = "test") -> Task:

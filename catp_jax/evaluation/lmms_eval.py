@@ -1,0 +1,85 @@
+"""The model `catp_jax` of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds it
+by an entry point of this package:
+
+    lmms-eval --model catp_jax --model_args pretrained=DIR,prune=fastv,keep=50% --tasks pope
+
+Settings are those of `answering.Evaluated`. Prompts go through the checkpoint's chat template if it
+has one; `chat=false` asks them as they are. A request that the model cannot answer, such as one
+with several images to BLIP-2, has the reason in place of its answer.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lmms_eval.api.model import lmms  # pyright: ignore
+from tqdm import tqdm
+
+from catp_jax.evaluation.answering import Asked, Evaluated
+
+
+class CatpJax(lmms):
+    """Answers the requests of lmms-eval's tasks, in batches of one shape."""
+
+    is_simple = True  # requests are a text and what brings its images
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        chat: bool | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """`device` and `max_batch_size`, which lmms-eval always gives, say nothing here: JAX finds
+        its devices, and all batches are of one size.
+        """
+        super().__init__()
+        self.evaluated = Evaluated(str(pretrained), batch_size=batch_size, is_chat=chat, **settings)
+
+    @property
+    def batch_size(self) -> int:
+        """Of every batch."""
+        return self.evaluated.batch_size
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers, in the order of the requests."""
+        asked = [
+            Asked(context, lambda source=(bring, *place): self._images(*source), options)
+            for context, options, bring, *place in (request.args for request in requests)
+        ]
+        with tqdm(total=len(asked), desc="answering", disable=self.rank != 0) as bar:
+            texts = self.evaluated.answers(asked, bar.update)
+        for one, text in zip(asked, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", (one.prompt, dict(one.options)), text)
+        return texts
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """The loss of each answer, its tokens' mean negative log-probability, and whether it is the
+        greedy one.
+
+        lmms-eval's interface asks for log-probabilities, but what reads them takes the choice with
+        the least (`ConfigurableTask.process_results`), since its own models return the loss.
+        """
+        asked = []
+        for context, answer, *source in (request.args for request in requests):
+            text = answer if isinstance(answer, str) else answer(self._doc(*source[1:]))
+            asked.append((Asked(context, lambda source=source: self._images(*source)), text))
+        with tqdm(total=len(asked), desc="scoring", disable=self.rank != 0) as bar:
+            found = self.evaluated.likelihoods(asked, bar.update)
+        return [
+            (math.inf, False) if one is None else (-one.total / len(one.tokens), one.is_greedy)
+            for one in found
+        ]
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Raises NotImplementedError: no task of several rounds."""
+        raise NotImplementedError("catp_jax answers tasks of one round; leave this task out")
+
+    def _doc(self, doc_id: Any, task: str, split: str) -> Any:
+        return self.task_dict[task][split][doc_id]
+
+    def _images(self, bring: Any = None, *place: Any) -> list[Any]:
+        """The images of a request's document; a request may come without."""
+        return [] if bring is None else list(bring(self._doc(*place)) or ())

@@ -1,0 +1,76 @@
+"""The model `CatpJax` of VLMEvalKit (https://github.com/open-compass/VLMEvalKit). It has no
+plug-ins, so this starts its `run.py` with our class among its models.
+
+    python -m catp_jax.evaluation.vlmevalkit --config config.json
+
+config.json names the model, with the settings of `answering.Evaluated`, and the data:
+
+    {"model": {"llama-fastv": {"class": "CatpJax", "pretrained": "DIR", "prune": "fastv",
+                               "keep": "50%"}},
+     "data": {"MMBench_DEV_EN": {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN"}}}
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmeval.vlm.base import BaseModel  # pyright: ignore
+
+from catp_jax.evaluation.answering import Asked, Evaluated
+from catp_jax.readers.reading import Prompt
+
+NEW_TOKENS = 512
+
+
+class CatpJax(BaseModel):
+    """Answers VLMEvalKit's messages, one at a time as they come.
+
+    `options` are those of transformers' `generate`; answers are greedy if they do not say
+    otherwise. With a chat template images and texts stay in the order of the message, otherwise
+    images come first.
+    """
+
+    INTERLEAVE = True
+    allowed_types = ("text", "image")
+
+    def __init__(
+        self,
+        pretrained: str,
+        chat: bool | None = None,
+        options: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.evaluated = Evaluated(pretrained, is_chat=chat, **settings)
+        self.options = {"max_new_tokens": NEW_TOKENS, **(options or {})}
+
+    def generate_inner(self, message: Sequence[dict[str, str]], dataset: str | None = None) -> str:
+        """The answer to a message of texts and images; if there is none, why."""
+        images = [part["value"] for part in message if part["type"] == "image"]
+        (text,) = self.evaluated.answers(
+            [Asked(self._prompt(message), lambda: images, self.options)]
+        )
+        return text
+
+    def _prompt(self, message: Sequence[dict[str, str]]) -> Prompt:
+        if not self.evaluated.is_chat:
+            return "\n".join(part["value"] for part in message if part["type"] == "text")
+        content = [
+            {"type": "image"}
+            if part["type"] == "image"
+            else {"type": "text", "text": part["value"]}
+            for part in message
+        ]
+        return [{"role": "user", "content": content}]
+
+
+def main() -> None:
+    """VLMEvalKit's command, which finds the class by its name."""
+    import vlmeval.vlm  # pyright: ignore
+    from vlmeval.run import main as run  # pyright: ignore
+
+    vlmeval.vlm.CatpJax = CatpJax
+    run()
+
+
+if __name__ == "__main__":
+    main()
