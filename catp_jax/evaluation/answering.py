@@ -187,7 +187,10 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 def _parts(value: Any) -> Any:
-    """Parts joined by "+" as separated by commas."""
+    """Parts joined by "+" as separated by commas; numbers, which a harness makes of its texts, as
+    they were said.
+    """
+    value = str(value) if isinstance(value, float) else value
     return value.replace("+", ",") if isinstance(value, str) else value
 
 

@@ -56,7 +56,7 @@ from catp_jax.training.tokenizer import (
 )
 
 VOCABULARY = 512
-TEXT_LENGTH = 22  # the longest question, its answer and the marks around them, in tokens
+TEXT_LENGTH = 16  # the longest question, its answer and the marks around them, in tokens
 CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
