@@ -76,7 +76,7 @@ def columns(
     gpu = next((r.cost.gpu.name.upper() for r in results if r.cost.gpu is not None), "")
     every: list[tuple[str, bool, Callable[[Result], str]]] = [
         # title, whether it is a main one, cell
-        ("method", True, lambda r: r.setting.method),
+        ("method", True, method),
         ("kept", True, lambda r: f"{r.visual_tokens:.5g}" if is_narrow else kept(r)),
         ("accuracy, [95 %]", True, lambda r: percent(Estimate(r.accuracy, r.low, r.high))),
         *((name, False, partial(_measure, name)) for name in measured(results)),
@@ -146,9 +146,15 @@ def _speed(result: Result, unpruned: Result | None) -> str:
     return f"{unpruned.milliseconds / result.milliseconds:.2f}×"
 
 
+def method(result: Result) -> str:
+    """The method, or how images were made smaller."""
+    return str(result.setting) if result.setting.seen else result.setting.method
+
+
 def kept(result: Result) -> str:
     """The mean number of visual tokens, and the percentage where one was asked for."""
-    share = f" ({result.setting.keep})" if isinstance(result.setting.keep, str) else ""
+    is_share = isinstance(result.setting.keep, str) and not result.setting.seen
+    share = f" ({result.setting.keep})" if is_share else ""
     return f"{result.visual_tokens:.5g}{share}"
 
 
@@ -221,7 +227,7 @@ def _estimated(
     """Some of the figures under headings of their own, without columns and lines of nothing."""
     names = {name: heading for name, heading in names.items() if any(name in f for f in figures)}
     lines = tuple(
-        (result.setting.method, kept(result), *(cell(own.get(name)) for name in names))
+        (method(result), kept(result), *(cell(own.get(name)) for name in names))
         for result, own in zip(results, figures, strict=True)
         if any(name in own for name in names)
     )

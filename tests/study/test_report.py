@@ -339,3 +339,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monk
     Path("notes").touch()
     with pytest.raises(ValueError, match=f"{place} cannot be written"):
         make_folder(Path(place))
+
+
+def test_smaller_images_go_by_how_they_were_made_smaller(finished):
+    smaller = dataclasses.replace(finished[1][0], setting=Setting("image_scale", "0.5"))
+    share = finished[1][2]  # of a percentage
+    lines = main_table([smaller, share], []).lines
+    assert [line[:2] for line in lines] == [("image_scale 0.5", "8"), ("position", "2 (25%)")]
