@@ -48,7 +48,9 @@ def pictured_budget(results: Sequence[Result]) -> int | str | None:
     """The budget that most methods were pictured at, of several the middle one, or None."""
     counts = Counter(result.setting.keep for result in results if result.maps)
     at = {result.setting.keep: result.visual_tokens for result in results if result.maps}
-    best = sorted((keep for keep in counts if counts[keep] == max(counts.values())), key=at.get)
+    best = sorted(
+        (keep for keep in counts if counts[keep] == max(counts.values())), key=lambda keep: at[keep]
+    )
     return best[len(best) // 2] if best else None
 
 

@@ -95,7 +95,7 @@ def draw_positions(positions: Sequence[Positions], path: Path) -> None:
             elif one.patches is None:
                 _draw_bars(axes, one)
             else:
-                shown, said = _draw_map(axes, one)
+                shown, said = _draw_map(axes, one.patches, one.others)
                 title.append(said)
             axes.set_title("\n".join(title), fontsize=8)
         grid[line, 0].set_ylabel(method.replace(", ", "\n"), fontsize=8, parse_math=False)
@@ -122,13 +122,13 @@ def _draw_bars(axes: Any, one: Positions) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _draw_map(axes: Any, one: Positions) -> tuple[Any, str]:
+def _draw_map(axes: Any, patches: np.ndarray, others: np.ndarray) -> tuple[Any, str]:
     """What a colour bar is of, and what the colours do not show."""
     from matplotlib.colors import LogNorm
 
     axes.set_xticks([])
     axes.set_yticks([])
-    patches, norm = np.clip(one.patches, 1e-3, None), LogNorm(1 / MOST, MOST)
-    shown = axes.imshow(patches, cmap="RdBu_r", norm=norm, interpolation="nearest")
-    others = f", class {one.others.mean():.1f}×" if one.others.size else ""
-    return shown, f"most {patches.max():.1f}×{others}"
+    seen, norm = np.clip(patches, 1e-3, None), LogNorm(1 / MOST, MOST)
+    shown = axes.imshow(seen, cmap="RdBu_r", norm=norm, interpolation="nearest")
+    elsewhere = f", class {others.mean():.1f}×" if others.size else ""
+    return shown, f"most {patches.max():.1f}×{elsewhere}"
