@@ -11,7 +11,6 @@ object.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import platform
@@ -22,23 +21,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from catp_jax import api
 from catp_jax.model import Model
 from catp_jax.pruning import BOUNDS, methods_for
+from catp_jax.study.half_pixels import halved
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Answer, Conditions, Setting
-from catp_jax.study.results import difference, families, interval, needed_kept
+from catp_jax.study.results import RANDOM, difference, families, interval, mean_over, needed_kept
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import Example, Task
 from catp_jax.training.scene_questions import scenes_task
 
 SHARES = ("50%", "25%", "12.5%", "6%", "3%", "1.5%")
 SEEDS = 5
-RANDOM = "random"
 
 
 def answers_of(
@@ -53,21 +51,6 @@ def answers_of(
     journal = None if path is None else Journal(path)
     results = sweep(model, examples, settings, conditions, score=task.score, journal=journal)
     return {result.setting: result.answers for result in results}
-
-
-def mean_over(draws: Sequence[tuple[Answer, ...]]) -> tuple[Answer, ...]:
-    """Answers whose scores, and shares of what is needed, are means over several draws."""
-    out = []
-    for some in zip(*draws, strict=True):
-        shares = [one.needed for one in some if one.needed is not None]
-        out.append(
-            dataclasses.replace(
-                some[0],
-                score=float(np.mean([one.score for one in some])),
-                needed=float(np.mean(shares)) if shares else None,
-            )
-        )
-    return tuple(out)
 
 
 def without_looking(task: Task) -> dict[str, float]:
@@ -86,17 +69,6 @@ def without_looking(task: Task) -> dict[str, float]:
     for example in task.examples:
         right[example.family].append(best.get(example.family + words(example)) == example.answer)
     return {family: float(np.mean(some)) for family, some in right.items()}
-
-
-def halved(examples: Sequence[Example]) -> list[Example]:
-    """The examples with half the pixels a side, brought back to their size."""
-    made: dict[int, np.ndarray] = {}
-    for example in examples:
-        if example.image_id not in made:
-            image = Image.fromarray(np.asarray(example.image))
-            small = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-            made[example.image_id] = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR))
-    return [dataclasses.replace(one, image=made[one.image_id]) for one in examples]
 
 
 def figures(answers: tuple[Answer, ...], numbers: list[int]) -> tuple[float, float, float]:

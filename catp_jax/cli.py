@@ -17,6 +17,7 @@ import typer
 import catp_jax
 from catp_jax import cli_cluster, cli_demo, cli_generate, cli_study
 from catp_jax import cli_options as opts
+from catp_jax.cli_sweep import interruptible
 from catp_jax.terminal import printable, say
 
 app = typer.Typer(
@@ -107,7 +108,7 @@ def convert(
     """Convert a Hugging Face folder to Orbax, or back, and report on every tensor."""
     from convert.command import run
 
-    with cli_study.interruptible():
+    with interruptible():
         run(source, out, to_hf, dtype, verify, ignore_config or (), adapter)
 
 

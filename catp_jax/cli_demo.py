@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from catp_jax import cli_options as opts
-from catp_jax import cli_study
+from catp_jax.cli_sweep import sweep
 from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
@@ -35,9 +35,10 @@ def demo(
     """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
     from catp_jax import api
     from catp_jax.readers.hub import name_of
+    from catp_jax.study.finished import study_of
     from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions
-    from catp_jax.study.report import draw_report, make_folder, study_of
+    from catp_jax.study.report import draw_report, make_folder
     from catp_jax.study.tasks import easy_vqa_task, spread
 
     make_folder(out)
@@ -57,9 +58,7 @@ def demo(
     for name, loaded in models.items():
         settings, journal = settings_for(loaded), Journal()
         say(f"{name}: {len(examples)} questions, unpruned and under {len(settings)} settings")
-        cli_study.sweep(
-            loaded, task, examples, settings, conditions, journal, name, pictured=pick(examples)
-        )
+        sweep(loaded, task, examples, settings, conditions, journal, name, pictured=pick(examples))
         studies[name] = study_of(journal)
     print(f"written: {', '.join(map(one_line, draw_report(studies, out)))}")
 

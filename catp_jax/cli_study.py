@@ -4,24 +4,20 @@ The first is short for `catp-jax study run MODEL …`. What needs no model is ch
 before one is loaded.
 """
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from catp_jax import cli_options as opts
+from catp_jax.cli_sweep import interruptible, sweep
 from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.model import Model
-    from catp_jax.study.journal import Journal
-    from catp_jax.study.records import Conditions, Setting
+    from catp_jax.study.records import Setting
     from catp_jax.study.tasks import Example, Task
 
 RUN = "run"
@@ -89,7 +85,8 @@ def run(
         typer.Option(
             help=f"{opts.PRUNE} Of a task that knows what is needed also oracle, which keeps that "
             "first, and anti, last. Repeat it to compare; all methods that fit the model, if not "
-            "given.",
+            "given. A method with several seeds (random, random:seed=10000) is one line of the "
+            "report.",
             metavar="METHOD,…",
         ),
     ] = None,
@@ -131,6 +128,22 @@ def run(
     timed: Annotated[
         bool, typer.Option("--timed", help="Measure times too, which takes programs of its own.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile for this GPU too, which need not be there (h100, h200, a100 or b200): "
+            "the report then has the bytes that it would move, and FLOPs.",
+            metavar="NAME",
+        ),
+    ] = None,
+    half_pixels: Annotated[
+        bool,
+        typer.Option(
+            "--half-pixels",
+            help="Ask also about images with half the pixels a side, unpruned: the report then has "
+            "accuracy on the questions that get a wrong answer there.",
+        ),
+    ] = False,
     chat: opts.Chat = False,
     begun: opts.Begun = "",
     generation_config: Annotated[
@@ -150,8 +163,9 @@ def run(
     from catp_jax.readers.hub import name_of
     from catp_jax.sharding.distributed import gathered, is_first
     from catp_jax.sharding.mesh import find_devices, parse_mesh
+    from catp_jax.study.half_pixels import HALVED
     from catp_jax.study.journal import Journal
-    from catp_jax.study.records import Conditions
+    from catp_jax.study.records import Conditions, Setting
     from catp_jax.study.sweep import known_parts
     from catp_jax.study.tasks import check_prompt, first_of_each_image, spread
     from convert import load_config
@@ -161,6 +175,7 @@ def run(
     make_task = _task(task, files, fraction, seed)
     with opts.wrong_call():
         parse_mesh({} if loading.mesh is None else loading.mesh)
+        _check_gpu(gpu, loading.mesh)
     find_devices()
     config = load_config(model, loading.ignore_config or ())
     family, smaller = family_of(config, model), _smaller(image_scale, tiles, config)
@@ -216,6 +231,7 @@ def run(
             say(note)
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         settings = settings or _all_that_fit(loaded, keep)
+        settings = [*([Setting(HALVED, None)] if half_pixels else []), *settings]
         _check_fit(settings, loaded)
         settings = [*settings, *smaller]
         with interruptible():
@@ -229,6 +245,7 @@ def run(
                 name,
                 pictured=first_of_each_image(examples)[:PICTURED],
                 is_timed=timed,
+                gpu=gpu,
             )
     finally:
         journal.release()
@@ -249,95 +266,16 @@ def report(
     ],
     out: Annotated[Path, opts.file_option("The folder for the report.")] = Path("report"),
 ) -> None:
-    """Draw a study: a Markdown table, CSV, curves with intervals, pictures of what was kept."""
+    """Draw a study: a page that opens offline (report.html), the same as Markdown, CSV, curves with
+    intervals, pictures of what was kept. Several models go in one report if they were asked the
+    same questions.
+    """
     from catp_jax.study.report import write_report
 
     written, messages = write_report(files, out)
     for message in messages:
         say(message)
     print(one_line(f"written: {', '.join(map(str, written))}"))
-
-
-def sweep(
-    loaded: "Model",
-    task: "Task",
-    examples: "Sequence[Example]",
-    settings: "Sequence[Setting]",
-    conditions: "Conditions",
-    journal: "Journal",
-    name: str,
-    *,
-    pictured: Sequence[int],
-    is_timed: bool = False,
-) -> None:
-    """Runs a sweep and prints its table; how far it is, as a bar or, where that is a file or a
-    pipe, as a line for each tenth.
-    """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from catp_jax.sharding.distributed import is_first
-    from catp_jax.study import sweep as module
-    from catp_jax.study.tables import table
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[questions]}/{task.fields[of]} questions"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    line = bar.add_task("", questions=0, of=len(examples))
-    tenths = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal tenths
-        questions = done * len(examples) // total
-        bar.update(line, completed=done, total=total, questions=questions)
-        if 10 * done // total > tenths and is_first() and not console.is_terminal:
-            tenths = 10 * done // total
-            say(f"{one_line(name)}: {10 * tenths} % answered")
-
-    try:
-        with bar:
-            results = list(
-                module.sweep(
-                    loaded,
-                    examples,
-                    settings,
-                    conditions,
-                    score=task.score,
-                    measures=task.measures,
-                    journal=journal,
-                    name=name,
-                    is_timed=is_timed,
-                    pictured=pictured,
-                    report=lambda doing: bar.update(line, description=doing),
-                    progress=progress,
-                )
-            )
-    except KeyboardInterrupt:
-        if journal.path is not None:
-            say(f"{journal.path} has what was answered; the same command resumes")
-        raise
-    terminal = Console()
-    terminal.print(table(results, name, terminal.width))
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, for work that tidies up after itself (see `__main__`)."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        from catp_jax.sharding.distributed import leave
-
-        say("interrupted")
-        leave(130)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _task(
@@ -389,6 +327,17 @@ def _task(
         return partial(jsonl_task, *paths)
     share = 1.0 if fraction is None else fraction
     return partial(published[name], *paths, fraction=share, seed=seed)
+
+
+def _check_gpu(gpu: str | None, mesh: Any) -> None:
+    """Raises ValueError for one that nothing can be compiled for here."""
+    from catp_jax.targets import devices_of, find_gpu
+
+    if gpu is not None:
+        target = find_gpu(gpu)
+        if mesh is not None:
+            raise ValueError(f"the cost on {gpu} is that of one device; leave out --gpu or --mesh")
+        devices_of(target)
 
 
 def _check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:

@@ -32,7 +32,7 @@ from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import fingerprint
-from catp_jax.readers.reading import Boxes, ImageCache, Kept, Prompt, Question, Reader, arrange
+from catp_jax.readers.reading import Box, Boxes, ImageCache, Kept, Prompt, Question, Reader, arrange
 from catp_jax.readers.seen import Seen
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
@@ -359,9 +359,20 @@ class Model:
             found, selection = programs.truncate(found, selection, self._capacity(found))
         return pruners, front, found, selection
 
+    def grid(self, packed: Packed[Any], row: int) -> tuple[int, int, int, int] | None:
+        """How the visual tokens of a prompt lie in its only image: rows and columns of tiles, and
+        of patches in each, tile by tile; what else a tile has comes before its patches. None: they
+        have no place.
+        """
+        return self.reader.grid(packed, row)
+
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
         return self.reader.picture(source)
+
+    def framed(self, source: ImageLike, boxes: Boxes) -> list[Box]:
+        """Parts of an image as parts of its `picture`."""
+        return self.reader.framed(source, boxes)
 
     def needed(
         self, packed: Packed[Any], images: Sequence[ImageLike], boxes: Sequence[Boxes]

@@ -53,15 +53,16 @@ ROOMS: dict[str, set[str]] = {
         "cli_generate": (
             "terminal sharding generation readers convert families model api batch cli_options"
         ),
+        "cli_sweep": "terminal sharding study model",
         "cli_study": (
-            "terminal pruning sharding readers study training convert families model api "
-            "cli_options"
+            "terminal targets pruning sharding readers study training convert families api "
+            "cli_options cli_sweep"
         ),
-        "cli_demo": "contract terminal readers study model api cli_options cli_study",
+        "cli_demo": "contract terminal readers study model api cli_options cli_sweep",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",
         "cli": (
             "terminal sharding readers convert matching catp_jax cli_options cli_generate "
-            "cli_study cli_cluster cli_demo"
+            "cli_sweep cli_study cli_cluster cli_demo"
         ),
         "catp_jax": "answers model api matching",
         "__main__": "cli",

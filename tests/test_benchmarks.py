@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
-from catp_jax.study.records import Answer, Cost, Result, Setting
+from catp_jax.study.records import Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -185,19 +184,6 @@ def test_a_page_is_filled_between_its_marks_alone(monkeypatch: pytest.MonkeyPatc
     assert performance.filled(out) == out
 
 
-def test_random_is_the_mean_of_its_draws():
-    from benchmarks.testbed import mean_over
-
-    one, other = (
-        tuple(Answer(f"{n}", "x", score, 0.0, n, 8, (0,), needed=share) for n in (0, 1))
-        for score, share in ((1.0, 0.5), (0.0, None))
-    )
-    mean = mean_over([one, other])
-    assert [answer.score for answer in mean] == [0.5, 0.5]
-    assert [answer.needed for answer in mean] == [0.5, 0.5]
-    assert [answer.image for answer in mean] == [0, 1]
-
-
 def test_what_is_known_unseen_is_the_commonest_answer():
     from benchmarks.testbed import without_looking
 
@@ -206,17 +192,3 @@ def test_what_is_known_unseen_is_the_commonest_answer():
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35
     assert known["reading"] < 0.35
-
-
-def test_half_the_pixels_are_half_the_pixels():
-    from benchmarks.testbed import halved
-
-    whole = scenes_task(scenes=2).examples
-    coarse = halved(whole)
-    assert [one.question for one in coarse] == [one.question for one in whole]
-    assert coarse[0].image.shape == whole[0].image.shape
-    assert coarse[0].image is coarse[1].image  # one image's questions share it
-    rough, fine = (
-        np.abs(np.diff(x.image.astype(float), axis=0)).mean() for x in (coarse[0], whole[0])
-    )
-    assert rough < fine

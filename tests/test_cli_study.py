@@ -100,10 +100,8 @@ def test_a_study_runs_and_reports(tiny):
     done = study("report", "runs/x.jsonl", "--out", "report")
     assert done.exit_code == 0, done.output
     assert {p.name for p in Path("report").iterdir()} == {
-        "report.md",
-        "results.csv",
-        "accuracy.png",
-        "kept.png",
+        *("report.html", "report.md", "settings.csv", "figures.csv"),
+        *("accuracy.png", "cache.png", "positions.png", "kept.png"),
     }
 
 
@@ -285,6 +283,8 @@ def test_the_model_is_loaded_once_all_else_is_right(no_model):
         (["--prune", "catp", "--keep", "8,4", "--keep", "2"], ["--keep 8,4 meets nothing"]),
         (["--keep", "8,4"], ["--keep 8,4 meets nothing", "repeat --prune and --keep"]),
         (["--keep", "auto"], ["a study compares fixed budgets"]),
+        (["--gpu", "h999"], ["a target is one of h100", "h999"]),
+        (["--gpu", "h100", "--mesh", "data=2"], ["is that of one device"]),
         (["--methods", "catp"], ["--methods"]),
         (["--keep", "0"], ["keep takes a count of at least 1 or a percentage", "'0'"]),
         (["--keep", "150%"], ["at most 100%"]),

@@ -37,6 +37,7 @@ from catp_jax.readers.images import ImageLike, read_image
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import check_processor, load_processor, usable
 from catp_jax.readers.reading import (
+    Box,
     Boxes,
     ImageCache,
     Kept,
@@ -170,6 +171,14 @@ class QueryingReader(ABC):
     def locate(self, packed: Packed[Any], row: int, numbers: np.ndarray) -> KeptQueries:
         """The queries `numbers` come from no one place; see `kept_map`."""
         return KeptQueries(number=numbers)
+
+    def grid(self, packed: Packed[Any], row: int) -> None:
+        """Queries come from no one place."""
+        return None
+
+    def framed(self, source: ImageLike, boxes: Boxes) -> list[Box]:
+        """Parts of an image, which are the same parts of its `picture`."""
+        return list(boxes)
 
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""

@@ -166,6 +166,18 @@ class MllamaReader:
         """The image as the processor gets it."""
         return self.seen.smaller(read_image(source), self.processor.image_processor)
 
+    def grid(self, packed: MllamaPacked, row: int) -> tuple[int, int, int, int] | None:
+        """Rows and columns of tiles of a prompt's only image, and of patches in each."""
+        if len({image for image, _ in packed.tiles[row]}) != 1:
+            return None
+        return (*self._layout(packed, row), self.config.vision.grid, self.config.vision.grid)
+
+    def framed(self, source: ImageLike, boxes: Boxes) -> list[Box]:
+        """Parts of an image as parts of its `picture`."""
+        image = self.process_image(source)
+        rows, columns = self.config.vision.supported_aspect_ratios[image.aspect_ratio_id - 1]
+        return self._on_canvas(boxes, self._read_image(source), rows, columns)
+
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image's tiles put together again, [height, width, 3] from 0 to 1."""
         image, vision = self.process_image(source), self.config.vision

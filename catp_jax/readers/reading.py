@@ -131,8 +131,19 @@ class Reader(Protocol):
         """Where the visual tokens `numbers` of a prompt come from."""
         ...
 
+    def grid(self, packed: Any, row: int) -> tuple[int, int, int, int] | None:
+        """How the visual tokens of a prompt lie in its only image: rows and columns of tiles, and
+        of patches in each, tile by tile; what else a tile has comes before its patches. None: they
+        have no place.
+        """
+        ...
+
     def picture(self, source: ImageLike) -> np.ndarray:
         """The image as the model sees it, [height, width, 3] from 0 to 1."""
+        ...
+
+    def framed(self, source: ImageLike, boxes: Boxes) -> list[Box]:
+        """Parts of an image as parts of its `picture`."""
         ...
 
     def needed(

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from catp_jax.contract import Site
 from catp_jax.pruning import named
 from catp_jax.readers.images import quoted
+from catp_jax.readers.reading import Box
 from catp_jax.struct import replace
 from catp_jax.study.cost import in_parallel
-from catp_jax.study.records import UNPRUNED, Conditions, Setting
+from catp_jax.study.half_pixels import HALVED, halved
+from catp_jax.study.records import Conditions, Setting
 from catp_jax.study.tasks import Example
 
 Pruners = tuple[Any, ...]
@@ -32,9 +34,10 @@ class Answerer(Protocol):
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
     `number` counts visual tokens before pruning, and whether it `is_merged`.
     `seeing` is the model to which smaller images are shown.
-    `needed` says how much of each visual token is about parts of the image. `picture` is an image
-    as the model sees it, [height, width, 3] in 0 … 1, and `kept_map` where in it a prompt's kept
-    tokens look, [rows, columns] in 0 … 1.
+    `needed` says how much of each visual token is about parts of the image, and `grid` how they lie
+    in it, see `records.Answer`. `picture` is an image as the model sees it, [height, width, 3] in
+    0 … 1, `framed` gives parts of the image as parts of that, and `kept_map` says where in it a
+    prompt's kept tokens look, [rows, columns] in 0 … 1.
     """
 
     @property
@@ -48,7 +51,9 @@ class Answerer(Protocol):
     def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
+    def grid(self, packed: Any, row: int) -> tuple[int, int, int, int] | None: ...
     def picture(self, source: Any) -> np.ndarray: ...
+    def framed(self, source: Any, boxes: Any) -> list[Box]: ...
     def needed(self, packed: Any, images: Any, boxes: Any) -> list[np.ndarray]: ...
     def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
@@ -98,27 +103,31 @@ class Batches:
 
     def encode_each(self, number: int, settings: Sequence[Setting]) -> dict[Setting, EncodedBatch]:
         """A batch as each of the settings has it: once for all that see its images alike."""
-        seen = {str(setting.seen): setting for setting in settings}
-        encoded = {key: self.encode(number, setting.seen) for key, setting in seen.items()}
-        return {setting: encoded[str(setting.seen)] for setting in settings}
+        seen = {setting: (setting.method == HALVED, str(setting.seen)) for setting in settings}
+        first = {look: setting for setting, look in reversed(seen.items())}
+        encoded = {look: self.encode(number, setting) for look, setting in first.items()}
+        return {setting: encoded[look] for setting, look in seen.items()}
 
-    def encode(self, number: int, seen: dict[str, Any] | None = None) -> EncodedBatch:
-        """A batch, read and encoded; `seen` is what the model sees less of.
+    def encode(self, number: int, setting: Setting) -> EncodedBatch:
+        """A batch, read and encoded, its images as the setting shows them.
 
         Raises ValueError, with the id and the image, for a question that cannot be used.
         """
-        model = self.model.seeing(**seen) if seen else self.model
-        packed = self._prepare(number, model)
+        examples = self._examples[number]
+        if setting.method == HALVED:
+            examples = halved(examples)
+        model = self.model.seeing(**setting.seen) if setting.seen else self.model
+        packed = self._prepare(number, examples, model)
         shapes = str(jax.tree.map(jnp.shape, packed.inputs))
         if self.is_timed and shapes not in self._encoded:
             jax.block_until_ready(model.encode(packed).encoded)  # compiles
             self._encoded.add(shapes)
         packed, ms = self._clocked(lambda: model.encode(packed))
-        needed = None if seen else self._needed(number, packed)  # the share kept would say nothing
-        return EncodedBatch(number, self._examples[number], packed, ms, needed)
+        # of smaller images the share kept would say nothing
+        needed = None if setting.seen else self._needed(examples, packed)
+        return EncodedBatch(number, examples, packed, ms, needed)
 
-    def _needed(self, number: int, packed: Any) -> np.ndarray | None:
-        examples = self._examples[number]
+    def _needed(self, examples: Sequence[Example], packed: Any) -> np.ndarray | None:
         if not any(example.needed for example in examples):
             return None
         out = np.zeros((len(packed.available), max(packed.available)), np.float32)
@@ -127,9 +136,9 @@ class Batches:
             out[row, : len(found)] = found
         return out  # nothing for what fills the batch up
 
-    def _prepare(self, number: int, model: Any) -> Any:
+    def _prepare(self, number: int, examples: Sequence[Example], model: Any) -> Any:
         """The model's inputs of a batch, filled up to the common size; a lone one keeps its own."""
-        examples = list(self._examples[number])
+        examples = list(examples)
         filled = (examples * self.conditions.batch)[: self.conditions.batch] if number else examples
         prompts = [self.conditions.ask(example.question) for example in filled]
         begun = [self.conditions.begun] * len(filled)
@@ -167,7 +176,7 @@ class Batches:
 
     def _undrawn(self, setting: Setting, batch: EncodedBatch) -> Pruners:
         """The same, with each method's own seed."""
-        if setting.method == UNPRUNED or setting.seen:
+        if setting.keep is None or setting.seen:
             return ()
         packed, methods = batch.packed, named.named(setting.method, setting.keep)
         slots = max(packed.available)

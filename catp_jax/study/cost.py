@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from catp_jax.generation import generate as programs
-from catp_jax.study.records import Cost
+from catp_jax.study.records import Cost, GpuCost
 from catp_jax.study.results import median_and_spread
+from catp_jax.targets import compile_for
 from catp_jax.targets.products import matrix_flops
 
 ROUNDS = 5  # prefills timed of each setting
@@ -80,6 +81,34 @@ def measure(
             )
         )
     return out
+
+
+def on_gpu(
+    target: str, network: Any, given: Sequence[tuple[Any, Any]], new_slots: int
+) -> list[GpuCost]:
+    """What a prefill and a step after it would cost on a GPU that need not be there: of pruners,
+    each with its inputs. What differs in seeds alone is compiled once.
+
+    Raises ValueError if its compiler is not installed, and for a model on several devices.
+    """
+    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(network)):
+        raise ValueError(f"the cost on {target} is that of one device, and the model is on several")
+    keys = [str(jax.tree.map(jnp.shape, some)) for some in given]
+    made = {
+        key: _on_gpu(target, network, *some, new_slots)
+        for key, some in dict(zip(keys, given, strict=True)).items()
+    }
+    return [made[key] for key in keys]
+
+
+def _on_gpu(target: str, network: Any, pruners: Any, inputs: Any, new_slots: int) -> GpuCost:
+    given = network, pruners, inputs
+    start = jax.eval_shape(partial(programs.prefill, new_slots=new_slots), *given)
+    prefill = compile_for(target, programs.prefill, *given, new_slots=new_slots)
+    tokens = jax.ShapeDtypeStruct(start.logits.shape[:1], jnp.int32)
+    states = start.selection.states
+    step = compile_for(target, programs.step, network, pruners, tokens, start.cache, states)
+    return GpuCost(target, prefill.moved, prefill.flops, step.moved)
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], network: Any) -> list[Any]:

@@ -1,17 +1,58 @@
-"""Curves of a study: accuracy over what is kept, and over the layer whose votes decide."""
+"""Curves of a study: accuracy over what is kept or cached, of all questions and by family, and over
+the layer whose votes decide.
+"""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catp_jax.pruning import BOUNDS
+from catp_jax.study.half_pixels import HALVED
 from catp_jax.study.pictures import new_figure
 from catp_jax.study.records import UNPRUNED, Result
+from catp_jax.study.results import Estimate, is_random
 
 ONE_LAYER = re.compile(r"catp(?::layers=(\d+|first|last))?")
-SIZE = (6.5, 4.6)  # inches of one model's curves
+SIZE = (4.6, 3.6)  # inches of a panel
+ACROSS = 3  # panels, at most
 MARKERS = "osD^vPX*"
+# Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#777777"
+GREYS = {"oracle": ("^", ":"), "anti": ("v", ":"), UNPRUNED: ("*", "-")}
+LEGEND = 1.9  # inches
+CLOSEST = 1.25  # labels of an axis, as ratios
 DODGE = 1.02  # neighbouring methods stand a little apart, so that their bars can be told apart
+
+Figures = Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Accuracies at places on the axis, under a name."""
+
+    name: str
+    places: tuple[float, ...]
+    values: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines under a title; `rules` are accuracies at no place, with their bands.
+
+    `is_stepped` draws the front of all points: what no other has at less.
+    """
+
+    title: str
+    axis: str
+    lines: tuple[Line, ...]
+    rules: tuple[tuple[str, Estimate], ...] = ()
+    is_log: bool = True
+    ticks: tuple[float, ...] = ()
+    is_stepped: bool = False
 
 
 def layer_of(method: str, cross_layers: int | None = None) -> int | None:
@@ -38,117 +79,182 @@ def by_layer(
     return list(one_each.values())
 
 
+def is_layered(results: Sequence[Result], cross_layers: int | None) -> bool:
+    """Whether votes of at least two layers can be compared."""
+    return len({layer for layer, _ in by_layer(results, cross_layers)}) > 1
+
+
 def unpruned_of(results: Sequence[Result]) -> Result | None:
     """The unpruned model's result."""
     return next((result for result in results if result.setting.method == UNPRUNED), None)
 
 
-def draw_accuracy(panels: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """Accuracy against visual tokens kept, with 95 % intervals: a panel per model, by its name; a
-    line per method, the unpruned model as a rule with its band.
+def kept_panel(
+    results: Sequence[Result], figures: Sequence[Figures], title: str, figure: str = "accuracy"
+) -> Panel:
+    """A figure over the visual tokens kept: a line a method, what has no budget as a rule."""
+    shown = [pair for pair in zip(results, figures, strict=True) if figure in pair[1]]
+    pruned = [(result, own) for result, own in shown if result.setting.keep is not None]
+    methods = list(dict.fromkeys(result.setting.method for result, _ in pruned))
+    lines = []
+    for number, method in enumerate(methods):
+        mine = [(r.visual_tokens, own) for r, own in pruned if r.setting.method == method]
+        mine.sort(key=lambda pair: pair[0])
+        shift = DODGE ** (number - (len(methods) - 1) / 2)
+        places, values = zip(*((kept * shift, own[figure]) for kept, own in mine), strict=True)
+        lines.append(Line(method, places, values))
+    rules = tuple(
+        (result.setting.method, own[figure]) for result, own in shown if result.setting.keep is None
+    )
+    unpruned = unpruned_of(results)
+    of = "" if unpruned is None else f" (of {unpruned.visual_tokens:.0f})"
+    ticks = apart(result.visual_tokens for result, _ in pruned)
+    return Panel(title, f"visual tokens kept{of}", tuple(lines), rules, ticks=ticks)
+
+
+def cache_panel(results: Sequence[Result], title: str) -> Panel:
+    """Accuracy over cache bytes, and the front that nothing is better than at less. Bounds, which
+    must be told what is needed, are no methods and stay out.
     """
-    methods = list(
-        dict.fromkeys(
-            result.setting.method
-            for panel in panels.values()
-            for result in panel
-            if result.setting.method != UNPRUNED
+    shown = [r for r in results if r.setting.method.partition(":")[0] not in (*BOUNDS, HALVED)]
+    lines = []
+    for method in dict.fromkeys(result.setting.method for result in shown):
+        mine = sorted(
+            (r for r in shown if r.setting.method == method), key=lambda r: r.cost.cache_bytes
         )
-    )
-    figure, grid = _figure(len(panels))
-    for axes, (name, panel) in zip(grid, panels.items(), strict=True):
-        _draw_unpruned(axes, panel)
-        for number, method in enumerate(methods):
-            mine = [result for result in panel if result.setting.method == method]
-            mine.sort(key=lambda result: result.visual_tokens)
-            if mine:
-                shift = DODGE ** (number - (len(methods) - 1) / 2)
-                places = [result.visual_tokens * shift for result in mine]
-                _draw_line(axes, places, mine, number, method)
-        _log_axis(axes)
-        axes.set_xlabel(f"visual tokens kept{_of_all(panel)}")
-        axes.set_title(_title(name, panel[0]))
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        places = tuple(r.cost.cache_bytes / 1000 for r in mine)
+        lines.append(Line(method, places, tuple(accuracy_of(r) for r in mine)))
+    ticks = apart(place for line in lines for place in line.places)
+    return Panel(title, "cache of a question (kB)", tuple(lines), ticks=ticks, is_stepped=True)
 
 
-def draw_layers(
-    panels: Mapping[str, Sequence[Result]], path: Path, cross_layers: Mapping[str, int | None]
-) -> None:
-    """Accuracy by the one cross-attention layer that CATP's vote is taken from, a line a budget.
+def layer_panel(results: Sequence[Result], title: str, cross_layers: int | None) -> Panel:
+    """Accuracy by the one cross-attention layer that CATP's vote is taken from, a line a budget."""
+    layered = by_layer(results, cross_layers)
+    budgets = sorted({result.visual_tokens for _, result in layered}, reverse=True)
+    lines = []
+    for number, kept in enumerate(budgets):
+        mine = sorted(
+            ((layer, result) for layer, result in layered if result.visual_tokens == kept),
+            key=lambda pair: pair[0],
+        )
+        shift = 0.04 * (number - (len(budgets) - 1) / 2)
+        places = tuple(layer + shift for layer, _ in mine)
+        values = tuple(accuracy_of(result) for _, result in mine)
+        lines.append(Line(f"keep {kept:g}", places, values))
+    unpruned = unpruned_of(results)
+    rules = () if unpruned is None else ((UNPRUNED, accuracy_of(unpruned)),)
+    ticks = tuple(float(layer) for layer in sorted({layer for layer, _ in layered}))
+    axis = "cross-attention layer that votes"
+    return Panel(title, axis, tuple(lines), rules, is_log=False, ticks=ticks)
 
-    `cross_layers` says of each model how many it has, see `layer_of`.
+
+def accuracy_of(result: Result) -> Estimate:
+    """A result's accuracy, as its file has it."""
+    return Estimate(result.accuracy, result.low, result.high)
+
+
+def apart(places: Iterable[float]) -> tuple[float, ...]:
+    """Places that have room for their labels on an axis of logarithms, from the largest down."""
+    ticks: list[float] = []
+    for place in sorted({*places}, reverse=True):
+        if not ticks or ticks[-1] / place > CLOSEST:
+            ticks.append(place)
+    return tuple(ticks)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (cost, value), those that no other has the value of at less or the same cost, from
+    the cheapest on.
     """
-    figure, grid = _figure(len(panels))
-    for axes, (name, panel) in zip(grid, panels.items(), strict=True):
-        _draw_unpruned(axes, panel)
-        layered = by_layer(panel, cross_layers[name])
-        budgets = sorted({result.visual_tokens for _, result in layered}, reverse=True)
-        for number, kept in enumerate(budgets):
-            mine = sorted(
-                ((layer, result) for layer, result in layered if result.visual_tokens == kept),
-                key=lambda pair: pair[0],
-            )
-            shift = 0.04 * (number - (len(budgets) - 1) / 2)
-            places = [layer + shift for layer, _ in mine]
-            _draw_line(axes, places, [result for _, result in mine], number, f"keep {kept:g}")
-        axes.set_xticks(sorted({layer for layer, _ in layered}))
-        axes.set_xlabel("cross-attention layer that votes")
-        axes.set_title(_title(name, panel[0]))
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    best, out = -math.inf, []
+    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if value > best:
+            out.append((cost, value))
+            best = value
+    return out
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    figure = new_figure(SIZE[0] * panels, SIZE[1])
-    grid = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in grid:
-        axes.grid(alpha=0.3)
-        axes.set_ylabel("accuracy (%)")
-    return figure, list(grid)
-
-
-def _draw_unpruned(axes: Any, results: Sequence[Result]) -> None:
-    unpruned = unpruned_of(results)
-    if unpruned is not None:
-        axes.axhspan(100 * unpruned.low, 100 * unpruned.high, color="grey", alpha=0.15, lw=0)
-        axes.axhline(100 * unpruned.accuracy, color="grey", linestyle="--", label="unpruned")
-
-
-def _draw_line(
-    axes: Any, places: list[float], results: Sequence[Result], number: int, label: str
-) -> None:
-    values = [100 * result.accuracy for result in results]
-    axes.errorbar(
-        places,
-        values,
-        # a mean of few values may stand a rounding error outside its interval
-        yerr=[
-            [max(0.0, 100 * (result.accuracy - result.low)) for result in results],
-            [max(0.0, 100 * (result.high - result.accuracy)) for result in results],
-        ],
-        color=f"C{number % 10}",
-        linestyle=("-", "--", ":")[number // 10 % 3],
-        marker=MARKERS[number % len(MARKERS)],
-        markersize=4.5,
-        capsize=2,
-        elinewidth=0.8,
-        label=label,
+def draw_curves(panels: Sequence[Panel], path: Path) -> None:
+    """Panels in rows, all with one legend: a method has its colour in all of them."""
+    looks = looks_of(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    across = min(len(panels), ACROSS)
+    down = -(-len(panels) // across)
+    figure = new_figure(SIZE[0] * across + LEGEND, SIZE[1] * down)
+    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    entries: dict[str, Any] = {}
+    for axes, panel in zip(grid, panels, strict=False):
+        entries |= _draw(axes, panel, looks)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    legend = figure.legend(
+        entries.values(), entries, loc="outside right upper", fontsize=8, frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.savefig(path, dpi=150)
 
 
-def _log_axis(axes: Any) -> None:
-    from matplotlib import ticker
+def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each method's line is drawn: in grey what is none, chance and the bounds."""
+    looks, number = {}, 0
+    for name in names:
+        word = name.partition(":")[0]
+        if word in GREYS or is_random(name):
+            marker, style = GREYS.get(word, ("x", "-"))
+            looks[name] = {"color": GREY, "linestyle": style, "marker": marker}
+            continue
+        looks[name] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": ("-", "--", "-.")[number // len(COLOURS) % 3],
+            "marker": MARKERS[number % len(MARKERS)],
+        }
+        number += 1
+    return looks
 
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
 
+def _draw(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Draws a panel; its legend's entries."""
+    entries: dict[str, Any] = {}
+    for (name, value), style in zip(panel.rules, ("--", ":", "-."), strict=False):
+        low, high = 100 * value.low, 100 * value.high
+        axes.axhspan(low, high, color=GREY, alpha=0.12, lw=0)
+        entries[name] = axes.axhline(100 * value.mean, color="black", linestyle=style, lw=1)
+    for line in panel.lines:
+        # a mean of few values may stand a rounding error outside its interval
+        below = [max(0.0, 100 * (value.mean - value.low)) for value in line.values]
+        above = [max(0.0, 100 * (value.high - value.mean)) for value in line.values]
+        entries[line.name] = axes.errorbar(
+            line.places,
+            [100 * value.mean for value in line.values],
+            yerr=[below, above],
+            **looks[line.name],
+            linewidth=1.4,
+            markersize=4.5,
+            capsize=2,
+            elinewidth=0.8,
+        )
+    if panel.is_stepped:
+        points = [
+            (place, 100 * value.mean)
+            for line in panel.lines
+            for place, value in zip(line.places, line.values, strict=True)
+        ]
+        entries["front"] = axes.step(
+            *zip(*front(points), strict=True), where="post", color="black", lw=5, alpha=0.13
+        )[0]
+    if panel.is_log:
+        from matplotlib import ticker
 
-def _of_all(results: Sequence[Result]) -> str:
-    unpruned = unpruned_of(results)
-    return "" if unpruned is None else f" (of {unpruned.visual_tokens:.0f})"
-
-
-def _title(name: str, result: Result) -> str:
-    questions = f"{result.questions} questions about {result.images} images"
-    return f"{name}: {questions}" if name else questions
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if panel.ticks:
+        axes.set_xticks(panel.ticks)
+        axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, labelleft=True)
+    axes.set_ylabel("accuracy (%)", fontsize=9)
+    axes.set_xlabel(panel.axis, fontsize=9)
+    axes.set_title(panel.title, fontsize=10, parse_math=False)
+    return entries

@@ -1,9 +1,12 @@
-"""Pictures of what was kept, for any model: patches that were dropped dimmed, or a heat map."""
+"""Pictures of what was kept, for any model: patches that were dropped dimmed, or a heat map; frames
+around what an answer depends on.
+"""
 
 import base64
 import dataclasses
 import io
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from catp_jax.readers.reading import Box
+from catp_jax.study.records import UNPRUNED, Picture, Result
+from catp_jax.study.results import drawn, without_seed
+
 DIMMED = 0.12  # brightness of what was dropped
 MARGIN = 0.45  # inches around each panel, for its caption
-SIDE = 2.1  # inches of a panel
-LETTERS = 36  # of a caption's line
+SIDE = 1.8  # inches of a panel
+LETTERS = 31  # of a caption's line
+METHODS = 8  # at most, in a row of pictures
+RIGHT, WRONG = "#007a3d", "#c0271d"
 PICTURE_SIDE = 448  # pixels, at most, of a picture that goes into the journal
 
 
@@ -24,12 +33,64 @@ class Panel:
 
     `kept` [rows, columns] lies over the whole image: booleans (or nothing but 0 and 1) are patches
     that were kept or dropped, other numbers how much the kept tokens look there. None: everything
-    was kept.
+    was kept. `boxes` are framed. The caption is green of an answer that `is_right`, red of one that
+    is not.
     """
 
     image: np.ndarray
     kept: np.ndarray | None
     caption: str
+    boxes: tuple[Box, ...] = ()
+    is_right: bool | None = None
+
+
+def pictured_budget(results: Sequence[Result]) -> int | str | None:
+    """The budget that most methods were pictured at, of several the middle one, or None."""
+    counts = Counter(result.setting.keep for result in results if result.maps)
+    at = {result.setting.keep: result.visual_tokens for result in results if result.maps}
+    best = sorted(
+        (keep for keep in counts if counts[keep] == max(counts.values())), key=lambda keep: at[keep]
+    )
+    return best[len(best) // 2] if best else None
+
+
+def panels_of(pictures: Sequence[Picture], results: Sequence[Result]) -> list[list[Panel]]:
+    """A row for each pictured question: the whole image, then what every method kept of it at one
+    budget; of several seeds the first.
+    """
+    keep = pictured_budget(results)
+    if keep is None:
+        return []
+    shown = [draws[0] for draws in drawn(results) if draws[0].setting.keep == keep]
+    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    rows = []
+    for picture in pictures:
+        number, image = picture.number, as_array(picture)
+        panels = [_panel(picture, image, picture.question, unpruned, None)]
+        panels += [
+            _panel(picture, image, without_seed(result.setting.method), result, result.maps[number])
+            for result in shown[:METHODS]
+            if number in result.maps
+        ]
+        rows.append(panels)
+    return rows
+
+
+def _panel(
+    picture: Picture, image: np.ndarray, title: str, result: Result | None, kept: np.ndarray | None
+) -> Panel:
+    """A panel captioned with a title and, below it, what was answered."""
+    if result is None:
+        return Panel(image, kept, title, picture.boxes)
+    answer = result.answers[picture.number]
+    said = f"unpruned: {answer.text}" if kept is None else answer.text
+    return Panel(image, kept, f"{title}\n{said}", picture.boxes, answer.score >= 0.5)
+
+
+def as_array(picture: Picture) -> np.ndarray:
+    """A picture's pixels, [height, width, 3] from 0 to 1."""
+    with Image.open(io.BytesIO(base64.b64decode(picture.png))) as image:
+        return np.asarray(image.convert("RGB")) / 255
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -72,7 +133,7 @@ def draw_kept(panels: Sequence[Sequence[Panel]], path: Path) -> None:
     for line, row in zip(grid, panels, strict=True):
         for axes, panel in zip(line, row, strict=False):
             _draw(axes, panel)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=130)
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -96,12 +157,25 @@ def _draw(axes: Any, panel: Panel) -> None:
             **place,
         )
         axes.set_aspect("equal")
+    for box in panel.boxes:
+        _frame(axes, box, width, height)
     lines = [
         part
         for line in panel.caption.split("\n")
         for part in textwrap.wrap(line, LETTERS, max_lines=2, placeholder=" …")
     ]
-    axes.set_title("\n".join(lines), fontsize=8)
+    colour = {None: "black", True: RIGHT, False: WRONG}[panel.is_right]
+    axes.set_title("\n".join(lines), fontsize=8, color=colour, parse_math=False)
+
+
+def _frame(axes: Any, box: Box, width: int, height: int) -> None:
+    """A frame that shows on any ground: white within black."""
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    corner, size = (left * width, top * height), ((right - left) * width, (bottom - top) * height)
+    for colour, line in (("black", 2.4), ("white", 1.1)):
+        axes.add_patch(Rectangle(corner, *size, fill=False, ec=colour, lw=line, clip_on=False))
 
 
 def as_png(picture: np.ndarray) -> str:

@@ -105,6 +105,18 @@ class Header(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuCost:
+    """What a whole batch costs on a GPU that its programs were compiled for: bytes that its prefill
+    and one greedy step after it move through memory, and FLOPs of the prefill's matrix products.
+    """
+
+    name: str
+    prefill_bytes: int
+    prefill_flops: int
+    token_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What one question costs, as its share of a batch: bytes of cache (of all beams) and FLOPs of
     the prefill's matrix products.
@@ -119,6 +131,7 @@ class Cost:
     prefill_spread: float | None = None
     token_ms: float | None = None
     token_spread: float | None = None
+    gpu: GpuCost | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +145,15 @@ class SettingCost(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Picture(Record):
-    """An image as the model sees it, a PNG in base64, and question `number` about it."""
+    """An image as the model sees it, a PNG in base64, and question `number` about it; `boxes` are
+    the parts of the picture that its answer depends on, where the task says so.
+    """
 
     number: int
     question: str
     answers: tuple[str, ...]
     png: str
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +167,9 @@ class Answer:
     `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
     answer depends on that was kept, where the task says so; None where tokens were merged, since a
     mean holds a part of everything.
+
+    `grid` says how the visual tokens lie in the image: rows and columns of tiles, and of patches in
+    each, tile by tile; what else a tile has comes before its patches. None: they have no place.
     """
 
     id: str
@@ -163,6 +182,7 @@ class Answer:
     map: tuple[tuple[float, ...], ...] | None = None
     family: str = ""
     needed: float | None = None
+    grid: tuple[int, int, int, int] | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -216,9 +236,9 @@ class Result(Record):
         """Everything that is a figure, for JSON: no answers."""
         return to_plain(self)
 
-    def with_answers(self, answers: tuple[Answer, ...]) -> "Result":
-        """The same figures, with what they are of."""
-        return dataclasses.replace(self, answers=answers)
+    def with_answers(self, answers: tuple[Answer, ...], cost: Cost) -> "Result":
+        """The same figures, with what they are of, and the cost as it is known by now."""
+        return dataclasses.replace(self, answers=answers, cost=cost)
 
     @property
     def maps(self) -> dict[int, np.ndarray]:

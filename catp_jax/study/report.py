@@ -1,110 +1,84 @@
 """The report on one or several sweeps, from their files alone."""
 
-import base64
-import io
 import re
 import tempfile
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from catp_jax.generation.options import Options
-from catp_jax.study.curves import by_layer, draw_accuracy, draw_layers, unpruned_of
-from catp_jax.study.journal import Journal
-from catp_jax.study.pictures import Panel, draw_kept
-from catp_jax.study.plain import shown
-from catp_jax.study.records import (
-    Answers,
-    Conditions,
-    Header,
-    Picture,
-    Result,
-    Setting,
-    SettingCost,
+from catp_jax.study.curves import (
+    cache_panel,
+    draw_curves,
+    is_layered,
+    kept_panel,
+    layer_panel,
 )
+from catp_jax.study.finished import Study, read_studies
+from catp_jax.study.page import Section, as_html, as_markdown
+from catp_jax.study.pictures import draw_kept, panels_of, pictured_budget
+from catp_jax.study.plain import shown
+from catp_jax.study.positions import draw_positions, positions_of
+from catp_jax.study.records import Conditions, Header, Result
+from catp_jax.study.results import NEEDS_PIXELS, Estimate, estimates, families, pooled
 from catp_jax.study.tables import (
     NOTES,
-    markdown_differences,
-    markdown_families,
-    markdown_table,
-    write_csv,
+    difference_table,
+    family_table,
+    main_table,
+    write_figures,
+    write_settings,
 )
-from catp_jax.terminal import one_line
 
-PANELS = 7  # at most, in a row of pictures
+TITLE = "What pruning costs, and what it saves"
+BY_NUMBER = re.compile(r"catp:layers=\d+")
 
 
 @dataclass(frozen=True)
-class Study:
-    """What one sweep's file holds; `unfinished` says what is not answered yet."""
+class Reported:
+    """A study as a report has it, under a model's name: several seeds of a method are one result,
+    and `figures` are the means of each result by name, with their intervals.
+    """
 
-    header: Header
-    results: tuple[Result, ...]
-    pictures: tuple[Picture, ...]
-    unfinished: tuple[str, ...]
+    name: str
+    number: int
+    study: Study
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """One of each line."""
+        return pooled(self.study.results)
+
+    @cached_property
+    def figures(self) -> list[dict[str, Estimate]]:
+        """Those of each result."""
+        return estimates(self.results)
 
     @property
     def is_layered(self) -> bool:
         """Whether votes of at least two layers can be compared."""
-        return len({layer for layer, _ in by_layer(self.results, self.header.cross_layers)}) > 1
+        return is_layered(self.results, self.study.header.cross_layers)
 
+    @property
+    def curves(self) -> tuple[list[Result], list[dict[str, Estimate]]]:
+        """What goes into the curves: not CATP's layers by number, which have a figure of their own
+        where there are several.
+        """
+        pairs = zip(self.results, self.figures, strict=True)
+        left = [
+            pair
+            for pair in pairs
+            if not (self.is_layered and BY_NUMBER.fullmatch(pair[0].setting.method))
+        ]
+        return [result for result, _ in left], [own for _, own in left]
 
-def read_study(path: Path, messages: list[str] | None = None) -> Study:
-    """Reads a sweep's file, see `study_of`; that a last line was cut off goes to `messages`.
-
-    Raises ValueError if the file is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; give one that `catp-jax study` has written")
-    journal = Journal(path, report=([] if messages is None else messages).append)
-    return study_of(journal)
-
-
-def study_of(journal: Journal) -> Study:
-    """What a sweep has found. Raises ValueError if no setting is finished."""
-    if journal.header is None:
-        raise ValueError(
-            f"{journal.path or 'the study'} is empty; give one that `catp-jax study` has written"
-        )
-    batches: dict[Setting, list[Answers]] = defaultdict(list)
-    for batch in journal.all(Answers):
-        batches[batch.setting].append(batch)
-    answers = {
-        setting: tuple(
-            answer
-            for batch in sorted(some, key=lambda batch: batch.batch)
-            for answer in batch.answers
-        )
-        for setting, some in batches.items()
-    }
-    questions = journal.header.data.questions
-    results = [
-        result.with_answers(answers[result.setting])
-        for result in journal.all(Result)
-        if len(answers.get(result.setting, ())) == questions
-    ]
-    done = {result.setting for result in results}
-    unfinished = [
-        f"{cost.setting}: {len(answers.get(cost.setting, ()))} of {questions} questions"
-        for cost in journal.all(SettingCost)
-        if cost.setting not in done
-    ]
-    if not results:
-        raise ValueError(
-            f"{journal.path or 'the study'} has no finished setting yet "
-            f"({'; '.join(unfinished) or 'nothing answered'}); run the same `catp-jax study` "
-            "again, which resumes"
-        )
-    return Study(
-        header=journal.header,
-        results=tuple(results),
-        pictures=tuple(journal.all(Picture)),
-        unfinished=tuple(unfinished),
-    )
+    @property
+    def kinds(self) -> list[str]:
+        """The figures that are accuracies of some of the questions."""
+        names = [f"accuracy, {family}" for family in families(self.results[0].answers)]
+        hard = f"accuracy, {NEEDS_PIXELS}"
+        return [*names, *([hard] if any(hard in own for own in self.figures) else [])]
 
 
 def make_folder(out: Path) -> None:
@@ -120,140 +94,173 @@ def make_folder(out: Path) -> None:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
-    """Table, CSV, curves and pictures of one or several sweeps; the files written, and messages.
+    """Page, Markdown, CSV, curves and pictures of one or several sweeps; the files written, and
+    messages.
 
     Raises ValueError if a file cannot be used or `out` is no folder.
     """
     messages: list[str] = []
-    studies = _named([read_study(path, messages) for path in paths], paths)
+    studies = read_studies(paths, messages)
     make_folder(out)
     for name, study in studies.items():
         messages += [f"{name}: not finished: {line}" for line in study.unfinished]
     return draw_report(studies, out), messages
 
 
-def draw_report(studies: dict[str, Study], out: Path) -> list[Path]:
+def draw_report(studies: Mapping[str, Study], out: Path) -> list[Path]:
     """Writes the report's files into a folder."""
-    written = [out / "results.csv", out / "accuracy.png"]
-    write_csv({name: study.results for name, study in studies.items()}, written[0])
-    draw_accuracy({name: _curves(study) for name, study in studies.items()}, written[1])
-    layered = {name: study for name, study in studies.items() if study.is_layered}
-    if layered:
-        written.append(out / "layers.png")
-        draw_layers(
-            {name: study.results for name, study in layered.items()},
-            written[-1],
-            {name: study.header.cross_layers for name, study in layered.items()},
+    models = [Reported(name, n, study) for n, (name, study) in enumerate(studies.items(), start=1)]
+    tables = [out / "settings.csv", out / "figures.csv"]
+    write_settings({model.name: model.study.results for model in models}, tables[0])
+    write_figures({model.name: (model.results, model.figures) for model in models}, tables[1])
+    sections = [*_overview(models, out)]
+    for model in models:
+        sections += _sections(model, out, f"-{model.number}" if len(models) > 1 else "")
+    sections += [*by_voting_layer(models, out), Section("What the figures mean", texts=NOTES)]
+    pages = [out / "report.html", out / "report.md"]
+    for page, render in zip(pages, (as_html, as_markdown), strict=True):
+        page.write_text(render(TITLE, sections), encoding="utf-8")
+    return [*pages, *tables, *(section.picture for section in sections if section.picture)]
+
+
+def _overview(models: Sequence[Reported], out: Path) -> list[Section]:
+    """Curves of all models beside each other."""
+    kept, cached = out / "accuracy.png", out / "cache.png"
+    draw_curves([kept_panel(*model.curves, _title(model)) for model in models], kept)
+    draw_curves([cache_panel(model.curves[0], _title(model)) for model in models], cached)
+    return [
+        Section(
+            "Accuracy over visual tokens kept",
+            picture=kept,
+            caption="Accuracy over the visual tokens that are kept; bars and bands are 95 % "
+            "intervals over images. Grey are what no method is: chance, and the bounds, which are "
+            "told what is needed.",
+        ),
+        Section(
+            "Accuracy over cache bytes",
+            picture=cached,
+            caption="What a cache of some size can answer. The broad line is the front: no other "
+            "setting is better at as few bytes or fewer.",
+        ),
+    ]
+
+
+def _title(model: Reported) -> str:
+    first = model.results[0]
+    return f"{model.name}: {first.questions} questions, {first.images} images"
+
+
+def _sections(model: Reported, out: Path, number: str) -> list[Section]:
+    """What there is to say of one model; `number` tells its pictures from others'."""
+    study, results, figures = model.study, model.results, model.figures
+    texts = [described(study.header)]
+    if all(result.cost.gpu is None for result in results):
+        texts.append(
+            "Bytes moved on a GPU were not asked for (`--gpu h100`, with JAX's compiler for it)."
         )
-    pictures = {}
-    for number, (name, study) in enumerate(studies.items(), start=1):
-        if rows := panels(study):
-            pictures[name] = out / (f"kept-{number}.png" if len(studies) > 1 else "kept.png")
-            draw_kept(rows, pictures[name])
-    written += pictures.values()
-    text = markdown(studies, pictures)
-    written.insert(0, out / "report.md")
-    written[0].write_text(text, encoding="utf-8")
-    return written
+    if study.unfinished:
+        texts.append(f"Not finished: {'; '.join(study.unfinished)}.")
+    sections = [Section(model.name, texts=tuple(texts), table=main_table(results, figures))]
+    if table := family_table(results, figures):
+        panels = [kept_panel(*model.curves, _kind(kind), kind) for kind in model.kinds]
+        picture = out / f"families{number}.png" if panels else None
+        if picture is not None:
+            draw_curves(panels, picture)
+        sections.append(
+            Section(
+                "By family of questions",
+                level=3,
+                table=table,
+                picture=picture,
+                caption="Accuracy by family of questions, over the visual tokens kept.",
+            )
+        )
+    if table := difference_table(results, figures):
+        sections.append(Section("Against unpruned and random, paired", level=3, table=table))
+    if positions := positions_of(study.results):
+        picture = out / f"positions{number}.png"
+        draw_positions(positions, picture)
+        sections.append(_positions(model, picture, positions[0].questions, positions[0].of))
+    if rows := panels_of(study.pictures, study.results):
+        picture = out / f"kept{number}.png"
+        draw_kept(rows, picture)
+        keep = pictured_budget(study.results)
+        asked = [
+            f"{line}. {picture.question} {_either(picture.answers)}."
+            for line, picture in enumerate(study.pictures, start=1)
+        ]
+        framed = any(picture.boxes for picture in study.pictures)
+        sections.append(
+            Section(
+                f"What each method keeps at {keep}",
+                level=3,
+                texts=tuple(asked),
+                picture=picture,
+                caption="Bright is what was kept, or where the kept tokens look"
+                f"{'; frames are what the answer depends on' if framed else ''}. Answers are green "
+                "where they are right, red where they are not.",
+            )
+        )
+    return sections
 
 
-def _curves(study: Study) -> list[Result]:
-    """What goes into the curves: not the layers by number, if they have a figure of their own."""
-    numbered = re.compile(r"catp:layers=\d+")
-    left = [r for r in study.results if not numbered.fullmatch(r.setting.method)]
-    return left if study.is_layered else list(study.results)
+def _kind(figure: str) -> str:
+    return figure.partition(", ")[2]
 
 
-def _named(studies: Sequence[Study], paths: Sequence[Path]) -> dict[str, Study]:
-    """The studies by their models' names, with the file's where that is not enough."""
-    names = [study.header.name for study in studies]
-    named: dict[str, Study] = {}
-    for name, study, path in zip(names, studies, paths, strict=True):
-        name = one_line(name if names.count(name) == 1 else f"{name} ({path.stem})")
-        if name in named:
-            raise ValueError(f"{path} is given twice, or beside another file of its name")
-        named[name] = study
-    return named
+def _either(answers: Sequence[str]) -> str:
+    return " or ".join(answers)
 
 
-def panels(study: Study) -> list[list[Panel]]:
-    """A row for each pictured question: the whole image, then what one method kept of it.
-
-    The method is CATP where it was run, else the first that was.
-    """
-    methods = list(dict.fromkeys(result.setting.method for result in study.results if result.maps))
-    if not methods:
-        return []
-    shown = "catp" if "catp" in methods else methods[0]
-    unpruned = unpruned_of(study.results)
-    rows = []
-    for picture in study.pictures:
-        number, image = picture.number, _image(picture)
-        caption = picture.question
-        if unpruned is not None:
-            caption += f"\nall: {unpruned.answers[number].text}"
-        row = [Panel(image, None, caption)]
-        pruned = [r for r in study.results if r.setting.method == shown and number in r.maps]
-        for result in sorted(pruned, key=lambda result: -result.visual_tokens)[: PANELS - 1]:
-            caption = f"{shown}, keep {result.setting.keep}:\n{result.answers[number].text}"
-            row.append(Panel(image, result.maps[number], caption))
-        rows.append(row)
-    return rows
+def _positions(model: Reported, picture: Path, questions: int, of: int) -> Section:
+    """How often each place was kept."""
+    some = "" if questions == of else f" Of the {questions} questions whose images are cut alike."
+    return Section(
+        "How often each position was kept",
+        level=3,
+        picture=picture,
+        caption="As multiples of the mean over all positions: 1 everywhere is no bias towards a "
+        "place. What a task asks about may lie anywhere or not: oracle shows where, if the task "
+        f"knows.{some}",
+    )
 
 
-def _image(picture: Picture) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(picture.png))) as image:
-        return np.asarray(image.convert("RGB")) / 255
-
-
-def markdown(studies: dict[str, Study], pictures: dict[str, Path]) -> str:
-    """The report's text."""
-    lines = ["# What pruning costs, and what it saves", ""]
-    for name, study in studies.items():
-        lines += [f"## {name}", "", _described(study.header), ""]
-        lines += [*markdown_table(study.results), ""]
-        for title, some in (
-            ("By family of questions", markdown_families(study.results)),
-            ("Against unpruned and random, paired", markdown_differences(study.results)),
-        ):
-            lines += [f"### {title}", "", *some, ""] if some else []
-        if study.unfinished:
-            lines += ["Not finished: " + "; ".join(study.unfinished) + ".", ""]
-        if name in pictures:
-            lines += [f"![What was kept of some images]({pictures[name].name})", ""]
-    lines += ["## Accuracy over visual tokens kept", "", "![Accuracy](accuracy.png)", ""]
-    lines += _layers(studies)
-    return "\n".join([*lines, "## What the columns mean", "", NOTES])
-
-
-def _layers(studies: dict[str, Study]) -> list[str]:
+def by_voting_layer(models: Sequence[Reported], out: Path) -> list[Section]:
     """What compares the layers, or which methods would; nothing without CATP."""
     catp = [
-        study
-        for study in studies.values()
-        if any(re.match(r"catp\b", result.setting.method) for result in study.results)
+        model
+        for model in models
+        if any(re.match(r"catp\b", result.setting.method) for result in model.results)
     ]
-    if any(study.is_layered for study in catp):
-        text = [
-            "CATP with the votes of one cross-attention layer (those asked for by number are left "
-            "out of the curves above).",
-            "",
-            "![Accuracy by layer](layers.png)",
-        ]
-    elif catp:
-        count = catp[0].header.cross_layers
-        last = "catp:layers=last" if count else "catp:layers=2"
-        text = [
-            f"Not drawn: it requires CATP with the votes of at least two layers, such as "
-            f"`--prune catp:layers=first --prune {last}`"
-            f"{f', by number from 1 to {count}' if count else ''}."
-        ]
-    else:
+    if not catp:
         return []
-    return ["## By the layer that votes", "", *text, ""]
+    title = "By the layer that votes"
+    layered = [model for model in catp if model.is_layered]
+    if layered:
+        picture = out / "layers.png"
+        draw_curves(
+            [
+                layer_panel(model.results, _title(model), model.study.header.cross_layers)
+                for model in layered
+            ],
+            picture,
+        )
+        caption = (
+            "CATP with the votes of one cross-attention layer; those asked for by number are left "
+            "out of the other curves."
+        )
+        return [Section(title, picture=picture, caption=caption)]
+    count = catp[0].study.header.cross_layers
+    last = "catp:layers=last" if count else "catp:layers=2"
+    text = (
+        "Not drawn: it requires CATP with the votes of at least two layers, such as "
+        f"--prune catp:layers=first --prune {last}"
+        f"{f', by number from 1 to {count}' if count else ''}."
+    )
+    return [Section(title, texts=(text,))]
 
 
-def _described(header: Header) -> str:
+def described(header: Header) -> str:
     """How and where the questions were asked, in a few sentences."""
     data, conditions = header.data, header.conditions
     source = ", ".join(f"{key} {value}" for key, value in conditions.source.items())
@@ -262,7 +269,7 @@ def _described(header: Header) -> str:
     options = conditions.options
     return (
         f"{data.questions} questions about {data.images} images of {conditions.task}"
-        f"{f' ({source})' if source else ''}, asked as `{conditions.prompt}`"
+        f"{f' ({source})' if source else ''}, asked as “{conditions.prompt}”"
         f"{' through the chat template' if conditions.is_chat else ''}.{left_out} "
         f"{_search(options)}, {options.min_new_tokens} to {options.max_new_tokens} new tokens"
         f"{_others(conditions)}, batches of {conditions.batch}, seed {conditions.seed}. "

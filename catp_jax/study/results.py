@@ -1,12 +1,29 @@
 """A setting's figures, and the statistics behind them."""
 
+import dataclasses
+import functools
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from catp_jax.study.records import Answer, Result, SettingCost
+from catp_jax.study.half_pixels import HALVED
+from catp_jax.study.records import UNPRUNED, Answer, Result, Setting, SettingCost
 
 DRAWS = 2000  # of the bootstrap
+RANDOM = "random"
+NEEDS_PIXELS = "needs the pixels"
+SEED = re.compile(r":seed=\d+")
+DRAWN_AT_RANDOM = re.compile(rf"{RANDOM}({SEED.pattern})?(, \d+ seeds)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over questions, and its bootstrap 95 % interval over images."""
+
+    mean: float
+    low: float
+    high: float
 
 
 def result_of(
@@ -56,16 +73,44 @@ def interval(
     questions: `groups` says which image a score belongs to. With every score the same the interval
     is a point, and it is too narrow for a handful of images.
     """
-    _, number = np.unique(np.asarray(groups), return_inverse=True)
-    counts = np.bincount(number)
-    sums = np.bincount(number, weights=np.asarray(scores, np.float64))
-    generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        drawn = generator.integers(len(counts), size=len(counts))
-        means[draw] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
+    columns = np.asarray(scores, np.float64)[:, None]
+    (low,), (high,) = intervals(columns, groups, seed=seed, draws=draws)
     return float(low), float(high)
+
+
+def intervals(
+    columns: np.ndarray, groups: Sequence[int], *, seed: int = 0, draws: int = DRAWS
+) -> tuple[np.ndarray, np.ndarray]:
+    """`interval` of each column of scores [questions, columns], of the same drawn images. Scores
+    that are not a number count in no mean; each column has some that are.
+    """
+    _, number = np.unique(np.asarray(groups), return_inverse=True)
+    images = int(number.max()) + 1
+    sums, counts = (np.zeros((images, columns.shape[1])) for _ in range(2))
+    there = ~np.isnan(columns)
+    np.add.at(sums, number, np.where(there, columns, 0.0))
+    np.add.at(counts, number, there)
+    means = np.full((draws, columns.shape[1]), np.nan)
+    drawn = _times_drawn(images, seed, draws)
+    for start in range(0, draws, 100):
+        times = drawn[start : start + 100].astype(np.float64)
+        total = times @ counts
+        # a draw without any of a rare kind of question says nothing of it
+        np.divide(times @ sums, total, out=means[start : start + 100], where=total > 0)
+    low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
+    return low, high
+
+
+@functools.lru_cache(maxsize=2)
+def _times_drawn(images: int, seed: int, draws: int) -> np.ndarray:
+    """How often each image is drawn, [draws, images]."""
+    generator = np.random.default_rng(seed)
+    return np.stack(
+        [
+            np.bincount(generator.integers(images, size=images), minlength=images)
+            for _ in range(draws)
+        ]
+    ).astype(np.uint16)
 
 
 def difference(
@@ -77,6 +122,133 @@ def difference(
     gains = [own.score - other.score for own, other in zip(answers, others, strict=True)]
     low, high = interval(gains, [answer.image for answer in answers], seed=seed)
     return float(np.mean(gains)), low, high
+
+
+def mean_over(draws: Sequence[Sequence[Answer]]) -> tuple[Answer, ...]:
+    """Answers whose figures are means over several draws of the same questions; all else is the
+    first draw's.
+    """
+    out = []
+    for some in zip(*draws, strict=True):
+        shares = [one.needed for one in some if one.needed is not None]
+        out.append(
+            dataclasses.replace(
+                some[0],
+                score=float(np.mean([one.score for one in some])),
+                kl=float(np.mean([one.kl for one in some])),
+                needed=float(np.mean(shares)) if shares else None,
+            )
+        )
+    return tuple(out)
+
+
+def without_seed(method: str) -> str:
+    """The method that several draws are of: `random` of `random:seed=7`."""
+    return SEED.sub("", method)
+
+
+def drawn(results: Sequence[Result]) -> list[list[Result]]:
+    """The results by what they are draws of: a method, but for its seed, at a budget."""
+    groups: dict[tuple[str, int | str | None], list[Result]] = {}
+    for result in results:
+        setting = result.setting
+        groups.setdefault((without_seed(setting.method), setting.keep), []).append(result)
+    return list(groups.values())
+
+
+def pooled(results: Sequence[Result]) -> list[Result]:
+    """The results, each method that was drawn with several seeds as one: the mean over them, whose
+    interval is of the images; the seeds are what they are.
+    """
+    return [pool(some) for some in drawn(results)]
+
+
+def pool(draws: Sequence[Result]) -> Result:
+    """The mean of several draws; one alone is what it is. What they cost is the same, and times are
+    the first's.
+    """
+    if len(draws) == 1:
+        return draws[0]
+    first, answers = draws[0], mean_over([result.answers for result in draws])
+    method = f"{without_seed(first.setting.method)}, {len(draws)} seeds"
+    scores = [answer.score for answer in answers]
+    low, high = interval(scores, [answer.image for answer in answers], seed=first.seed)
+    return dataclasses.replace(
+        first,
+        setting=Setting(method, first.setting.keep),
+        accuracy=float(np.mean(scores)),
+        low=low,
+        high=high,
+        agreement=float(np.mean([result.agreement for result in draws])),
+        kl=float(np.mean([result.kl for result in draws])),
+        visual_tokens=float(np.mean([result.visual_tokens for result in draws])),
+        measures={
+            name: float(np.mean([result.measures[name] for result in draws]))
+            for name in first.measures
+        },
+        answers=answers,
+    )
+
+
+def is_random(method: str) -> bool:
+    """Whether it keeps tokens at random, with one seed or several."""
+    return DRAWN_AT_RANDOM.fullmatch(method) is not None
+
+
+def estimates(results: Sequence[Result]) -> list[dict[str, Estimate]]:
+    """By name, all means that a report has of each result, with their intervals.
+
+    Differences are paired: of the same questions, as drawn images have them. Of the questions that
+    `NEEDS_PIXELS` are those that the unpruned model gets wrong once an image has half its pixels.
+    """
+    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    halved = next((r for r in results if r.setting.method == HALVED), None)
+    random = {r.setting.keep: r for r in results if is_random(r.setting.method)}
+    return [
+        _estimates(result, unpruned, halved, random.get(result.setting.keep)) for result in results
+    ]
+
+
+def _estimates(
+    result: Result, unpruned: Result | None, halved: Result | None, random: Result | None
+) -> dict[str, Estimate]:
+    answers, scores = result.answers, _scores(result)
+    columns = {
+        "accuracy": scores,
+        "KL, nats": np.array([answer.kl for answer in answers]),
+        "needed, kept": np.array(
+            [np.nan if answer.needed is None else answer.needed for answer in answers]
+        ),
+    }
+    for family, numbers in families(answers).items():
+        columns[f"accuracy, {family}"] = _only(scores, numbers)
+    if halved is not None and result is not halved:
+        wrong = np.flatnonzero(_scores(halved) < 0.5)
+        columns[f"accuracy, {NEEDS_PIXELS}"] = _only(scores, wrong)
+    for name, other in (("unpruned", unpruned), (RANDOM, random)):
+        if other is not None and result is not other and result is not unpruned:
+            columns[f"against {name}"] = scores - _scores(other)
+    columns = {name: column for name, column in columns.items() if not np.isnan(column).all()}
+    lows, highs = intervals(
+        np.stack([*columns.values()], axis=1),
+        [answer.image for answer in answers],
+        seed=result.seed,
+    )
+    return {
+        name: Estimate(float(np.nanmean(column)), float(low), float(high))
+        for (name, column), low, high in zip(columns.items(), lows, highs, strict=True)
+    }
+
+
+def _scores(result: Result) -> np.ndarray:
+    return np.array([answer.score for answer in result.answers], np.float64)
+
+
+def _only(scores: np.ndarray, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The scores of some questions; the others are not a number."""
+    out = np.full(len(scores), np.nan)
+    out[numbers] = scores[numbers]
+    return out
 
 
 def families(answers: Sequence[Answer]) -> dict[str, list[int]]:

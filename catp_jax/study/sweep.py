@@ -6,6 +6,7 @@ disk a sweep can be stopped at any time and resumes after its last line; more me
 can be added to it later.
 """
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from catp_jax.study.batches import Answerer, Batches, EncodedBatch
-from catp_jax.study.cost import measure, sizes
+from catp_jax.study.cost import measure, on_gpu, sizes
 from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import as_png
 from catp_jax.study.records import (
@@ -69,6 +70,7 @@ def sweep(
     name: str = "model",
     pictured: Sequence[int] = (),
     is_timed: bool = False,
+    gpu: str | None = None,
     report: Callable[[str], None] = lambda doing: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Result]:
@@ -77,12 +79,13 @@ def sweep(
     The last batch is filled up with its own first questions, so that every batch has one shape.
     `journal` keeps every step (default: in memory); `name` is the model's in it. `pictured` are
     numbers of examples to draw. `is_timed` asks for times, which takes a
-    prefill and a step of each setting on top. `report` hears what is being done, `progress` how
-    many answers there are and will be.
+    prefill and a step of each setting on top, and `gpu`, one of `targets.GPUS`, for what they would
+    cost there, which takes its compiler. `report` hears what is being done, `progress` how many
+    answers there are and will be.
 
-    Raises ValueError if a budget is larger than what there is to keep, a question cannot be asked
-    (with its id and image), or the journal is of other conditions. What the first batch shows is
-    raised before anything is written.
+    Raises ValueError if the compiler is not there, a budget is larger than what there is to keep, a
+    question cannot be asked (with its id and image), or the journal is of other conditions. What
+    the first batch shows is raised before anything is written.
     """
     if not examples:
         raise ValueError("a study requires at least one question")
@@ -97,7 +100,7 @@ def sweep(
     )
     batches = Batches(model, examples, conditions, is_timed, report)
     try:
-        _begin(journal, header, batches, settings)
+        _begin(journal, header, batches, settings, gpu)
         answered = _answer(journal, batches, settings, score, frozenset(pictured), progress)
         measure = partial(measures, examples) if measures else lambda scores: {}
         yield from _results(journal, answered, settings, conditions.seed, measure)
@@ -105,16 +108,20 @@ def sweep(
         journal.release()
 
 
-def _begin(journal: Journal, header: Header, batches: Batches, settings: list[Setting]) -> None:
+def _begin(
+    journal: Journal, header: Header, batches: Batches, settings: list[Setting], gpu: str | None
+) -> None:
     """Writes the header, once it is known to fit, and what each setting costs on the first
     batch.
     """
     journal.check(**{key: value for key, value in vars(header).items() if key != "name"})
     journal.claim()
+    before = {one.setting: one.cost for one in journal.all(SettingCost)}
     known = [
-        one.setting
-        for one in journal.all(SettingCost)
-        if not batches.is_timed or one.cost.prefill_ms is not None
+        setting
+        for setting, cost in before.items()
+        if (not batches.is_timed or cost.prefill_ms is not None)
+        and (gpu is None or (cost.gpu is not None and cost.gpu.name == gpu))
     ]
     new = [setting for setting in settings if setting not in known]
     if not new:
@@ -135,9 +142,17 @@ def _begin(journal: Journal, header: Header, batches: Batches, settings: list[Se
         batches.report("compiling, timing")
         costs = measure(network, given, **shapes)
     else:
-        costs = [sizes(network, *some, **shapes) for some in given]
+        costs = [
+            before.get(setting) or sizes(network, *some, **shapes)
+            for setting, some in zip(new, given, strict=True)
+        ]
+    there = [before[setting].gpu if setting in before else None for setting in new]
+    if gpu is not None:
+        batches.report(f"compiling for {gpu}")
+        there = on_gpu(gpu, network, given, options.max_new_tokens)
     journal.begin(header)  # now that every setting has run once
-    for setting, cost in zip(new, costs, strict=True):
+    for setting, cost, on in zip(new, costs, there, strict=True):
+        cost = dataclasses.replace(cost, gpu=on)
         journal.append(SettingCost(setting, batches.as_data(setting, first[setting]), cost))
 
 
@@ -210,6 +225,7 @@ def _answers(
             image=example.image_id,
             family=example.family,
             needed=None if out.is_merged else _share(batch.needed, row, kept),
+            grid=batches.model.grid(batch.packed, row),
         )
 
 
@@ -237,7 +253,8 @@ def _draw(
         if number in pictured and number not in there:
             answers = tuple(dict.fromkeys(example.accepted))
             png = as_png(batches.model.picture(example.image))
-            journal.append(Picture(number, example.question, answers, png))
+            boxes = tuple(batches.model.framed(example.image, example.needed))
+            journal.append(Picture(number, example.question, answers, png, boxes))
 
 
 def _results(
@@ -258,7 +275,7 @@ def _results(
             measures = measure([answer.score for answer in answers])
             result = result_of(costs[setting], answers, unpruned, times, seed, versions(), measures)
             written[setting] = journal.append(result)
-        yield written[setting].with_answers(answers)
+        yield written[setting].with_answers(answers, costs[setting].cost)
 
 
 def _joined(batches: Sequence[Answers]) -> tuple[Answer, ...]:

@@ -164,6 +164,12 @@ class Tiny:
             is_merged=out.selection.merged,
         )
 
+    def grid(self, packed, row):
+        return (1, 1, 2, 4)
+
+    def framed(self, image, boxes):
+        return list(boxes)
+
     def picture(self, image):
         return np.linspace(0, 1, 20 * 24 * 3).reshape(20, 24, 3)
 

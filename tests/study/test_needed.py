@@ -7,9 +7,9 @@ import pytest
 
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Answers, Conditions, Setting
-from catp_jax.study.results import difference, families, interval, needed_kept
+from catp_jax.study.results import difference, estimates, families, interval, needed_kept
 from catp_jax.study.sweep import sweep
-from catp_jax.study.tables import markdown_differences, markdown_families
+from catp_jax.study.tables import difference_table, family_table
 from tests.study.answerer import Tiny, examples
 
 SETTINGS = [Setting("oracle", 2), Setting("anti", 2), Setting("random", 2), Setting("l2", 2)]
@@ -83,20 +83,21 @@ def test_differences_are_of_the_same_questions(results):
 
 
 def test_tables_by_family_and_of_differences(results):
-    table = markdown_families(results)
-    assert table[0] == "| method | kept | needed, kept | even | odd |"
-    assert len(table) == 2 + len(results)
-    assert "| oracle | 2 | 100.0% |" in table[3]
-    assert "| anti | 2 | 0.0% |" in table[4]
+    figures = estimates(results)
+    by_family = family_table(results, figures)
+    assert by_family.head == ("method", "kept", "needed, kept", "even (10)", "odd (10)")
+    assert len(by_family.lines) == len(results)
+    assert by_family.lines[1][:3] == ("oracle", "2", "100.0% [100.0, 100.0]")
+    assert by_family.lines[2][:3] == ("anti", "2", "0.0% [0.0, 0.0]")
     numbers = families(results[1].answers)["odd"]
     odd = np.mean([results[1].answers[number].score for number in numbers])
-    assert f"{odd:.1%} [" in table[3].split("|")[5]
-    rows = markdown_differences(results)[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["oracle", "anti", "random", "l2"]
-    assert rows[2].split("|")[4].strip() == "–"  # random against itself
-    assert all("[" in row.split("|")[3] for row in rows)
+    assert by_family.lines[1][4].startswith(f"{odd:.1%} [")
+    lines = difference_table(results, figures).lines
+    assert [line[0] for line in lines] == ["oracle", "anti", "random", "l2"]
+    assert lines[2][3] == "–"  # random against itself
+    assert all("[" in line[2] for line in lines)
 
 
 def test_a_task_without_families_has_no_such_table():
     plain = list(sweep(Tiny(), examples(6), [Setting("l2", 2)]))
-    assert markdown_families(plain) == []
+    assert family_table(plain, estimates(plain)) is None

@@ -1,5 +1,6 @@
 """A report holds the figures of its files, and its pictures are pictures."""
 
+import base64
 import csv
 import dataclasses
 import io
@@ -12,18 +13,21 @@ from PIL import Image
 from rich.console import Console
 
 from catp_jax.generation.options import Options
-from catp_jax.study.curves import by_layer, draw_accuracy, layer_of, unpruned_of
+from catp_jax.study.curves import by_layer, draw_curves, kept_panel, layer_of, unpruned_of
+from catp_jax.study.finished import read_study
 from catp_jax.study.journal import Journal
+from catp_jax.study.pictures import panels_of
 from catp_jax.study.records import Conditions, Setting
 from catp_jax.study.report import (
+    Reported,
+    by_voting_layer,
+    described,
     make_folder,
-    markdown,
-    panels,
-    read_study,
     write_report,
 )
+from catp_jax.study.results import estimates
 from catp_jax.study.sweep import sweep
-from catp_jax.study.tables import markdown_table, table
+from catp_jax.study.tables import main_table, table
 from tests.study.answerer import Tiny, examples
 
 SETTINGS = [Setting("position", 4), Setting("position", "25%"), Setting("l2", 2)]
@@ -77,28 +81,33 @@ def test_a_report_has_a_table_a_csv_curves_and_pictures(finished, tmp_path):
     out = tmp_path / "deep" / "report"
     written, said = write_report([path], out)
     assert said == []
-    assert [p.name for p in written] == ["report.md", "results.csv", "accuracy.png", "kept.png"]
+    pictures = ["accuracy.png", "cache.png", "positions.png", "kept.png"]
+    tables = ["settings.csv", "figures.csv"]
+    assert [p.name for p in written] == ["report.html", "report.md", *tables, *pictures]
     assert sorted(out.iterdir()) == sorted(written)
-    assert is_drawn(out / "accuracy.png")
-    assert is_drawn(out / "kept.png")
+    assert all(is_drawn(out / picture) for picture in pictures)
 
     text = (out / "report.md").read_text()
-    assert "7 questions about 4 images of tiny (split test), asked as `{question}`" in text
+    assert "7 questions about 4 images of tiny (split test), asked as “{question}”" in text
     for result in results:
         (line,) = [
             line
             for line in text.splitlines()
             if line.startswith(f"| {result.setting.method} | ")
             and f"{result.visual_tokens:g}" in line.split("|")[2]
-            and line.count("|") > 7  # not of the table of differences
+            and line.count("|") > 6  # not of the table of differences
         ]
         assert f"{result.accuracy:.1%} [{100 * result.low:.1f}, {100 * result.high:.1f}]" in line
-        assert f"| {result.kl:.3f} |" in line
+        assert f"| {result.kl:.3f} [" in line
         assert f"| {result.cost.cache_bytes:,} |" in line
-    for picture in ("accuracy.png", "kept.png"):
+    page = (out / "report.html").read_text()
+    for picture in pictures:
         assert f"]({picture})" in text
+        data = base64.b64encode((out / picture).read_bytes()).decode()
+        assert f'src="data:image/png;base64,{data}"' in page
+    assert page.count("<img ") == len(pictures)
 
-    with (out / "results.csv").open(newline="") as file:
+    with (out / "settings.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == [r.accuracy for r in results]
     assert [float(row["prefill_flops"]) for row in rows] == [r.cost.prefill_flops for r in results]
@@ -107,29 +116,29 @@ def test_a_report_has_a_table_a_csv_curves_and_pictures(finished, tmp_path):
     assert json.loads(rows[1]["pruners"])[0]["class"] == "Position"
 
 
-def test_panels_show_the_whole_image_and_what_one_method_kept(finished):
+def test_panels_show_the_whole_image_and_what_each_method_kept(finished):
     study = read_study(finished[0])
-    rows = panels(study)
+    one_budget = [r for r in study.results if r.setting.keep != "25%"]
+    results = [renamed(r, {}, keep=2) if r.setting.keep else r for r in one_budget]
+    rows = panels_of(study.pictures, results)
     assert [[p.caption.split("\n")[0] for p in row] for row in rows] == [
-        [f"question {n}?", "position, keep 4:", "position, keep 25%:"] for n in (0, 2)
+        [f"question {n}?", "position", "l2"] for n in (0, 2)
     ]
-    whole, kept, few = rows[0]
+    whole, first, longest = rows[0]
+    unpruned, position, l2 = (r.answers[0] for r in results)
     assert whole.kept is None
     assert whole.image.shape == (20, 24, 3)
-    assert (kept.kept.sum(), few.kept.sum()) == (4, 2)
-    assert f"all: {study.results[0].answers[0].text}" in whole.caption
+    assert (first.kept.sum(), longest.kept.sum()) == (4, 2)
+    assert whole.caption.endswith(f"\nunpruned: {unpruned.text}")
+    for panel, answer in ((first, position), (longest, l2)):
+        assert panel.caption.endswith(f"\n{answer.text}")
+        assert panel.is_right == (answer.score == 1)
 
 
-def test_catp_is_the_one_that_is_shown(finished):
-    study = read_study(finished[0])
-    results = [renamed(r, {"l2": "catp"}) for r in study.results]
-    rows = panels(dataclasses.replace(study, results=tuple(results)))
-    assert [p.caption.split("\n")[0] for p in rows[0]] == ["question 0?", "catp, keep 2:"]
-
-
-def renamed(result, names):
+def renamed(result, names, keep=None):
     method = names.get(result.setting.method, result.setting.method)
-    return dataclasses.replace(result, setting=Setting(method, result.setting.keep))
+    setting = Setting(method, keep or result.setting.keep)
+    return dataclasses.replace(result, setting=setting)
 
 
 def test_several_files_are_several_models(finished, tmp_path):
@@ -140,15 +149,15 @@ def test_several_files_are_several_models(finished, tmp_path):
     )
     names = [p.name for p in written]
     assert [n for n in names if n.startswith("kept")] == ["kept-1.png", "kept-2.png", "kept-3.png"]
-    text = written[0].read_text()
-    assert [line for line in text.splitlines() if line.startswith("## ")][:3] == [
+    text = written[1].read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")][2:5] == [
         "## mini (tiny)",
         "## other",
         "## mini (again)",
     ]
     one = pixels(tmp_path / "report" / "accuracy.png").shape
     write_report([finished[0]], tmp_path / "single")
-    assert one[1] > 2.5 * pixels(tmp_path / "single" / "accuracy.png").shape[1]
+    assert one[1] > 2 * pixels(tmp_path / "single" / "accuracy.png").shape[1]
 
 
 def test_one_file_twice_is_refused(finished, tmp_path):
@@ -173,7 +182,7 @@ def test_the_layer_figure_is_drawn_where_there_are_single_layers(finished, tmp_p
     layered(path, finished)
     written, _ = write_report([path], tmp_path / "report")
     assert is_drawn(tmp_path / "report" / "layers.png")
-    assert "](layers.png)" in written[0].read_text()
+    assert "](layers.png)" in written[1].read_text()
     study = read_study(path)
     assert [layer_of(r.setting.method) for r in study.results] == [None, 1, 1, 2]
 
@@ -185,23 +194,28 @@ def with_methods(study, names, cross_layers=None):
     return dataclasses.replace(study, header=header, results=results)
 
 
-def test_the_first_and_the_last_layer_are_layers_to_compare(finished):
+def voting(study, out):
+    """The texts and pictures about the layers that vote."""
+    return by_voting_layer([Reported("mini", 1, study)], out)
+
+
+def test_the_first_and_the_last_layer_are_layers_to_compare(finished, tmp_path):
     study = with_methods(
         read_study(finished[0]), {"position": "catp", "l2": "catp:layers=first"}, cross_layers=6
     )
-    assert study.is_layered
     assert [layer for layer, _ in by_layer(study.results, 6)] == [6, 6, 1]
-    assert "](layers.png)" in markdown({"mini": study}, {})
+    (section,) = voting(study, tmp_path)
+    assert is_drawn(section.picture)
 
 
-def test_without_two_layers_the_report_says_which_methods_would_do(finished):
+def test_without_two_layers_the_report_says_which_methods_would_do(finished, tmp_path):
     names = {"position": "catp", "l2": "catp:layers=last"}
     study = with_methods(read_study(finished[0]), names, cross_layers=6)
-    text = markdown({"mini": study}, {})
-    assert "Not drawn" in text
-    assert "--prune catp:layers=first --prune catp:layers=last" in text
-    assert "](layers.png)" not in text
-    assert "Not drawn" not in markdown({"mini": read_study(finished[0])}, {})
+    (section,) = voting(study, tmp_path)
+    assert "Not drawn" in section.texts[0]
+    assert "--prune catp:layers=first --prune catp:layers=last" in section.texts[0]
+    assert section.picture is None
+    assert voting(read_study(finished[0]), tmp_path) == []
 
 
 def test_what_was_left_out_stands_in_the_conditions(finished):
@@ -210,7 +224,7 @@ def test_what_was_left_out_stands_in_the_conditions(finished):
         study.header.conditions, source={"drawn": 9}, left_out={"without an annotation": 2}
     )
     header = dataclasses.replace(study.header, conditions=conditions)
-    text = markdown({"mini": dataclasses.replace(study, header=header)}, {})
+    text = described(header)
     assert "(drawn 9)" in text
     assert "Left out, without an annotation: 2." in text
 
@@ -226,10 +240,10 @@ def test_whatever_differs_from_the_defaults_stands_in_the_conditions(finished):
         loading={"mask_mode": "hf"},
     )
     header = dataclasses.replace(study.header, conditions=conditions)
-    text = markdown({"mini": dataclasses.replace(study, header=header)}, {})
-    assert "asked as `{question}` through the chat template. Drawn at temperature 0.5" in text
+    text = described(header)
+    assert "asked as “{question}” through the chat template. Drawn at temperature 0.5" in text
     assert ', bad_words ["red", "a b"], begun "It is", mask_mode "hf", batches of 3' in text
-    plain = markdown({"mini": study}, {})
+    plain = described(study.header)
     assert "Greedy, 0 to 10 new tokens, batches of 3" in plain
 
 
@@ -257,8 +271,8 @@ def test_an_unfinished_study_shows_what_it_has(finished, tmp_path):
     written, said = write_report([path], tmp_path / "report")
     assert any("cut off" in line for line in said)
     assert "mini: not finished: position, keep 25%: 7 of 7 questions" in said
-    assert "Not finished: position, keep 25%" in written[0].read_text()
-    with (tmp_path / "report" / "results.csv").open() as file:
+    assert "Not finished: position, keep 25%" in written[1].read_text()
+    with (tmp_path / "report" / "settings.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2
 
 
@@ -287,9 +301,8 @@ def test_the_terminal_shows_the_same_cells(finished):
     console.print(table(results, "mini", width=200))
     text = console.export_text()
     assert "mini: 7 questions about 4 images" in text
-    for line in markdown_table(results)[2:]:
-        for cell in line.strip("| ").split(" | "):
-            assert cell in text
+    for line in main_table(results, []).lines:
+        assert all(cell in text for cell in line)
 
 
 def test_a_narrow_terminal_gets_the_main_columns_whole(finished):
@@ -309,14 +322,14 @@ def test_a_narrow_terminal_gets_the_main_columns_whole(finished):
 
 def test_columns_without_a_figure_are_left_out(finished):
     untimed = list(sweep(Tiny(), examples(3), SETTINGS))
-    titles = markdown_table(untimed)[0]
-    assert "MFLOPs" in titles
-    assert "ms" not in titles
+    titles = main_table(untimed, []).head
+    assert "prefill, MFLOPs" in titles
+    assert not any("ms" in title or "moved" in title for title in titles)
 
 
 def test_curves_need_no_unpruned_row(finished, tmp_path):
     pruned = [r for r in finished[1] if r is not unpruned_of(finished[1])]
-    draw_accuracy({"a": pruned}, tmp_path / "a.png")
+    draw_curves([kept_panel(pruned, estimates(pruned), "a")], tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
 
 
@@ -326,3 +339,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, monk
     Path("notes").touch()
     with pytest.raises(ValueError, match=f"{place} cannot be written"):
         make_folder(Path(place))
+
+
+def test_smaller_images_go_by_how_they_were_made_smaller(finished):
+    smaller = dataclasses.replace(finished[1][0], setting=Setting("image_scale", "0.5"))
+    share = finished[1][2]  # of a percentage
+    lines = main_table([smaller, share], []).lines
+    assert [line[:2] for line in lines] == [("image_scale 0.5", "8"), ("position", "2 (25%)")]

@@ -13,6 +13,8 @@ from catp_jax.study.batches import Answerer
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import UNPRUNED, Answers, Conditions, Picture, Setting, SettingCost
 from catp_jax.study.sweep import sweep
+from catp_jax.study.tables import main_table
+from catp_jax.targets import is_available
 from tests.study.answerer import (
     POSITIONS,
     TOKENS,
@@ -160,6 +162,24 @@ def test_times_can_be_asked_for_later(tmp_path):
     assert all(result.cost.token_ms > 0 for result in later[2:])
     costs = Journal(tmp_path / "x.jsonl").all(SettingCost)
     assert [one.cost.prefill_ms is not None for one in costs] == [False, False, True, True, True]
+
+
+@pytest.mark.skipif(not is_available(), reason="JAX's compiler for GPUs is not installed")
+def test_what_a_gpu_would_move_can_be_asked_for_later(tmp_path):
+    path = tmp_path / "x.jsonl"
+    timed = run(path, settings=SETTINGS[:1], is_timed=True)
+    assert all(result.cost.gpu is None for result in timed)
+    later = run(path, settings=SETTINGS[:2], gpu="h100")
+    whole, *pruned = (result.cost for result in later)
+    assert whole.prefill_ms == timed[0].cost.prefill_ms  # what was known stays
+    for cost in pruned:
+        assert cost.gpu.name == "h100"
+        assert cost.gpu.prefill_bytes > 0
+        # a step reads a cache with fewer tokens
+        assert 0 < cost.gpu.token_bytes < whole.gpu.token_bytes
+    assert len(Journal(path).all(SettingCost)) == 2 + 3
+    table = main_table(later, [])
+    assert "token moved, H100" in table.head
 
 
 def test_images_are_encoded_once_a_batch_whatever_the_settings():
