@@ -67,7 +67,7 @@ def test_a_text_is_cut_at_the_first_string(text: str, strings: tuple[str, ...], 
         ({"batch_size": 0}, "batch_size is a number of at least 1, got 0"),
         ({"prune": "l3", "keep": 8}, "l3"),
         ({"prune": "l2"}, "got 1 methods and 0 budgets"),
-        ({"prune": "l2", "keep": 0.5}, "got 0.5"),
+        ({"prune": "l2", "keep": 0.5}, "got '0.5'"),
     ],
 )
 def test_settings_that_are_none_are_refused_before_anything_is_loaded(settings: Any, says: str):
