@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.study.tasks import Example
 
 LIMIT = 256  # questions
+SEEDS = 3  # of keeping at random
 
 
 def demo(
@@ -32,14 +33,15 @@ def demo(
     limit: opts.Limit = LIMIT,
     ignore_config: opts.IgnoreConfig = None,
 ) -> None:
-    """Answer easy-VQA questions unpruned and pruned: tables, curves and pictures."""
+    """Answer questions about drawn scenes unpruned and pruned: tables, curves and pictures."""
     from catp_jax import api
     from catp_jax.readers.hub import name_of
     from catp_jax.study.finished import study_of
     from catp_jax.study.journal import Journal
     from catp_jax.study.records import Conditions
     from catp_jax.study.report import draw_report, make_folder
-    from catp_jax.study.tasks import easy_vqa_task, spread
+    from catp_jax.study.tasks import spread
+    from catp_jax.training.scene_questions import FAMILIES, scenes_task
 
     make_folder(out)
     folders = model or minis()
@@ -51,7 +53,7 @@ def demo(
         name: api.load(folder, ignore_config=ignore_config or (), generation_config=False)
         for name, folder in zip(names, folders, strict=True)
     }
-    task = easy_vqa_task()
+    task = scenes_task(scenes=-(-(limit or LIMIT) // len(FAMILIES)))
     examples = spread(task.examples, limit)
     conditions = Conditions(task=task.name, source=task.source, prompt=task.prompt)
     studies = {}
@@ -66,7 +68,7 @@ def demo(
 def minis() -> list[Path]:
     """The folders of the mini checkpoints that the demo shows, which come with this package."""
     assets = Path(str(importlib.resources.files("catp_jax"))) / "assets"
-    return [assets / "mini-llama-vision", assets / "mini-blip2-opt"]
+    return [assets / "scenes-llama-vision", assets / "scenes-blip2-opt"]
 
 
 def settings_for(model: "Model") -> "list[Setting]":
@@ -75,10 +77,11 @@ def settings_for(model: "Model") -> "list[Setting]":
     from catp_jax.study.records import Setting
 
     if Site.ENTRY in model.sites:
-        methods, budgets = ("catp", "l2", "self_attention", "random"), (16, 8, 4)
+        methods, budgets = ("catp", "l2", "self_attention"), (16, 8, 4)
     else:
-        methods, budgets = ("trimmed_llama", "fastv", "random"), (130, 64, 16)
-    return [Setting(method, keep) for method in methods for keep in budgets]
+        methods, budgets = ("trimmed_llama", "fastv"), (64, 16, 8)
+    draws = (f"random:seed={10_000 * seed}" for seed in range(SEEDS))
+    return [Setting(method, keep) for method in (*methods, *draws, "oracle") for keep in budgets]
 
 
 def pick(examples: "tuple[Example, ...]") -> list[int]:

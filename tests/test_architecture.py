@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
             "terminal targets pruning sharding readers study training convert families api "
             "cli_options cli_sweep"
         ),
-        "cli_demo": "contract terminal readers study model api cli_options cli_sweep",
+        "cli_demo": "contract terminal readers study training model api cli_options cli_sweep",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",
         "cli": (
             "terminal sharding readers convert matching catp_jax cli_options cli_generate "

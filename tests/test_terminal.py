@@ -16,6 +16,7 @@ from catp_jax.study.records import Setting
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tables import table as study_table
 from catp_jax.terminal import as_text, one_line, printable
+from catp_jax.training import scene_questions
 from convert.report import Report
 from convert.report import table as report_table
 from tests.study.answerer import Tiny, examples
@@ -88,7 +89,7 @@ def test_a_name_is_shown_as_it_is_and_not_obeyed(name, table):
 def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(api, "load", lambda *given, **options: Tiny())
     task = dataclasses.replace(tasks.easy_vqa_task(), examples=tuple(examples(4)))
-    monkeypatch.setattr(tasks, "easy_vqa_task", lambda: task)
+    monkeypatch.setattr(scene_questions, "scenes_task", lambda scenes: task)
     monkeypatch.setattr(cli_demo, "settings_for", lambda model: [Setting("l2", 2)])
     cli_demo.demo(tmp_path / name.replace("/", ""), [Path(name)], 4, None)
     out, err = capsys.readouterr()
