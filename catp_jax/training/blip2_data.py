@@ -5,7 +5,7 @@ uninterrupted one would have seen.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ from catp_jax.training.photos import (
     put_together,
     read_image,
 )
+from catp_jax.training.turns import Turn, line
 
 PAPERS_PROMPT = "Question: {} Short answer:"
 PAPERS_WORDING = 0.25  # share of training questions in the wording of the BLIP-2 paper
@@ -81,15 +82,21 @@ class Text:
     start: int | None
 
     def answer(self, answer: str) -> list[int]:
-        """The answer as a word after the question, and the end."""
-        tokens = self.encode_word(answer if self.start is not None else f" {answer}")
-        if len(tokens) != ANSWER_LENGTH - 1:
-            raise ValueError(f"an answer is one token, but {answer!r} has {len(tokens)}")
-        return [*tokens, self.end]
+        """The answer as a word after the question."""
+        tokens = self.words(answer)
+        if len(tokens) != len(answer.split()):
+            raise ValueError(f"a word is one token, but {answer!r} has {len(tokens)}")
+        return tokens
 
-    def rows(self, asked: list[Pairs], each: int, length: int = TEXT_LENGTH) -> list[np.ndarray]:
+    def words(self, text: str) -> list[int]:
+        """Words after others."""
+        return self.encode_word(text if self.start is not None else f" {text}")
+
+    def rows(
+        self, asked: list[list[Sequence[Turn]]], each: int, length: int = TEXT_LENGTH
+    ) -> list[np.ndarray]:
         """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …];
-        images with fewer questions have empty rows.
+        images with fewer rows have empty ones. A decoder says the answer of the first turn alone.
         """
         shape = (len(asked), each)
         tokens = np.full((*shape, length), self.padding, np.int32)
@@ -98,25 +105,32 @@ class Text:
         targets = np.full((*shape, said), -1, np.int32)
         decoder = np.full((*shape, ANSWER_LENGTH), self.padding, np.int32)
         for image, questions in enumerate(asked):
-            for row, (question, answer) in enumerate(questions):
-                prompt, reply = self.encode(question), self.answer(answer)
-                line = prompt if self.start is not None else prompt + reply
-                if len(line) > length:
-                    raise ValueError(f"{question!r} takes {len(line)} tokens of {length}")
-                tokens[image, row, : len(line)] = line
-                valid[image, row, : len(line)] = True
+            for row, turns in enumerate(questions):
                 if self.start is None:
-                    targets[image, row, len(prompt) - 1 : len(line) - 1] = reply
+                    said, follows = line(
+                        turns, self.encode, self.words, self.answer, self.end, length
+                    )
+                    targets[image, row, : len(said)] = follows
                 else:
-                    targets[image, row], decoder[image, row] = reply, [self.start, *reply[:-1]]
+                    (question, answer), *_ = turns
+                    said, reply = self.encode(question), [*self.answer(answer), self.end]
+                    if len(said) > length:
+                        raise ValueError(f"{question!r} takes {len(said)} tokens of {length}")
+                    if len(reply) > ANSWER_LENGTH:
+                        raise ValueError(f"a decoder says one word, got {answer!r}")
+                    targets[image, row, : len(reply)] = reply
+                    decoder[image, row, : len(reply)] = [self.start, *reply[:-1]]
+                tokens[image, row, : len(said)] = said
+                valid[image, row, : len(said)] = True
         return [tokens, valid, targets, decoder]
 
     def batch(
         self, pixels: Float[np.ndarray, "i c height width"], asked: list[Pairs], each: int
     ) -> AskBatch:
         """One batch, `each` questions an image; images with fewer have empty rows."""
+        turns: list[list[Sequence[Turn]]] = [[(pair,) for pair in pairs] for pairs in asked]
         tokens, valid, targets, decoder = (
-            jnp.asarray(array.reshape(-1, array.shape[-1])) for array in self.rows(asked, each)
+            jnp.asarray(array.reshape(-1, array.shape[-1])) for array in self.rows(turns, each)
         )
         inputs = Blip2Inputs(
             pixels=jnp.asarray(pixels),

@@ -7,7 +7,7 @@ uninterrupted one would have seen.
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from catp_jax.training.photos import (
     read_image,
 )
 from catp_jax.training.tokenizer import EOT, PAD
+from catp_jax.training.turns import Turn, line
 
 UNUSUAL_LAYOUT = 0.15  # share of training images that are not 2×2 tiles
 TEXT_LENGTH = 18  # the longest question, its answer and the marks around them, in tokens
@@ -173,30 +174,30 @@ class Text:
         return list(_encoded(self.encode, f"<|image|><|begin_of_text|>{question}"))
 
     def answer(self, answer: str) -> list[int]:
-        """The answer as a word after the question, and the end of the turn. A digit has no space in
-        front: the tokenizer would make two tokens of it.
+        """The answer as a word after the question. A digit has no space in front: the tokenizer
+        would make two tokens of it.
         """
-        before = "" if answer.isdecimal() else " "
-        return [*_encoded(self.encode, f"{before}{answer}"), self.end]
+        return self.words(answer) if not answer.isdecimal() else list(_encoded(self.encode, answer))
+
+    def words(self, text: str) -> list[int]:
+        """Words after others."""
+        return list(_encoded(self.encode, f" {text}"))
 
     def rows(
-        self, asked: list[list[tuple[str, str]]], each: int, length: int = TEXT_LENGTH
+        self, asked: list[list[Sequence[Turn]]], each: int, length: int = TEXT_LENGTH
     ) -> tuple[Int[np.ndarray, "i q s"], Bool[np.ndarray, "i q s"], Int[np.ndarray, "i q s"]]:
-        """Tokens, which of them are any, and targets, `each` questions an image; images with fewer
-        have empty rows.
+        """Tokens, which of them are any, and targets, `each` rows an image; images with fewer have
+        empty ones.
         """
         shape = (len(asked), each, length)
         tokens, targets = np.full(shape, self.padding, np.int32), np.full(shape, -1, np.int32)
         valid = np.zeros(shape, bool)
         for image, questions in enumerate(asked):
-            for row, (question, answer) in enumerate(questions):
-                prompt, reply = self.prompt(question), self.answer(answer)
-                line = prompt + reply
-                if len(line) > length:
-                    raise ValueError(f"{question!r} takes {len(line)} tokens of {length}")
-                tokens[image, row, : len(line)] = line
-                valid[image, row, : len(line)] = True
-                targets[image, row, len(prompt) - 1 : len(line) - 1] = reply
+            for row, turns in enumerate(questions):
+                said, follows = line(turns, self.prompt, self.words, self.answer, self.end, length)
+                tokens[image, row, : len(said)] = said
+                valid[image, row, : len(said)] = True
+                targets[image, row, : len(said)] = follows
         return tokens, valid, targets
 
     def batch(
@@ -208,7 +209,8 @@ class Text:
         config: TiledVitConfig,
     ) -> QuestionBatch:
         """One batch, `each` questions an image; images with fewer have empty rows."""
-        tokens, valid, targets = self.rows(asked, each)
+        turns: list[list[Sequence[Turn]]] = [[(pair,) for pair in pairs] for pairs in asked]
+        tokens, valid, targets = self.rows(turns, each)
         mask = tile_mask(config, ids)
         tiles = np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
         images = Images(

@@ -10,15 +10,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Int
 
 from catp_jax.struct import pytree
+from catp_jax.training.scene_lists import LISTS, listed
 from catp_jax.training.scene_questions import TAUGHT, Asked, drawn
 from catp_jax.training.scenes import Dice, Scene
+from catp_jax.training.turns import Turn
 
 EASY = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)  # how often each family is asked at first …
 HARD = (1.0, 2.0, 2.5, 3.0, 1.0, 0.5)  # … and at last
 SCENES, EACH = 16, 8  # scenes in a step, and questions about each
 
-Pairs = list[tuple[str, str]]
-"""Questions and their answers."""
+LISTED = (0.6, 0.2)  # the share of the rows that are lists, at first and at last
+
+Asking = list[list[Sequence[Turn]]]
+"""The rows of text about each of some scenes."""
 
 
 @pytree
@@ -48,10 +52,10 @@ class Bank:
         self,
         scenes: Sequence[Scene],
         encode: Callable[[Sequence[Scene]], Array],
-        rows: Callable[[list[Pairs], int], Rows],
+        rows: Callable[[Asking, int], Rows],
     ) -> None:
-        """`encode` gives the features of some scenes, `rows` turns their questions, so many about
-        each, into tokens.
+        """`encode` gives the features of some scenes, `rows` makes tokens of text, so many rows for
+        each.
         """
         made = [
             np.asarray(encode(scenes[start : start + SCENES]), np.float16)
@@ -60,26 +64,31 @@ class Bank:
         self.scenes, self.rows = scenes, rows
         self.features: Float16[np.ndarray, "scenes n d"] = np.concatenate(made)
 
-    def batch(self, numbers: Any, asked: list[list[Asked]]) -> SceneBatch:
-        """These questions about the scenes of these numbers."""
-        pairs = [[(one.question, one.answer) for one in some] for some in asked]
+    def batch(self, numbers: Any, asked: Asking) -> SceneBatch:
+        """These rows about the scenes of these numbers."""
         return SceneBatch(
             features=jnp.asarray(self.features[numbers].astype(np.float32)),
-            rows=self.rows(pairs, max(map(len, asked))),
+            rows=self.rows(asked, max(map(len, asked))),
         )
 
     def draw(self, step: int, steps: int, seed: int) -> SceneBatch:
-        """Batch number `step` of `steps`: easy families fade out."""
+        """Batch number `step` of `steps`: easy families fade out, and so do lists."""
         rng = np.random.default_rng((seed, step))
         share = step / steps
         weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
+        of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
         numbers = rng.integers(len(self.scenes), size=SCENES)
-        asked = []
+        asked: Asking = []
         for number in numbers.tolist():
-            dice, some = Dice(seed, step, number), []
+            dice, scene = Dice(seed, step, number), self.scenes[number]
+            some: list[Sequence[Turn]] = []
             while len(some) < EACH:
-                family = rng.choice(list(TAUGHT), p=weights / weights.sum())
-                some += drawn(dice, self.scenes[number], [family])
+                if rng.random() < of_lists:
+                    turns = listed(dice, scene, rng.choice(list(LISTS)))
+                    some += [turns] if turns else []
+                else:
+                    family = rng.choice(list(TAUGHT), p=weights / weights.sum())
+                    some += [[(one.question, one.answer)] for one in drawn(dice, scene, [family])]
             asked.append(some)
         return self.batch(numbers, asked)
 
@@ -94,7 +103,8 @@ def evaluate(
     for start in range(0, len(asked), SCENES):
         some = asked[start : start + SCENES]
         numbers = slice(start, start + len(some))
-        is_right = np.asarray(jax.device_get(answered(bank.batch(numbers, some))))
+        turns: Asking = [[[(one.question, one.answer)] for one in each] for each in some]
+        is_right = np.asarray(jax.device_get(answered(bank.batch(numbers, turns))))
         for image, questions in enumerate(some):
             for row, one in enumerate(questions):
                 right[one.family].append(is_right[image, row])
@@ -107,3 +117,6 @@ def texts_about(scenes: Sequence[Scene]) -> Iterator[str]:
     for scene in scenes:
         for make in TAUGHT.values():
             yield from (f"{one.question} {one.answer}" for one in make(scene))
+        for kind in LISTS:
+            turns = listed(Dice(scene.number), scene, kind)
+            yield " ".join(f"{words} {answer}" for words, answer in turns)

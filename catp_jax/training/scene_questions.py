@@ -96,7 +96,7 @@ def _counted(question: str, kind: str, found: list[Thing]) -> Iterator[Asked]:
         yield Asked(question, COUNTS[len(found) - 1], "count", kind, tuple(found))
 
 
-def _named(scene: Scene) -> list[Thing]:
+def named(scene: Scene) -> list[Thing]:
     """The shapes that colour and name tell from all others."""
     looks = Counter((thing.colour, thing.name) for thing in scene.things)
     return [t for t in scene.things if looks[t.colour, t.name] == 1 and not t.is_digit]
@@ -104,9 +104,9 @@ def _named(scene: Scene) -> list[Thing]:
 
 def relation(scene: Scene) -> Iterator[Asked]:
     """Where one object is, seen from another, and what is nearest to it."""
-    named = _named(scene)
-    for thing in named:
-        for other in named:
+    told_apart = named(scene)
+    for thing in told_apart:
+        for other in told_apart:
             where = f"the {thing.colour} {thing.name}", f"the {other.colour} {other.name}"
             for words, away in (
                 (("left of", "right of"), other.column - thing.column),
@@ -140,7 +140,7 @@ def reading(scene: Scene) -> Iterator[Asked]:
 
 def place(scene: Scene) -> Iterator[Asked]:
     """In which row or column of cells an object is."""
-    for thing in _named(scene):
+    for thing in named(scene):
         for line, number in (("row", thing.row), ("column", thing.column)):
             if number < len(COUNTS):
                 question = f"which {line} is the {thing.colour} {thing.name} in?"

@@ -41,7 +41,7 @@ from catp_jax.training.blip2_start import QUERIES, initialise, mini_config, say_
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text, write
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_bank import Bank, Pairs, Rows, SceneBatch, evaluate, texts_about
+from catp_jax.training.scene_bank import Asking, Bank, Rows, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import LABELS, SEEN
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
@@ -222,10 +222,10 @@ def read(
     return qformer(queries, queries.shape[1], features)[0]
 
 
-def rows_of(text: Text) -> Callable[[list[Pairs], int], Rows]:
+def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
     """How questions become tokens."""
 
-    def rows(asked: list[Pairs], each: int) -> Rows:
+    def rows(asked: Asking, each: int) -> Rows:
         tokens, valid, targets, decoder = map(jnp.asarray, text.rows(asked, each, TEXT_LENGTH))
         return Rows(
             tokens=tokens,

@@ -39,7 +39,7 @@ from catp_jax.training.llama_answers import answer_logits, say_what_is_seen, wri
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.mini_llama_vision import initialise, mini_config
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_bank import Bank, Pairs, Rows, SceneBatch, evaluate, texts_about
+from catp_jax.training.scene_bank import Asking, Bank, Rows, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import SEEN, cut
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
@@ -129,10 +129,10 @@ def tokens_of(grid: np.ndarray) -> np.ndarray:
     return np.pad(tiles.reshape(len(tiles), -1), ((0, 0), (1, 0)))
 
 
-def rows_of(text: Text) -> Callable[[list[Pairs], int], Rows]:
+def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
     """How questions become tokens."""
 
-    def rows(asked: list[Pairs], each: int) -> Rows:
+    def rows(asked: Asking, each: int) -> Rows:
         tokens, valid, targets = text.rows(asked, each, TEXT_LENGTH)
         return Rows(
             tokens=jnp.asarray(tokens),
