@@ -246,21 +246,22 @@ class Model:
         """How likely the model finds given answers: `answered` are the same questions as
         `questions`, both from `read`, but that they have `begun` with the answer.
 
-        An answer's tokens are those that reading it adds to the question's. Raises ValueError if it
-        adds none.
+        An answer's tokens are those of the whole text behind as many as the question has by itself;
+        where a word runs across the border, what is before them is the whole text's too. An answer
+        without a token is certain.
         """
-        packed = self.pack(questions)
+        pairs = zip(questions, answered, strict=True)
+        packed = self.pack(
+            [
+                dataclasses.replace(question, tokens=whole.tokens[: len(question.tokens)])
+                for question, whole in pairs
+            ]
+        )
         before = self.reader.before_answers(packed)
         whole = self.reader.before_answers(self.reader.pack(answered))
         given = [tokens[len(start) :] for start, tokens in zip(before, whole, strict=True)]
-        if not all(given):
-            raise ValueError(
-                f"an answer has at least one token, but that to prompt {given.index([])} adds none"
-            )
-        longest = max(map(len, given))
-        new = round_up(longest, TOKEN_COUNTS)
+        new = round_up(max(1, *map(len, given)), TOKEN_COUNTS)
         chosen = self._pruners(packed, tuple(pruners), named(prune, keep))
-        self._check_length(packed.longest, longest)
         decoding = Forcing(
             given=jnp.asarray([[*tokens, *[0] * (new - len(tokens))] for tokens in given]),
             lengths=jnp.asarray([len(tokens) for tokens in given]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from catp_jax.answers import NonFinite
 from tests.evaluation import stand_ins
 from tests.evaluation.stand_ins import HAS_LMMS_EVAL, module
 from tests.shallow import ASSETS, shallow
@@ -86,8 +87,59 @@ def test_losses_are_of_the_answers_and_the_likeliest_has_the_least(lm: Any):
         doc, (token,) = number // 3, tokens[number % 3]
         assert loss == pytest.approx(-logprobs[doc, token], abs=1e-4)
         assert is_greedy == (token == logits[doc].argmax())
-    (called,) = lm.loglikelihood([request(1, lambda doc: " no", kind="loglikelihood")])
-    assert called[0] == pytest.approx(found[4][0], abs=1e-5)
+
+
+def test_a_perplexity_is_of_log_probabilities(lm: Any):
+    """Answers that are functions of documents are those of tasks of the kind `loglikelihood`."""
+    text = " no red"
+    asked = [request(1, answer, kind="loglikelihood") for answer in (text, lambda doc: text)]
+    (loss, one), (total, other) = lm.loglikelihood(asked)
+    assert total == pytest.approx(-2 * loss, abs=1e-5)
+    assert total < 0
+    assert one == other
+
+
+def test_the_choices_of_a_document_share_its_images(lm: Any):
+    brought = []
+
+    def bring(doc: Any) -> Any:
+        brought.append(doc["question"])
+        return images_of(doc)
+
+    asked = [
+        request(doc, text, bring, kind="loglikelihood") for doc in (3, 4) for text in (" a", " b")
+    ]
+    lm.loglikelihood(asked)
+    assert brought == [DOCS[3]["question"], DOCS[4]["question"]]
+
+
+def test_an_answer_that_cannot_be_scored_costs_no_other(lm: Any, monkeypatch: pytest.MonkeyPatch):
+    asked = [request(doc, text, kind="loglikelihood") for doc in (0, 1) for text in (" no", " red")]
+    expected = lm.loglikelihood(asked)
+    empty = [asked[0], request(0, "", kind="loglikelihood"), *asked[2:]]
+    with pytest.warns(UserWarning, match="request 1 got no answer: .* no token of its own"):
+        found = lm.loglikelihood(empty)
+    assert found[1] == (math.inf, False)
+    for number in (0, 2, 3):
+        assert found[number] == pytest.approx(expected[number], abs=1e-5)
+
+    # the first of a batch, with which short ones are filled up
+    model, plain = lm.evaluated.model, lm.evaluated.model.likelihoods
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def likelihoods(self, questions: Any, answered: Any, **options: Any) -> Any:
+            if bad := [place for place, one in enumerate(answered) if one.begun == " no"]:
+                raise NonFinite(bad)
+            return plain(questions, answered, **options)
+
+    monkeypatch.setattr(lm.evaluated, "model", Broken())
+    with pytest.warns(UserWarning, match="got no answer: the model's logits are not finite"):
+        found = lm.loglikelihood([*asked[:2], asked[2]])
+    assert found[0] == found[2] == (math.inf, False)
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
 
 
 def test_what_the_model_cannot_answer_says_why_and_costs_no_other():
