@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -246,17 +247,11 @@ class Model:
         """How likely the model finds given answers: `answered` are the same questions as
         `questions`, both from `read`, but that they have `begun` with the answer.
 
-        An answer's tokens are those of the whole text behind as many as the question has by itself;
-        where a word runs across the border, what is before them is the whole text's too. An answer
-        without a token is certain.
+        An answer's tokens are those of the whole text from where it parts from the question: if a
+        word runs across the border, that word is among them. An empty answer is certain.
         """
         pairs = zip(questions, answered, strict=True)
-        packed = self.pack(
-            [
-                dataclasses.replace(question, tokens=whole.tokens[: len(question.tokens)])
-                for question, whole in pairs
-            ]
-        )
+        packed = self.pack([_shared(question, whole) for question, whole in pairs])
         before = self.reader.before_answers(packed)
         whole = self.reader.before_answers(self.reader.pack(answered))
         given = [tokens[len(start) :] for start, tokens in zip(before, whole, strict=True)]
@@ -469,3 +464,10 @@ def _as_list(images: Any) -> list[ImageLike]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _shared(question: Question[Any], whole: Question[Any]) -> Question[Any]:
+    """The question up to where the whole text's tokens part from its own."""
+    pairs = zip(question.tokens, whole.tokens, strict=False)
+    shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return dataclasses.replace(question, tokens=shared)

@@ -1,5 +1,6 @@
 """How likely a given answer is, against transformers' logits of the whole text."""
 
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ def theirs(both: Both, prompt: str, answer: str) -> tuple[list[int], torch.Tenso
             inputs = both._read(prompt) | {"decoder_input_ids": torch.tensor([[0, *tokens[:-1]]])}
             logits = both.theirs(**inputs).logits[0]
         else:
-            inputs, before = read(both, prompt + answer), read(both, prompt)["input_ids"].shape[1]
-            tokens = inputs["input_ids"][0, before:].tolist()
+            inputs = read(both, prompt + answer)
+            whole = inputs["input_ids"][0].tolist()
+            pairs = zip(whole, read(both, prompt)["input_ids"][0].tolist(), strict=False)
+            tokens = whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
             logits = both.theirs(**inputs).logits[0, -len(tokens) - 1 : -1]
     return tokens, logits.log_softmax(-1)
 
@@ -66,9 +69,9 @@ def test_log_probabilities_are_transformers(both: Both):
     check(both, PROMPTS, ANSWERS)
 
 
-def test_a_word_across_the_border_is_that_of_the_whole_text(both: Both):
+def test_a_word_across_the_border_belongs_to_the_answer(both: Both):
     whole = ["what is the circle", "is it blue", "is it a square"]
-    for cut in range(1, 5):
+    for cut in (1, 3):
         check(both, [text[:-cut] for text in whole], [text[-cut:] for text in whole])
 
 
@@ -97,7 +100,7 @@ def test_an_answer_does_not_depend_on_its_neighbours():
     np.testing.assert_allclose(short[0].logprobs, long[0].logprobs, atol=1e-5)
 
 
-def test_an_answer_without_tokens_is_certain():
+def test_an_empty_answer_is_certain():
     model = catp_jax.load(shallow("mini-blip2-opt"))
     one, none, _ = asked(model, [" a", "", " b"])
     assert one.total < 0

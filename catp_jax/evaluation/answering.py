@@ -154,7 +154,7 @@ class Evaluated:
         found = dict(zip(pairs, some, strict=False))
         for number, likelihood in found.items():
             if not likelihood.tokens:
-                _no_answer(number, "behind its prompt this answer has no token of its own")
+                _no_answer(number, "the answer is empty")
         return {number: likelihood for number, likelihood in found.items() if likelihood.tokens}
 
     def _pair(self, one: Asked, text: str, cache: ImageCache) -> tuple[Any, Any]:

@@ -44,6 +44,8 @@ class CatpJax(BaseModel):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if "batch_size" in settings:  # a batch is filled up with copies
+            raise ValueError("VLMEvalKit asks one question at a time; leave out batch_size")
         self.evaluated = Evaluated(pretrained, is_chat=chat, **settings)
         self.options = {"max_new_tokens": NEW_TOKENS, **(options or {})}
 

@@ -84,3 +84,8 @@ def test_the_command_is_their_script_with_our_class_among_the_models(
     )
     adapter.main()
     assert (tmp_path / "said").read_text() == "CatpJax"
+
+
+def test_a_batch_size_is_refused():
+    with pytest.raises(ValueError, match="one question at a time; leave out batch_size"):
+        CatpJax(pretrained="nowhere", batch_size=8)
