@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore
 from lmms_eval.api.model import lmms  # pyright: ignore
 from tqdm import tqdm
 
@@ -59,8 +60,10 @@ class CatpJax(lmms):
             self.cache_hook.add_partial("generate_until", (one.prompt, dict(one.options)), text)
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """A number for how likely each answer is, and whether it is the greedy one.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """A number for how likely each answer is, and whether it is the greedy one, as the `text`
+        of a result: of a bare pair 0.7.3 makes a string (`unwrap_generation_output`), which none of
+        its metrics can read.
 
         lmms-eval reads that number in two ways (`ConfigurableTask.process_results`):
 
@@ -80,7 +83,8 @@ class CatpJax(lmms):
             asked.append((Asked(context, lambda source=source: self._images(*source)), text))
         with tqdm(total=len(asked), desc="scoring", disable=self.rank != 0) as bar:
             found = self.evaluated.likelihoods(asked, bar.update)
-        return [_as_read(*each) for each in zip(found, is_choice, strict=True)]
+        pairs = zip(found, is_choice, strict=True)
+        return [GenerationResult(text=_as_read(*each)) for each in pairs]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError: no task of several rounds."""
