@@ -63,7 +63,7 @@ class CatpJax(lmms):
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """A number for how likely each answer is, and whether it is the greedy one, as the `text`
         of a result: of a bare pair 0.7.3 makes a string (`unwrap_generation_output`), which none of
-        its metrics can read.
+        its metrics can read. Its response cache can hold neither.
 
         lmms-eval reads that number in two ways (`ConfigurableTask.process_results`):
 
