@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -246,21 +247,16 @@ class Model:
         """How likely the model finds given answers: `answered` are the same questions as
         `questions`, both from `read`, but that they have `begun` with the answer.
 
-        An answer's tokens are those that reading it adds to the question's. Raises ValueError if it
-        adds none.
+        An answer's tokens are those of the whole text from where it parts from the question: if a
+        word runs across the border, that word is among them. An empty answer is certain.
         """
-        packed = self.pack(questions)
+        pairs = zip(questions, answered, strict=True)
+        packed = self.pack([_shared(question, whole) for question, whole in pairs])
         before = self.reader.before_answers(packed)
         whole = self.reader.before_answers(self.reader.pack(answered))
         given = [tokens[len(start) :] for start, tokens in zip(before, whole, strict=True)]
-        if not all(given):
-            raise ValueError(
-                f"an answer has at least one token, but that to prompt {given.index([])} adds none"
-            )
-        longest = max(map(len, given))
-        new = round_up(longest, TOKEN_COUNTS)
+        new = round_up(max(1, *map(len, given)), TOKEN_COUNTS)
         chosen = self._pruners(packed, tuple(pruners), named(prune, keep))
-        self._check_length(packed.longest, longest)
         decoding = Forcing(
             given=jnp.asarray([[*tokens, *[0] * (new - len(tokens))] for tokens in given]),
             lengths=jnp.asarray([len(tokens) for tokens in given]),
@@ -468,3 +464,10 @@ def _as_list(images: Any) -> list[ImageLike]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _shared(question: Question[Any], whole: Question[Any]) -> Question[Any]:
+    """The question up to where the whole text's tokens part from its own."""
+    pairs = zip(question.tokens, whole.tokens, strict=False)
+    shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return dataclasses.replace(question, tokens=shared)

@@ -1,5 +1,5 @@
-"""A model as evaluation harnesses ask it: settings and options said as they say them, any mixture
-of requests, and answers in their order.
+"""A model for evaluation harnesses: it takes settings and options as they write them, and answers
+any mixture of requests in their order.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from catp_jax import api
-from catp_jax.answers import Likelihood
+from catp_jax.answers import Likelihood, NonFinite
 from catp_jax.batch import Answer, Request, answer, as_chat
 from catp_jax.generation.options import Options
 from catp_jax.pruning import make
@@ -130,20 +130,37 @@ class Evaluated:
             for number, (one, text) in enumerate(asked[start : start + self.batch_size], start):
                 try:
                     pairs[number] = self._pair(one, text, cache)
-                except ValueError as error:
-                    _no_answer(number, str(error))
-            if pairs:
-                rows = [*pairs.values()]
-                rows += rows[:1] * (self.batch_size - len(rows))  # so that all have one shape
-                questions, answered = zip(*rows, strict=True)
-                some = self.model.likelihoods(questions, answered, prune=self.prune, keep=self.keep)
-                for number, likelihood in zip(pairs, some, strict=False):
-                    found[number] = likelihood
+                except Exception as error:  # as in `answer`: the others get theirs
+                    _no_answer(number, str(error) if isinstance(error, ValueError) else repr(error))
+            for number, likelihood in self._batch(pairs).items():
+                found[number] = likelihood
             progress(min(self.batch_size, len(asked) - start))
         return found
 
+    def _batch(self, pairs: Mapping[int, tuple[Any, Any]]) -> dict[int, Likelihood]:
+        """The likelihoods in one batch at most, without those that cannot be said."""
+        if not pairs:
+            return {}
+        rows = [*pairs.values()]
+        rows += rows[:1] * (self.batch_size - len(rows))  # so that all have one shape
+        questions, answered = zip(*rows, strict=True)
+        try:
+            some = self.model.likelihoods(questions, answered, prune=self.prune, keep=self.keep)
+        except NonFinite as error:
+            bad = {number for place, number in enumerate(pairs) if place in error.numbers}
+            for number in bad:
+                _no_answer(number, str(NonFinite()))
+            return self._batch({number: pairs[number] for number in pairs if number not in bad})
+        found = dict(zip(pairs, some, strict=False))
+        for number, likelihood in found.items():
+            if not likelihood.tokens:
+                _no_answer(number, "the answer is empty")
+        return {number: likelihood for number, likelihood in found.items() if likelihood.tokens}
+
     def _pair(self, one: Asked, text: str, cache: ImageCache) -> tuple[Any, Any]:
-        """A question, and the same with its answer. Raises ValueError if it cannot be asked."""
+        """A question, and the same with its answer. Raises if it cannot be asked, ValueError where
+        that was foreseen.
+        """
         images = tuple(one.images())
         prompt = as_chat(Request(one.prompt, images)) if self.is_chat else one.prompt
         if isinstance(prompt, str):  # space belongs to the word behind it, as tokenizers see it
@@ -187,9 +204,7 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 def _parts(value: Any) -> Any:
-    """Parts joined by "+" as separated by commas; numbers, which a harness makes of its texts, as
-    they were said.
-    """
+    """A text with commas in place of "+"; a fraction that a harness made of a text is one again."""
     value = str(value) if isinstance(value, float) else value
     return value.replace("+", ",") if isinstance(value, str) else value
 

@@ -8,13 +8,16 @@ has one; `chat=false` asks them as they are. A request that the model cannot ans
 with several images to BLIP-2, has the reason in place of its answer.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore
 from lmms_eval.api.model import lmms  # pyright: ignore
 from tqdm import tqdm
 
+from catp_jax.answers import Likelihood
 from catp_jax.evaluation.answering import Asked, Evaluated
 
 
@@ -37,6 +40,8 @@ class CatpJax(lmms):
         """
         super().__init__()
         self.evaluated = Evaluated(str(pretrained), batch_size=batch_size, is_chat=chat, **settings)
+        # the choices of a document, one after another, share its images, which are encoded once
+        self._images = functools.lru_cache(maxsize=1)(self._images_of)
 
     @property
     def batch_size(self) -> int:
@@ -55,23 +60,31 @@ class CatpJax(lmms):
             self.cache_hook.add_partial("generate_until", (one.prompt, dict(one.options)), text)
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """The loss of each answer, its tokens' mean negative log-probability, and whether it is the
-        greedy one.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """A number for how likely each answer is, and whether it is the greedy one, as the `text`
+        of a result: of a bare pair 0.7.3 makes a string (`unwrap_generation_output`), which none of
+        its metrics can read. Its response cache can hold neither.
 
-        lmms-eval's interface asks for log-probabilities, but what reads them takes the choice with
-        the least (`ConfigurableTask.process_results`), since its own models return the loss.
+        lmms-eval reads that number in two ways (`ConfigurableTask.process_results`):
+
+        - of a `multiple_choice` it takes the choice with the least, since its own models return the
+          loss. Such an answer is a text, and gets the mean negative log-probability of its tokens;
+          inf if it has none.
+        - of a `loglikelihood` it makes a perplexity, exp of the negative mean. Such an answer is a
+          function of the document, and gets its log-probability; -inf if it has none. No task of
+          0.7.3 is of this kind, and its own metrics fail there, whatever the model.
+
+        Its metric `acc_mutual_info` wants the choice with the most, which is wrong for losses.
         """
-        asked = []
+        asked, is_choice = [], []
         for context, answer, *source in (request.args for request in requests):
+            is_choice.append(isinstance(answer, str))
             text = answer if isinstance(answer, str) else answer(self._doc(*source[1:]))
             asked.append((Asked(context, lambda source=source: self._images(*source)), text))
         with tqdm(total=len(asked), desc="scoring", disable=self.rank != 0) as bar:
             found = self.evaluated.likelihoods(asked, bar.update)
-        return [
-            (math.inf, False) if one is None else (-one.total / len(one.tokens), one.is_greedy)
-            for one in found
-        ]
+        pairs = zip(found, is_choice, strict=True)
+        return [GenerationResult(text=_as_read(*each)) for each in pairs]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError: no task of several rounds."""
@@ -80,6 +93,13 @@ class CatpJax(lmms):
     def _doc(self, doc_id: Any, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
 
-    def _images(self, bring: Any = None, *place: Any) -> list[Any]:
+    def _images_of(self, bring: Any = None, *place: Any) -> list[Any]:
         """The images of a request's document; a request may come without."""
         return [] if bring is None else list(bring(self._doc(*place)) or ())
+
+
+def _as_read(found: Likelihood | None, is_choice: bool) -> tuple[float, bool]:
+    """A likelihood as lmms-eval reads it; see `CatpJax.loglikelihood`."""
+    if found is None:
+        return (math.inf if is_choice else -math.inf), False
+    return (-found.total / len(found.tokens) if is_choice else found.total), found.is_greedy

@@ -1,5 +1,6 @@
 """The model `CatpJax` of VLMEvalKit (https://github.com/open-compass/VLMEvalKit). It has no
-plug-ins, so this starts its `run.py` with our class among its models.
+plug-ins, so this starts its `run.py` with our class among its models. That file is no part of its
+package: clone the repository and install it from there with `pip install -e .`
 
     python -m catp_jax.evaluation.vlmevalkit --config config.json
 
@@ -10,7 +11,10 @@ config.json names the model, with the settings of `answering.Evaluated`, and the
      "data": {"MMBench_DEV_EN": {"class": "ImageMCQDataset", "dataset": "MMBench_DEV_EN"}}}
 """
 
+import runpy
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel  # pyright: ignore
@@ -40,6 +44,8 @@ class CatpJax(BaseModel):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if "batch_size" in settings:  # a batch is filled up with copies
+            raise ValueError("VLMEvalKit asks one question at a time; leave out batch_size")
         self.evaluated = Evaluated(pretrained, is_chat=chat, **settings)
         self.options = {"max_new_tokens": NEW_TOKENS, **(options or {})}
 
@@ -66,10 +72,16 @@ class CatpJax(BaseModel):
 def main() -> None:
     """VLMEvalKit's command, which finds the class by its name."""
     import vlmeval.vlm  # pyright: ignore
-    from vlmeval.run import main as run  # pyright: ignore
 
     vlmeval.vlm.CatpJax = CatpJax
-    run()
+    package = Path(vlmeval.__file__).parent
+    places = [package / "run.py", package.parent / "run.py"]  # some wheels have it inside
+    if not (script := next((place for place in places if place.is_file()), None)):
+        sys.exit(
+            f"VLMEvalKit's run.py is not beside {package}; clone "
+            "https://github.com/open-compass/VLMEvalKit and install it with `pip install -e .`"
+        )
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

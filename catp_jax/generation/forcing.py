@@ -11,8 +11,8 @@ from catp_jax.struct import pytree, static
 
 @pytree
 class Forcing:
-    """Each prompt's answer is `lengths` of the tokens `given`, whatever ends there are. With every
-    token comes its log-probability, and the likeliest token in its place.
+    """Writes the first `lengths` of the tokens `given` for each prompt, past end tokens too. With
+    every token comes its log-probability, and the likeliest token in its place.
     """
 
     rows: int = static(default=1)

@@ -1,8 +1,8 @@
 """POPE from its authors' files: is there such an object in the image? Yes or no.
 
 Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", arXiv 2305.10355;
-https://github.com/AoiDragon/POPE, output/coco/coco_pope_random.json, _popular and _adversarial: how
-the objects were chosen that are not there. A file is JSON lines about images of COCO's val2014:
+https://github.com/AoiDragon/POPE, output/coco/coco_pope_random.json, _popular and _adversarial, by
+how the absent objects were chosen. A file is JSON lines about images of COCO's val2014:
 
     {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in
      the image?", "label": "yes"}

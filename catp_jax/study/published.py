@@ -74,7 +74,7 @@ def published_task(
     """A random `fraction` of a file's entries as a task, the same ones for the same seed, in the
     file's order. `example` makes a question of an entry or raises Unfit.
 
-    Raises ValueError if nothing is left, and for a fraction that is none.
+    Raises ValueError if nothing is left, and for a fraction that is not above 0 and at most 1.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is above 0 and at most 1, got {fraction}")

@@ -53,6 +53,14 @@ class Instance:
         return self.arguments
 
 
+@dataclasses.dataclass
+class GenerationResult:
+    """lmms_eval.api.instance.GenerationResult"""
+
+    text: Any
+    token_counts: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelManifest:
     """lmms_eval.models.registry_v2.ModelManifest"""
@@ -76,7 +84,7 @@ class BaseModel:
 
 LMMS_EVAL = {
     "lmms_eval.api.model": {"lmms": Lmms},
-    "lmms_eval.api.instance": {"Instance": Instance},
+    "lmms_eval.api.instance": {"Instance": Instance, "GenerationResult": GenerationResult},
     "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
 }
 VLMEVAL = {"vlmeval.vlm.base": {"BaseModel": BaseModel}}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from catp_jax.answers import NonFinite
 from tests.evaluation import stand_ins
 from tests.evaluation.stand_ins import HAS_LMMS_EVAL, module
 from tests.shallow import ASSETS, shallow
@@ -41,6 +42,10 @@ def request(doc: int, second: Any, bring: Any = images_of, kind: str = "generate
         idx=0,
         metadata={"task": "shapes", "doc_id": doc, "repeats": 1},
     )
+
+
+def scored(lm: Any, asked: list[Any]) -> list[Any]:
+    return [one.text for one in lm.loglikelihood(asked)]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +86,64 @@ def test_losses_are_of_the_answers_and_the_likeliest_has_the_least(lm: Any):
     logits = ours(lm, max_new_tokens=3).logits.astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     asked = [request(doc, text, kind="loglikelihood") for doc in range(3) for text in choices]
-    found = lm.loglikelihood(asked)
+    found = scored(lm, asked)
     for number, (loss, is_greedy) in enumerate(found):
         doc, (token,) = number // 3, tokens[number % 3]
         assert loss == pytest.approx(-logprobs[doc, token], abs=1e-4)
         assert is_greedy == (token == logits[doc].argmax())
-    (called,) = lm.loglikelihood([request(1, lambda doc: " no", kind="loglikelihood")])
-    assert called[0] == pytest.approx(found[4][0], abs=1e-5)
+
+
+def test_a_perplexity_is_of_log_probabilities(lm: Any):
+    """Answers that are functions of documents are those of tasks of the kind `loglikelihood`."""
+    text = " no red"
+    asked = [request(1, answer, kind="loglikelihood") for answer in (text, lambda doc: text)]
+    (loss, one), (total, other) = scored(lm, asked)
+    assert total == pytest.approx(-2 * loss, abs=1e-5)
+    assert total < 0
+    assert one == other
+
+
+def test_the_choices_of_a_document_share_its_images(lm: Any):
+    brought = []
+
+    def bring(doc: Any) -> Any:
+        brought.append(doc["question"])
+        return images_of(doc)
+
+    asked = [
+        request(doc, text, bring, kind="loglikelihood") for doc in (3, 4) for text in (" a", " b")
+    ]
+    scored(lm, asked)
+    assert brought == [DOCS[3]["question"], DOCS[4]["question"]]
+
+
+def test_an_answer_that_cannot_be_scored_costs_no_other(lm: Any, monkeypatch: pytest.MonkeyPatch):
+    asked = [request(doc, text, kind="loglikelihood") for doc in (0, 1) for text in (" no", " red")]
+    expected = scored(lm, asked)
+    empty = [asked[0], request(0, "", kind="loglikelihood"), *asked[2:]]
+    with pytest.warns(UserWarning, match="request 1 got no answer: the answer is empty"):
+        found = scored(lm, empty)
+    assert found[1] == (math.inf, False)
+    for number in (0, 2, 3):
+        assert found[number] == pytest.approx(expected[number], abs=1e-5)
+
+    # the first of a batch, with which short ones are filled up
+    model, plain = lm.evaluated.model, lm.evaluated.model.likelihoods
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def likelihoods(self, questions: Any, answered: Any, **options: Any) -> Any:
+            if bad := [place for place, one in enumerate(answered) if one.begun == " no"]:
+                raise NonFinite(bad)
+            return plain(questions, answered, **options)
+
+    monkeypatch.setattr(lm.evaluated, "model", Broken())
+    with pytest.warns(UserWarning, match="got no answer: the model's logits are not finite"):
+        found = scored(lm, [*asked[:2], asked[2]])
+    assert found[0] == found[2] == (math.inf, False)
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
 
 
 def test_what_the_model_cannot_answer_says_why_and_costs_no_other():
@@ -101,10 +157,10 @@ def test_what_the_model_cannot_answer_says_why_and_costs_no_other():
     assert two.endswith("takes one image with each prompt, got 2]")
     assert none.endswith("got 0]")
     assert "no answer" not in first + last
-    scored = [request(n, " no", asked[n].args[2], kind="loglikelihood") for n in range(2)]
-    scored.append(Instance("loglikelihood", ("", " no"), 0, scored[0].metadata))
+    choices = [request(n, " no", asked[n].args[2], kind="loglikelihood") for n in range(2)]
+    choices.append(Instance("loglikelihood", ("", " no"), 0, choices[0].metadata))
     with pytest.warns(UserWarning, match="got no answer"):
-        (loss, _), *others = lm.loglikelihood(scored)
+        (loss, _), *others = scored(lm, choices)
     assert math.isfinite(loss)
     assert others == [(math.inf, False)] * 2
 
@@ -144,6 +200,9 @@ def test_stand_ins_have_the_shape_of_what_they_stand_for():
     fields = [field.name for field in dataclasses.fields(Instance)]
     assert fields[:4] == [field.name for field in dataclasses.fields(stand_ins.Instance)]
     assert request(0, SHORT).args == request(0, SHORT).arguments
+    instances = module("lmms_eval.api.instance")
+    pair = (0.5, True)  # what `loglikelihood` wraps comes out as it was
+    assert instances.unwrap_generation_output(instances.GenerationResult(text=pair))[0] == pair
     manifest = [field.name for field in dataclasses.fields(registry.ModelManifest)]
     assert manifest == [field.name for field in dataclasses.fields(stand_ins.ModelManifest)]
 

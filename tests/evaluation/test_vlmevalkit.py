@@ -1,6 +1,8 @@
 """The adapter for VLMEvalKit, by the protocol of its base class."""
 
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 from tests.evaluation.stand_ins import module
 from tests.shallow import ASSETS, shallow
 
-CatpJax = module("catp_jax.evaluation.vlmevalkit").CatpJax
+adapter = module("catp_jax.evaluation.vlmevalkit")
+CatpJax = adapter.CatpJax
 CIRCLE = str(ASSETS / "blue-circle.png")
 MESSAGE = [
     {"type": "text", "value": "look:"},
@@ -57,3 +60,32 @@ def test_several_images_to_a_model_of_one_say_why():
     with pytest.warns(UserWarning, match="got no answer"):
         text = model.generate([*MESSAGE, MESSAGE[1]])
     assert text.endswith("takes one image with each prompt, got 2]")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_command_is_their_script_with_our_class_among_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+):
+    """A checkout has it beside the package, some wheels inside."""
+    package = tmp_path / "vlmeval"
+    package.mkdir()
+    for name in ("vlmeval", "vlmeval.vlm"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    vlmeval = sys.modules["vlmeval"]
+    monkeypatch.setattr(vlmeval, "__file__", str(package / "__init__.py"), raising=False)
+    monkeypatch.setattr(vlmeval, "vlm", sys.modules["vlmeval.vlm"], raising=False)
+    with pytest.raises(SystemExit, match=r"run.py is not beside .*vlmeval; clone"):
+        adapter.main()
+    script = (package if inside else tmp_path) / "run.py"
+    script.write_text(
+        "if __name__ == '__main__':\n"
+        "    import pathlib, vlmeval.vlm\n"
+        f"    pathlib.Path({str(tmp_path / 'said')!r}).write_text(vlmeval.vlm.CatpJax.__name__)\n"
+    )
+    adapter.main()
+    assert (tmp_path / "said").read_text() == "CatpJax"
+
+
+def test_a_batch_size_is_refused():
+    with pytest.raises(ValueError, match="one question at a time; leave out batch_size"):
+        CatpJax(pretrained="nowhere", batch_size=8)
