@@ -14,7 +14,6 @@ from jaxtyping import Float
 from catp_jax.contract import Site
 from catp_jax.pruning import named
 from catp_jax.readers.images import quoted
-from catp_jax.readers.reading import Box
 from catp_jax.struct import replace
 from catp_jax.study.cost import in_parallel
 from catp_jax.study.half_pixels import HALVED, halved
@@ -33,11 +32,9 @@ class Answerer(Protocol):
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
     `number` counts visual tokens before pruning, and whether it `is_merged`.
-    `seeing` is the model to which smaller images are shown.
-    `needed` says how much of each visual token is about parts of the image, and `grid` how they lie
-    in it, see `records.Answer`. `picture` is an image as the model sees it, [height, width, 3] in
-    0 … 1, `framed` gives parts of the image as parts of that, and `kept_map` says where in it a
-    prompt's kept tokens look, [rows, columns] in 0 … 1.
+    `seeing` is the model to which smaller images are shown. Of its `reader` a study asks for the
+    image as the model sees it and where in it visual tokens lie: `picture`, `framed`, `grid`,
+    `needed` and `kept_map` of `readers.reading.Reader`.
     """
 
     @property
@@ -46,16 +43,13 @@ class Answerer(Protocol):
     def sites(self) -> frozenset[Site]: ...
     @property
     def network(self) -> Any: ...
+    @property
+    def reader(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
     def seeing(self, image_scale: float = ..., tiles: int | None = ...) -> Any: ...
     def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
-    def grid(self, packed: Any, row: int) -> tuple[int, int, int, int] | None: ...
-    def picture(self, source: Any) -> np.ndarray: ...
-    def framed(self, source: Any, boxes: Any) -> list[Box]: ...
-    def needed(self, packed: Any, images: Any, boxes: Any) -> list[np.ndarray]: ...
-    def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +126,8 @@ class Batches:
             return None
         out = np.zeros((len(packed.available), max(packed.available)), np.float32)
         images, boxes = zip(*((one.image, one.needed) for one in examples), strict=True)
-        for row, found in enumerate(self.model.needed(packed, images, boxes)):
+        model = self.model
+        for row, found in enumerate(model.reader.needed(model.network, packed, images, boxes)):
             out[row, : len(found)] = found
         return out  # nothing for what fills the batch up
 
