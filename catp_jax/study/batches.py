@@ -85,7 +85,7 @@ class Batches:
         self.is_timed, self.report = is_timed, report
         starts = range(0, len(examples), conditions.batch)
         self._examples = [examples[start : start + conditions.batch] for start in starts]
-        self._compiled: set[tuple[Setting, str]] = set()
+        self._compiled: set[str] = set()
         self._encoded: set[str] = set()
 
     def __len__(self) -> int:
@@ -154,11 +154,11 @@ class Batches:
 
         A count is the same for every prompt, a percentage leaves each prompt its own.
         """
-        seeds = np.asarray(self._seeds(batch), np.uint32)
         pruners = []
         for pruner in self._undrawn(setting, batch):
             if hasattr(pruner, "seed"):
-                pruner = replace(pruner, seed=jnp.asarray(np.uint32(pruner.seed) + seeds))
+                seeds = [_mixed(pruner.seed, seed) for seed in self._seeds(batch)]
+                pruner = replace(pruner, seed=jnp.asarray(seeds, jnp.uint32))
             if hasattr(pruner, "needed"):
                 if batch.needed is None:
                     raise ValueError(
@@ -181,7 +181,7 @@ class Batches:
             raise ValueError(f"{setting.method}: {error}") from None
 
     def _seeds(self, batch: EncodedBatch) -> list[int]:
-        """What each prompt of a batch draws with."""
+        """The seed of each prompt of a batch."""
         first = self.conditions.seed + batch.number * self.conditions.batch
         return [first + row for row in range(len(batch.packed.available))]
 
@@ -222,22 +222,19 @@ class Batches:
 
     def compile(self, pruned: dict[Setting, Pruners], encoded: dict[Setting, EncodedBatch]) -> None:
         """Runs what has not run for this batch's shapes."""
-        keys = {
-            setting: (
-                setting,
-                str(jax.tree.map(jnp.shape, (encoded[setting].packed.inputs, pruners))),
-            )
+        programs = {  # seeds, and what is needed, do not make another one
+            str(jax.tree.map(jnp.shape, (encoded[setting].packed.inputs, pruners))): setting
             for setting, pruners in pruned.items()
         }
-        new = [setting for setting in pruned if keys[setting] not in self._compiled]
+        new = {key: setting for key, setting in programs.items() if key not in self._compiled}
         if new:
             self.report(f"compiling {len(new)} programs")
             in_parallel(
                 lambda setting: self.ask(pruned[setting], encoded[setting]),
-                new,
+                new.values(),
                 self.model.network,
             )
-            self._compiled |= {keys[setting] for setting in new}
+            self._compiled |= {*new}
 
     def _clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What a call gives, and the milliseconds that it took."""
@@ -246,6 +243,11 @@ class Batches:
         if self.is_timed:
             jax.block_until_ready(getattr(out, "encoded", None))
         return out, 1000 * (time.perf_counter() - started)
+
+
+def _mixed(*seeds: int) -> int:
+    """One seed of several: seeds 0 and 1 of a method draw nothing alike, whatever the question."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
 def _as_json(value: Any) -> Any:
