@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from catp_jax.readers.reading import Box
-from catp_jax.study.records import UNPRUNED, Picture, Result
-from catp_jax.study.results import drawn, without_seed
+from catp_jax.study.records import Picture, Result
+from catp_jax.study.results import drawn, unpruned_of, without_seed
 
 DIMMED = 0.12  # brightness of what was dropped
 MARGIN = 0.45  # inches around each panel, for its caption
@@ -62,7 +62,7 @@ def panels_of(pictures: Sequence[Picture], results: Sequence[Result]) -> list[li
     if keep is None:
         return []
     shown = [draws[0] for draws in drawn(results) if draws[0].setting.keep == keep]
-    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    unpruned = unpruned_of(results)
     rows = []
     for picture in pictures:
         number, image = picture.number, as_array(picture)

@@ -227,6 +227,7 @@ def _answers(
             family=example.family,
             needed=None if out.is_merged else _share(batch.needed, row, kept),
             grid=reader.grid(batch.packed, row),
+            is_merged=out.is_merged,
         )
 
 

@@ -20,6 +20,7 @@ from catp_jax.study.results import (
     Estimate,
     families,
     pooled,
+    unpruned_of,
 )
 from catp_jax.terminal import as_text
 
@@ -71,7 +72,7 @@ def columns(
     """Title and cells of each column that has something to show; the main ones if narrow. With the
     `figures` of the results more means have their intervals.
     """
-    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    unpruned = unpruned_of(results)
     kl = {id(r): own["KL, nats"] for r, own in zip(results, figures, strict=False)}
     gpu = next((r.cost.gpu.name.upper() for r in results if r.cost.gpu is not None), "")
     every: list[tuple[str, bool, Callable[[Result], str]]] = [
