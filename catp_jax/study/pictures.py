@@ -33,8 +33,8 @@ class Panel:
 
     `kept` [rows, columns] lies over the whole image: booleans (or nothing but 0 and 1) are patches
     that were kept or dropped, other numbers how much the kept tokens look there. None: everything
-    was kept. `boxes` are framed. The caption is green of an answer that `is_right`, red of one that
-    is not.
+    was kept. `boxes` are framed. The caption is green and ticked of an answer that `is_right`, red
+    and crossed of one that is not.
     """
 
     image: np.ndarray
@@ -164,8 +164,8 @@ def _draw(axes: Any, panel: Panel) -> None:
         for line in panel.caption.split("\n")
         for part in textwrap.wrap(line, LETTERS, max_lines=2, placeholder=" …")
     ]
-    colour = {None: "black", True: RIGHT, False: WRONG}[panel.is_right]
-    axes.set_title("\n".join(lines), fontsize=8, color=colour, parse_math=False)
+    colour, mark = {None: ("black", ""), True: (RIGHT, " ✓"), False: (WRONG, " ✗")}[panel.is_right]
+    axes.set_title("\n".join(lines) + mark, fontsize=8, color=colour, parse_math=False)
 
 
 def _frame(axes: Any, box: Box, width: int, height: int) -> None:

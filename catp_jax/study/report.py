@@ -200,7 +200,7 @@ def _sections(model: Reported, out: Path, number: str) -> list[Section]:
                 caption="Bright is what was kept, or where the kept tokens look"
                 f"{'; frames are what the answer depends on' if framed else ''}. "
                 f"{'Of a mean of tokens one in their middle is bright. ' if merged else ''}"
-                "Answers are green where they are right, red where they are not.",
+                "Right answers are green (✓), wrong ones red (✗).",
             )
         )
     return sections
