@@ -265,7 +265,8 @@ def by_voting_layer(models: Sequence[Reported], out: Path) -> list[Section]:
 def described(header: Header) -> str:
     """How and where the questions were asked, in a few sentences."""
     data, conditions = header.data, header.conditions
-    source = ", ".join(f"{key} {value}" for key, value in conditions.source.items())
+    named = [f"{key} {value}" for key, value in conditions.source.items() if value is not None]
+    source = ", ".join(named)
     left_out = "".join(f" Left out, {why}: {n}." for why, n in conditions.left_out.items())
     packages = ", ".join(f"{key} {value}" for key, value in header.versions.items())
     options = conditions.options

@@ -221,7 +221,9 @@ def test_without_two_layers_the_report_says_which_methods_would_do(finished, tmp
 def test_what_was_left_out_stands_in_the_conditions(finished):
     study = read_study(finished[0])
     conditions = dataclasses.replace(
-        study.header.conditions, source={"drawn": 9}, left_out={"without an annotation": 2}
+        study.header.conditions,
+        source={"drawn": 9, "objects": None},
+        left_out={"without an annotation": 2},
     )
     header = dataclasses.replace(study.header, conditions=conditions)
     text = described(header)
