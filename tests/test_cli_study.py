@@ -215,7 +215,7 @@ def test_a_study_of_pope_has_the_figures_of_its_authors(tiny):
     assert first["measures"]["yes ratio"] == sum(said_yes) / 4
     assert first["measures"]["recall"] == sum(said_yes[1:]) / 3
     assert study("report", "runs/model-pope.jsonl", "--out", "out").exit_code == 0
-    head = (tiny / "out/results.csv").read_text().splitlines()[0]
+    head = (tiny / "out/settings.csv").read_text().splitlines()[0]
     assert "precision,recall,F1,yes ratio" in head
     assert "| F1 |" in (tiny / "out/report.md").read_text()
 
