@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
 
 RUN = "run"
 LEVELS = ("50%", "25%", "12.5%")
+DRAWS = 5  # seeds of random, where all methods are compared
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
@@ -85,8 +86,8 @@ def run(
         typer.Option(
             help=f"{opts.PRUNE} Of a task that knows what is needed also oracle, which keeps that "
             "first, and anti, last. Repeat it to compare; all methods that fit the model, if not "
-            "given. A method with several seeds (random, random:seed=10000) is one line of the "
-            "report.",
+            "given, and these bounds. A method with several seeds (random, random:seed=1) is one "
+            f"line of the report; random has {DRAWS}, if no method is given.",
             metavar="METHOD,…",
         ),
     ] = None,
@@ -230,7 +231,8 @@ def run(
         if note:
             say(note)
         loaded = api.load(model, **loading.keywords(), generation_config=False)
-        settings = settings or _all_that_fit(loaded, keep)
+        _say_unknown_words(loaded, chosen.name, examples)
+        settings = settings or _all_that_fit(loaded, keep, examples)
         settings = [*([Setting(HALVED, None)] if half_pixels else []), *settings]
         _check_fit(settings, loaded)
         settings = [*settings, *smaller]
@@ -410,10 +412,31 @@ def _smaller(scales: list[float] | None, tiles: list[int] | None, config: Any) -
     return [Setting(name, str(value)) for seen in each for name, value in seen.items()]
 
 
-def _all_that_fit(model: Any, keep: list[str] | None) -> "list[Setting]":
-    from catp_jax.pruning import methods_for
+def _all_that_fit(
+    model: Any, keep: list[str] | None, examples: "Sequence[Example]"
+) -> "list[Setting]":
+    """Every method with every budget, random with several seeds, and the bounds if the task knows
+    what is needed.
+    """
+    from catp_jax.pruning import BOUNDS, methods_for
 
-    return _settings(methods_for(model.sites), keep)
+    methods = methods_for(model.sites)
+    methods += [f"random:seed={seed}" for seed in range(1, DRAWS) if "random" in methods]
+    methods += BOUNDS if any(example.needed for example in examples) else ()
+    return _settings(methods, keep)
+
+
+def _say_unknown_words(model: Any, task: str, examples: "Sequence[Example]") -> None:
+    """Says which words of the task the model can neither read nor write."""
+    from catp_jax.messages import listed
+    from catp_jax.readers.token_text import unknown_words
+
+    texts = [text for one in examples for text in (one.question, *one.accepted)]
+    if found := unknown_words(model.reader.tokenizer, texts):
+        say(
+            f"the model's tokenizer has no tokens for {len(found)} of the words of {task}, which "
+            f"it can neither read nor write: {one_line(listed(found, 5))}"
+        )
 
 
 def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:

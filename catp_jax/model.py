@@ -33,7 +33,7 @@ from catp_jax.readers.chat import check_text
 from catp_jax.readers.images import NO_LIST, Fetch, ImageLike
 from catp_jax.readers.packing import Packed
 from catp_jax.readers.processor import fingerprint
-from catp_jax.readers.reading import Box, Boxes, ImageCache, Kept, Prompt, Question, Reader, arrange
+from catp_jax.readers.reading import ImageCache, Prompt, Question, Reader, arrange
 from catp_jax.readers.seen import Seen
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
@@ -354,36 +354,6 @@ class Model:
         if found is not None:
             found, selection = programs.truncate(found, selection, self._capacity(found))
         return pruners, front, found, selection
-
-    def grid(self, packed: Packed[Any], row: int) -> tuple[int, int, int, int] | None:
-        """How the visual tokens of a prompt lie in its only image: rows and columns of tiles, and
-        of patches in each, tile by tile; what else a tile has comes before its patches. None: they
-        have no place.
-        """
-        return self.reader.grid(packed, row)
-
-    def picture(self, source: ImageLike) -> np.ndarray:
-        """The image as the model sees it, [height, width, 3] from 0 to 1."""
-        return self.reader.picture(source)
-
-    def framed(self, source: ImageLike, boxes: Boxes) -> list[Box]:
-        """Parts of an image as parts of its `picture`."""
-        return self.reader.framed(source, boxes)
-
-    def needed(
-        self, packed: Packed[Any], images: Sequence[ImageLike], boxes: Sequence[Boxes]
-    ) -> list[np.ndarray]:
-        """How much of each visual token, from 0 to 1, is about parts of a prompt's only image: of a
-        patch the share that lies in them, of a query the share of its look. For each prompt whose
-        image and boxes are given, the first of the batch.
-        """
-        return self.reader.needed(self.network, packed, images, boxes)
-
-    def kept_map(self, packed: Packed[Any], row: int, kept: Kept) -> np.ndarray:
-        """How much of each part of a prompt's image the kept visual tokens stand for, [rows,
-        columns] from 0 to 1: the kept patches, or where the kept queries look.
-        """
-        return self.reader.kept_map(self.network, packed, row, kept)
 
     @staticmethod
     def _capacity(keep: Keep) -> int:

@@ -140,12 +140,12 @@ def test_the_map_shows_where_kept_queries_look(model):
     packed = model.prepare([CIRCLE], [COLOR])
     out = model.generate_packed(packed, [L2Norm(keep=8)], **BEAMS)
     grid = model.config.vision.grid
-    shown = model.kept_map(packed, 0, out.kept[0])
+    shown = model.reader.kept_map(model.network, packed, 0, out.kept[0])
     assert shown.shape == (grid, grid)
     assert shown.max() == pytest.approx(1)
     assert shown.min() >= 0
     side = model.config.vision.image_size
-    assert model.picture(CIRCLE).shape == (side, side, 3)
+    assert model.reader.picture(CIRCLE).shape == (side, side, 3)
 
 
 def test_a_model_describes_itself_in_json_apart_from_others(model, folder):

@@ -64,7 +64,9 @@ def test_pruned_answers_and_where_the_kept_queries_look(model, pictures):
     out = model.generate_packed(packed, (SelfAttention(keep=3),), max_new_tokens=2)
     assert out.capacity == 3
     assert out.kept is not None
-    maps = [model.kept_map(packed, row, kept) for row, kept in enumerate(out.kept)]
+    maps = [
+        model.reader.kept_map(model.network, packed, row, kept) for row, kept in enumerate(out.kept)
+    ]
     assert maps[0].shape == (3, 3)
     assert np.ptp(maps[0]) > 0
     assert not np.allclose(maps[0], maps[1])  # the same image, another instruction

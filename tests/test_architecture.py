@@ -55,8 +55,8 @@ ROOMS: dict[str, set[str]] = {
         ),
         "cli_sweep": "terminal sharding study model",
         "cli_study": (
-            "terminal targets pruning sharding readers study training convert families api "
-            "cli_options cli_sweep"
+            "messages terminal targets pruning sharding readers study training convert families "
+            "api cli_options cli_sweep"
         ),
         "cli_demo": "contract terminal readers study training model api cli_options cli_sweep",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",

@@ -1,5 +1,6 @@
 """`catp-jax study`: what is refused before a model is loaded; the way from a task to a report."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from catp_jax import api, cli_study
 from catp_jax.generation.options import Options
 from catp_jax.study.journal import Journal
-from tests.study.answerer import Tiny
+from catp_jax.study.records import Setting
+from tests.study.answerer import Tiny, examples
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
@@ -144,6 +146,27 @@ def test_a_study_goes_on_and_more_can_be_added(tiny):
     assert after.count(b'"row": "result"') == 5
 
 
+def test_words_that_the_tokenizer_lacks_are_said_at_the_start(tiny):
+    data = questions(tiny)
+    words = ["model", "--task", "jsonl", "--data", data, "--prune", "l2", "--keep", "2"]
+    assert "no tokens" not in study(*words, "--out", "a.jsonl").output
+    data.write_text(data.read_text().replace("is it 1?", "is it an okapi or an okapi ?"))
+    done = study(*words, "--out", "b.jsonl")
+    assert done.exit_code == 0, done.output
+    assert "no tokens for 1 of the words of jsonl" in done.output
+    assert "okapi" in done.output
+
+
+def test_all_that_fits_has_several_draws_of_random_and_the_bounds_of_a_task_that_knows():
+    knowing = [dataclasses.replace(examples(1)[0], needed=((0.0, 0.0, 1.0, 1.0),))]
+    plain = cli_study._all_that_fit(Tiny(), ["2", "4"], examples(1))
+    told = cli_study._all_that_fit(Tiny(), ["2", "4"], knowing)
+    methods = [setting.method for setting in plain]
+    assert [methods.count(name) for name in ("l2", "random", "oracle", "anti")] == [2, 2, 0, 0]
+    assert len([name for name in methods if name.startswith("random:seed=")]) == 2 * 4
+    assert {*told} - {*plain} == {Setting(name, n) for name in ("oracle", "anti") for n in (2, 4)}
+
+
 def test_an_interrupted_study_says_that_it_resumes(tiny, monkeypatch):
     class Impatient(Tiny):
         def generate_packed(self, packed, pruners, **options):
@@ -192,7 +215,7 @@ def test_a_study_of_pope_has_the_figures_of_its_authors(tiny):
     assert first["measures"]["yes ratio"] == sum(said_yes) / 4
     assert first["measures"]["recall"] == sum(said_yes[1:]) / 3
     assert study("report", "runs/model-pope.jsonl", "--out", "out").exit_code == 0
-    head = (tiny / "out/results.csv").read_text().splitlines()[0]
+    head = (tiny / "out/settings.csv").read_text().splitlines()[0]
     assert "precision,recall,F1,yes ratio" in head
     assert "| F1 |" in (tiny / "out/report.md").read_text()
 

@@ -149,14 +149,15 @@ class Reader(Protocol):
     def needed(
         self, network: Any, packed: Any, images: Sequence[ImageLike], boxes: Sequence[Boxes]
     ) -> list[np.ndarray]:
-        """How much of each visual token, from 0 to 1, is about parts of a prompt's only image: for
-        each prompt whose image and boxes are given, the first of the batch.
+        """How much of each visual token, from 0 to 1, is about parts of a prompt's only image: of a
+        patch the share that lies in them, of a query the share of its look. For each prompt whose
+        image and boxes are given, the first of the batch.
         """
         ...
 
     def kept_map(self, network: Any, packed: Any, row: int, kept: Any) -> np.ndarray:
-        """How much of each part of a prompt's image is in the kept tokens, [rows, columns] from 0
-        to 1.
+        """How much of each part of a prompt's image the kept visual tokens stand for, [rows,
+        columns] from 0 to 1: the kept patches, or where the kept queries look.
         """
         ...
 

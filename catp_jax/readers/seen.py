@@ -17,7 +17,7 @@ class Seen:
     """`image_scale`: the share of an image's height, and of its width, that is left, above 0 and up
     to 1. `tiles`: an image has so many at most (None: as many as the model takes).
 
-    Raises ValueError for what is neither.
+    Raises ValueError for any other value.
     """
 
     image_scale: float = 1.0

@@ -30,6 +30,16 @@ def spellings(tokenizer: Any, word: str) -> list[list[int]]:
     return [one for place, one in enumerate(found) if one and one not in found[:place]]
 
 
+def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """The words of texts that a tokenizer has no tokens for."""
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    if not words:
+        return []
+    rows = tokenizer(words, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    return [w for w, row in zip(words, rows, strict=True) if unknown in row or not len(row)]
+
+
 def texts_of(tokenizer: Any, answers: Sequence[Sequence[int]], begun: Sequence[str]) -> list[str]:
     """The texts of answers, without special tokens; stripped, but where it goes on from what was
     `begun`, whose space it needs.

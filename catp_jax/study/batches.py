@@ -14,7 +14,6 @@ from jaxtyping import Float
 from catp_jax.contract import Site
 from catp_jax.pruning import named
 from catp_jax.readers.images import quoted
-from catp_jax.readers.reading import Box
 from catp_jax.struct import replace
 from catp_jax.study.cost import in_parallel
 from catp_jax.study.half_pixels import HALVED, halved
@@ -33,11 +32,9 @@ class Answerer(Protocol):
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
     `number` counts visual tokens before pruning, and whether it `is_merged`.
-    `seeing` is the model to which smaller images are shown.
-    `needed` says how much of each visual token is about parts of the image, and `grid` how they lie
-    in it, see `records.Answer`. `picture` is an image as the model sees it, [height, width, 3] in
-    0 … 1, `framed` gives parts of the image as parts of that, and `kept_map` says where in it a
-    prompt's kept tokens look, [rows, columns] in 0 … 1.
+    `seeing` is the model to which smaller images are shown. Of its `reader` a study asks for the
+    image as the model sees it and where in it visual tokens lie: `picture`, `framed`, `grid`,
+    `needed` and `kept_map` of `readers.reading.Reader`.
     """
 
     @property
@@ -46,16 +43,13 @@ class Answerer(Protocol):
     def sites(self) -> frozenset[Site]: ...
     @property
     def network(self) -> Any: ...
+    @property
+    def reader(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
     def seeing(self, image_scale: float = ..., tiles: int | None = ...) -> Any: ...
     def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
-    def grid(self, packed: Any, row: int) -> tuple[int, int, int, int] | None: ...
-    def picture(self, source: Any) -> np.ndarray: ...
-    def framed(self, source: Any, boxes: Any) -> list[Box]: ...
-    def needed(self, packed: Any, images: Any, boxes: Any) -> list[np.ndarray]: ...
-    def kept_map(self, packed: Any, row: int, kept: Any) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Batches:
         self.is_timed, self.report = is_timed, report
         starts = range(0, len(examples), conditions.batch)
         self._examples = [examples[start : start + conditions.batch] for start in starts]
-        self._compiled: set[tuple[Setting, str]] = set()
+        self._compiled: set[str] = set()
         self._encoded: set[str] = set()
 
     def __len__(self) -> int:
@@ -132,7 +126,8 @@ class Batches:
             return None
         out = np.zeros((len(packed.available), max(packed.available)), np.float32)
         images, boxes = zip(*((one.image, one.needed) for one in examples), strict=True)
-        for row, found in enumerate(self.model.needed(packed, images, boxes)):
+        model = self.model
+        for row, found in enumerate(model.reader.needed(model.network, packed, images, boxes)):
             out[row, : len(found)] = found
         return out  # nothing for what fills the batch up
 
@@ -159,11 +154,11 @@ class Batches:
 
         A count is the same for every prompt, a percentage leaves each prompt its own.
         """
-        seeds = np.asarray(self._seeds(batch), np.uint32)
         pruners = []
         for pruner in self._undrawn(setting, batch):
             if hasattr(pruner, "seed"):
-                pruner = replace(pruner, seed=jnp.asarray(np.uint32(pruner.seed) + seeds))
+                seeds = [_mixed(pruner.seed, seed) for seed in self._seeds(batch)]
+                pruner = replace(pruner, seed=jnp.asarray(seeds, jnp.uint32))
             if hasattr(pruner, "needed"):
                 if batch.needed is None:
                     raise ValueError(
@@ -186,7 +181,7 @@ class Batches:
             raise ValueError(f"{setting.method}: {error}") from None
 
     def _seeds(self, batch: EncodedBatch) -> list[int]:
-        """What each prompt of a batch draws with."""
+        """The seed of each prompt of a batch."""
         first = self.conditions.seed + batch.number * self.conditions.batch
         return [first + row for row in range(len(batch.packed.available))]
 
@@ -227,22 +222,19 @@ class Batches:
 
     def compile(self, pruned: dict[Setting, Pruners], encoded: dict[Setting, EncodedBatch]) -> None:
         """Runs what has not run for this batch's shapes."""
-        keys = {
-            setting: (
-                setting,
-                str(jax.tree.map(jnp.shape, (encoded[setting].packed.inputs, pruners))),
-            )
+        programs = {  # seeds, and what is needed, do not make another one
+            str(jax.tree.map(jnp.shape, (encoded[setting].packed.inputs, pruners))): setting
             for setting, pruners in pruned.items()
         }
-        new = [setting for setting in pruned if keys[setting] not in self._compiled]
+        new = {key: setting for key, setting in programs.items() if key not in self._compiled}
         if new:
             self.report(f"compiling {len(new)} programs")
             in_parallel(
                 lambda setting: self.ask(pruned[setting], encoded[setting]),
-                new,
+                new.values(),
                 self.model.network,
             )
-            self._compiled |= {keys[setting] for setting in new}
+            self._compiled |= {*new}
 
     def _clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What a call gives, and the milliseconds that it took."""
@@ -251,6 +243,11 @@ class Batches:
         if self.is_timed:
             jax.block_until_ready(getattr(out, "encoded", None))
         return out, 1000 * (time.perf_counter() - started)
+
+
+def _mixed(*seeds: int) -> int:
+    """One seed of several: seeds 0 and 1 of a method draw nothing alike, whatever the question."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
 def _as_json(value: Any) -> Any:

@@ -13,7 +13,7 @@ from catp_jax.pruning import BOUNDS
 from catp_jax.study.half_pixels import HALVED
 from catp_jax.study.pictures import new_figure
 from catp_jax.study.records import UNPRUNED, Result
-from catp_jax.study.results import Estimate, is_random
+from catp_jax.study.results import Estimate, is_random, unpruned_of
 
 ONE_LAYER = re.compile(r"catp(?::layers=(\d+|first|last))?")
 SIZE = (4.6, 3.6)  # inches of a panel
@@ -82,11 +82,6 @@ def by_layer(
 def is_layered(results: Sequence[Result], cross_layers: int | None) -> bool:
     """Whether votes of at least two layers can be compared."""
     return len({layer for layer, _ in by_layer(results, cross_layers)}) > 1
-
-
-def unpruned_of(results: Sequence[Result]) -> Result | None:
-    """The unpruned model's result."""
-    return next((result for result in results if result.setting.method == UNPRUNED), None)
 
 
 def kept_panel(

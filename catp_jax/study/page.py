@@ -35,7 +35,8 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
         if section.table is not None:
             lines += [*_table(section.table), ""]
         if section.picture is not None:
-            lines += [f"![{_plain(section.caption)}]({section.picture.name})", ""]
+            caption = _plain(section.caption)
+            lines += [f"![{caption}]({section.picture.name})", "", caption, ""]
     return "\n".join(lines)
 
 

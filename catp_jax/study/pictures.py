@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from catp_jax.readers.reading import Box
-from catp_jax.study.records import UNPRUNED, Picture, Result
-from catp_jax.study.results import drawn, without_seed
+from catp_jax.study.records import Picture, Result
+from catp_jax.study.results import drawn, unpruned_of, without_seed
 
 DIMMED = 0.12  # brightness of what was dropped
 MARGIN = 0.45  # inches around each panel, for its caption
@@ -33,8 +33,8 @@ class Panel:
 
     `kept` [rows, columns] lies over the whole image: booleans (or nothing but 0 and 1) are patches
     that were kept or dropped, other numbers how much the kept tokens look there. None: everything
-    was kept. `boxes` are framed. The caption is green of an answer that `is_right`, red of one that
-    is not.
+    was kept. `boxes` are framed. The caption is green and ticked of an answer that `is_right`, red
+    and crossed of one that is not.
     """
 
     image: np.ndarray
@@ -62,7 +62,7 @@ def panels_of(pictures: Sequence[Picture], results: Sequence[Result]) -> list[li
     if keep is None:
         return []
     shown = [draws[0] for draws in drawn(results) if draws[0].setting.keep == keep]
-    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    unpruned = unpruned_of(results)
     rows = []
     for picture in pictures:
         number, image = picture.number, as_array(picture)
@@ -164,8 +164,8 @@ def _draw(axes: Any, panel: Panel) -> None:
         for line in panel.caption.split("\n")
         for part in textwrap.wrap(line, LETTERS, max_lines=2, placeholder=" …")
     ]
-    colour = {None: "black", True: RIGHT, False: WRONG}[panel.is_right]
-    axes.set_title("\n".join(lines), fontsize=8, color=colour, parse_math=False)
+    colour, mark = {None: ("black", ""), True: (RIGHT, " ✓"), False: (WRONG, " ✗")}[panel.is_right]
+    axes.set_title("\n".join(lines) + mark, fontsize=8, color=colour, parse_math=False)
 
 
 def _frame(axes: Any, box: Box, width: int, height: int) -> None:

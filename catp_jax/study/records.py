@@ -165,8 +165,9 @@ class Answer:
     in the picture the kept tokens look, [rows, columns] in 0 … 1, for pictured questions.
 
     `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
-    answer depends on that was kept, where the task says so; None where tokens were merged, since a
-    mean holds a part of everything.
+    answer depends on that was kept, where the task says so. If it `is_merged`, what is kept are
+    means of tokens, each named by one in their middle; nothing is `needed` then, since means hold a
+    part of everything.
 
     `grid` says how the visual tokens lie in the image: rows and columns of tiles, and of patches in
     each, tile by tile; what else a tile has comes before its patches. None: they have no place.
@@ -183,6 +184,7 @@ class Answer:
     family: str = ""
     needed: float | None = None
     grid: tuple[int, int, int, int] | None = None
+    is_merged: bool = False
 
     @property
     def visual_tokens(self) -> int:

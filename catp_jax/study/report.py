@@ -190,6 +190,7 @@ def _sections(model: Reported, out: Path, number: str) -> list[Section]:
             for line, picture in enumerate(study.pictures, start=1)
         ]
         framed = any(picture.boxes for picture in study.pictures)
+        merged = any(answer.is_merged for result in results for answer in result.answers)
         sections.append(
             Section(
                 f"What each method keeps at {keep}",
@@ -197,8 +198,9 @@ def _sections(model: Reported, out: Path, number: str) -> list[Section]:
                 texts=tuple(asked),
                 picture=picture,
                 caption="Bright is what was kept, or where the kept tokens look"
-                f"{'; frames are what the answer depends on' if framed else ''}. Answers are green "
-                "where they are right, red where they are not.",
+                f"{'; frames are what the answer depends on' if framed else ''}. "
+                f"{'Of a mean of tokens one in their middle is bright. ' if merged else ''}"
+                "Right answers are green (✓), wrong ones red (✗).",
             )
         )
     return sections
@@ -263,7 +265,8 @@ def by_voting_layer(models: Sequence[Reported], out: Path) -> list[Section]:
 def described(header: Header) -> str:
     """How and where the questions were asked, in a few sentences."""
     data, conditions = header.data, header.conditions
-    source = ", ".join(f"{key} {value}" for key, value in conditions.source.items())
+    named = [f"{key} {value}" for key, value in conditions.source.items() if value is not None]
+    source = ", ".join(named)
     left_out = "".join(f" Left out, {why}: {n}." for why, n in conditions.left_out.items())
     packages = ", ".join(f"{key} {value}" for key, value in header.versions.items())
     options = conditions.options

@@ -190,6 +190,11 @@ def pool(draws: Sequence[Result]) -> Result:
     )
 
 
+def unpruned_of(results: Sequence[Result]) -> Result | None:
+    """The unpruned model's result."""
+    return next((result for result in results if result.setting.method == UNPRUNED), None)
+
+
 def is_random(method: str) -> bool:
     """Whether it keeps tokens at random, with one seed or several."""
     return DRAWN_AT_RANDOM.fullmatch(method) is not None
@@ -201,7 +206,7 @@ def estimates(results: Sequence[Result]) -> list[dict[str, Estimate]]:
     Differences are paired: of the same questions, as drawn images have them. Of the questions that
     `NEEDS_PIXELS` are those that the unpruned model gets wrong once an image has half its pixels.
     """
-    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    unpruned = unpruned_of(results)
     halved = next((r for r in results if r.setting.method == HALVED), None)
     random = {r.setting.keep: r for r in results if is_random(r.setting.method)}
     return [

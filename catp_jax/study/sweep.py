@@ -210,10 +210,11 @@ def _answers(
     count = len(batch.examples)
     kl = kl_divergence(reference, out.logits[:count])
     first = batch.number * batches.conditions.batch
+    network, reader = batches.model.network, batches.model.reader
     for row, (example, text) in enumerate(zip(batch.examples, out.text, strict=False)):
         kept = None if out.kept is None else out.kept[row]
         is_drawn = kept is not None and first + row in pictured
-        grid = _rounded(batches.model.kept_map(batch.packed, row, kept)) if is_drawn else None
+        grid = _rounded(reader.kept_map(network, batch.packed, row, kept)) if is_drawn else None
         yield Answer(
             id=example.id,
             text=text,
@@ -225,7 +226,8 @@ def _answers(
             image=example.image_id,
             family=example.family,
             needed=None if out.is_merged else _share(batch.needed, row, kept),
-            grid=batches.model.grid(batch.packed, row),
+            grid=reader.grid(batch.packed, row),
+            is_merged=out.is_merged,
         )
 
 
@@ -252,8 +254,8 @@ def _draw(
     for number, example in enumerate(batch.examples, start=first):
         if number in pictured and number not in there:
             answers = tuple(dict.fromkeys(example.accepted))
-            png = as_png(batches.model.picture(example.image))
-            boxes = tuple(batches.model.framed(example.image, example.needed))
+            png = as_png(batches.model.reader.picture(example.image))
+            boxes = tuple(batches.model.reader.framed(example.image, example.needed))
             journal.append(Picture(number, example.question, answers, png, boxes))
 
 

@@ -20,6 +20,7 @@ from catp_jax.study.results import (
     Estimate,
     families,
     pooled,
+    unpruned_of,
 )
 from catp_jax.terminal import as_text
 
@@ -43,8 +44,8 @@ NOTES = (
     "0 the method of the line is better.",
     "cache: all that decoding keeps of one question, a share of its batch; with beam search the "
     "beams share what the prompt left, and each keeps its own new tokens.",
-    "prefill FLOPs: of one question, as the compiler counts them in the compiled prefill of a "
-    "batch; other programs count loops and kernels differently.",
+    "prefill FLOPs: of the matrix products of a prefill, encoding of the images included, counted "
+    "in the program before it is compiled; one question's share of its batch.",
     "moved: what the prefill of a whole batch, and one greedy step after it, read from the memory "
     "of the GPU that they were compiled for, and write to it; FLOPs there are the batch's too.",
     "times, where asked for: medians ± half the interquartile range; prefill and token (a greedy "
@@ -71,7 +72,7 @@ def columns(
     """Title and cells of each column that has something to show; the main ones if narrow. With the
     `figures` of the results more means have their intervals.
     """
-    unpruned = next((r for r in results if r.setting.method == UNPRUNED), None)
+    unpruned = unpruned_of(results)
     kl = {id(r): own["KL, nats"] for r, own in zip(results, figures, strict=False)}
     gpu = next((r.cost.gpu.name.upper() for r in results if r.cost.gpu is not None), "")
     every: list[tuple[str, bool, Callable[[Result], str]]] = [

@@ -30,7 +30,7 @@ def test_tokens_of_llama_vision_are_those_whose_pixels_change(llama, height, wid
     top, bottom = int(box[1] * height), int(box[3] * height)
     painted[top:bottom, int(box[0] * width) : int(box[2] * width)] = 255
     packed = llama.prepare([plain], ["what is it?"])
-    (needed,) = llama.needed(packed, [plain], [[box]])
+    (needed,) = llama.reader.needed(None, packed, [plain], [[box]])
     assert needed.shape == (packed.available[0],)
     before, after = (llama.reader.process_image(image).pixels for image in (plain, painted))
     grid, patch = llama.config.vision.grid, llama.config.vision.patch_size
@@ -48,8 +48,8 @@ def test_queries_of_blip2_have_their_looks_share():
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     packed = model.prepare([image] * 3, ["what is it?"] * 3)
     boxes = [[(0.0, 0.0, 0.5, 1.0)], [(0.5, 0.0, 1.0, 1.0)], [(0.0, 0.0, 1.0, 1.0)]]
-    left, right, whole = model.needed(packed, [image] * 3, boxes)
-    (again,) = model.needed(model.encode(packed), [image], boxes[:1])
+    left, right, whole = model.reader.needed(model.network, packed, [image] * 3, boxes)
+    (again,) = model.reader.needed(None, model.encode(packed), [image], boxes[:1])
     np.testing.assert_allclose(again, left, atol=1e-5)
     assert left.shape == (32,)
     np.testing.assert_allclose(left + right, whole, atol=1e-5)

@@ -73,6 +73,16 @@ def test_markdown_leaves_hostile_texts_as_they_are(page):
     assert "](http" not in text.replace("\\](http", "")
 
 
+def test_a_caption_is_read_in_both(tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"png")
+    section = Section("One", picture=picture, caption="Accuracy | kept.")
+    assert as_markdown("Title", [section]).endswith(
+        "![Accuracy \\| kept.](a.png)\n\nAccuracy \\| kept.\n"
+    )
+    assert "Accuracy | kept." in Tags(as_html("Title", [section])).text
+
+
 def test_a_table_is_the_same_in_both():
     table = Table(("method", "a | b"), (("x", "1.0 [0.5, 2]"), ("y|z", "–")))
     text = as_markdown("Title", [Section("One", table=table, level=3)])

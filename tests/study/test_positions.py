@@ -68,6 +68,12 @@ def test_only_images_that_are_cut_alike_are_counted_together(results):
     np.testing.assert_array_equal(found.patches, [[2, 2, 2, 2], [0, 0, 0, 0]])
 
 
+def test_means_have_no_positions():
+    (whole, pooled) = sweep(Tiny(), examples(4), [Setting("pool", 2)])
+    assert [answer.is_merged for answer in pooled.answers] == [True] * 4
+    assert positions_of([whole, pooled]) == []
+
+
 def test_tokens_without_a_place_are_bars(results, tmp_path):
     answers = tuple(answer((n, 7)) for n in range(7))
     (found,) = positions_of([results[3].with_answers(answers, results[3].cost)])

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from catp_jax.generation.options import Options
-from catp_jax.study.curves import by_layer, draw_curves, kept_panel, layer_of, unpruned_of
+from catp_jax.study.curves import by_layer, draw_curves, kept_panel, layer_of
 from catp_jax.study.finished import read_study
 from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import panels_of
@@ -25,7 +25,7 @@ from catp_jax.study.report import (
     make_folder,
     write_report,
 )
-from catp_jax.study.results import estimates
+from catp_jax.study.results import estimates, unpruned_of
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tables import main_table, table
 from tests.study.answerer import Tiny, examples
@@ -221,7 +221,9 @@ def test_without_two_layers_the_report_says_which_methods_would_do(finished, tmp
 def test_what_was_left_out_stands_in_the_conditions(finished):
     study = read_study(finished[0])
     conditions = dataclasses.replace(
-        study.header.conditions, source={"drawn": 9}, left_out={"without an annotation": 2}
+        study.header.conditions,
+        source={"drawn": 9, "objects": None},
+        left_out={"without an annotation": 2},
     )
     header = dataclasses.replace(study.header, conditions=conditions)
     text = described(header)

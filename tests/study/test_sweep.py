@@ -1,6 +1,7 @@
 """A sweep's figures, on a small model; that it goes on where it was stopped."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -207,13 +208,29 @@ def test_the_model_is_asked_by_the_prompt():
 
 
 def test_random_methods_draw_anew_for_each_question_and_seed():
+    methods = [f"random:seed={seed}" for seed in range(4)]
     model = Tiny()
-    drawn = run(model=model, settings=[Setting("random:seed=100", 2)])[1]
-    seeds = [pruners[0].seed.tolist() for _, pruners in model.batches if pruners]
-    # the first once more, before it is timed; the last batch is filled up
-    assert seeds == [[105, 106, 107], [105, 106, 107], [108, 109, 110], [111, 112, 113]]
-    assert len({answer.kept for answer in drawn.answers[:3]}) > 1  # of one batch
+    drawn = run(model=model, settings=[Setting(method, 2) for method in methods])[1:]
     assert all(isinstance(p[0], Random) for _, p in model.batches if p)
+    seeds = [seed for _, p in model.batches if p for seed in p[0].seed.tolist()]
+    # eight questions and one that fills the last batch up: no question has another's draw
+    assert len({*seeds}) == len(methods) * 9
+    for some in itertools.combinations([result.answers for result in drawn], 2):
+        assert [one.kept for one in some[0]] != [one.kept for one in some[1]]
+
+
+def test_draws_do_not_depend_on_batches():
+    settings = [Setting("random:seed=3", 2)]
+    whole = run(settings=settings, conditions=dataclasses.replace(CONDITIONS, batch=8))[1]
+    cut = run(settings=settings)[1]
+    assert [one.kept for one in whole.answers] == [one.kept for one in cut.answers]
+
+
+def test_seeds_of_a_method_are_one_program():
+    heard = []
+    settings = [Setting(f"random:seed={seed}", 2) for seed in range(4)]
+    run(settings=settings, report=heard.append)
+    assert [doing for doing in heard if "compiling" in doing] == ["compiling 2 programs"]
 
 
 def test_every_shape_runs_once_before_it_is_timed():
