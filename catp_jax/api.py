@@ -72,7 +72,8 @@ def load(
     seen = Seen(image_scale, tiles)
     seen.check(config)
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
-    reader: Any = replace(family.load_reader(processor_folder, config, modes), seen=seen)
+    whole: Any = family.load_reader(processor_folder, config, modes)
+    reader = replace(whole, seen=seen)
     size = reader.config.text.vocab_size
     ends, pad = special_tokens(folder, reader.tokens, reader.has_generation_config, size)
     network, _ = convert.load(

@@ -66,9 +66,11 @@ def demo(
 
 
 def minis() -> list[Path]:
-    """The folders of the mini checkpoints that the demo shows, which come with this package."""
+    """The folders of the checkpoints that the demo shows: what was trained on scenes and comes with
+    this package.
+    """
     assets = Path(str(importlib.resources.files("catp_jax"))) / "assets"
-    return [assets / "scenes-llama-vision", assets / "scenes-blip2-opt"]
+    return sorted(assets.glob("scenes-*"))
 
 
 def settings_for(model: "Model") -> "list[Setting]":

@@ -74,7 +74,7 @@ def main() -> None:
     import vlmeval.vlm  # pyright: ignore
 
     vlmeval.vlm.CatpJax = CatpJax
-    package = Path(vlmeval.__file__).parent
+    package = Path(str(vlmeval.__file__)).parent
     places = [package / "run.py", package.parent / "run.py"]  # some wheels have it inside
     if not (script := next((place for place in places if place.is_file()), None)):
         sys.exit(

@@ -10,7 +10,7 @@ CARD = """# {title}
 weights on generated scenes: 6 to 10 objects and digits on textured ground, questions of five
 families. It is there to study which visual tokens an answer needs; it knows nothing else.
 
-    catp-jax study run {name} --task scenes --prune random --keep 25%
+    catp-jax study {name} --task scenes --prune random --keep 25%
 
 ## Accuracy on {scenes:,} test scenes
 

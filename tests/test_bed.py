@@ -1,0 +1,66 @@
+"""The shipped mini on scenes: it matters which visual tokens are kept, or it measures nothing.
+
+`python -m benchmarks.testbed` has all methods and budgets, and more questions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import catp_jax
+from benchmarks.testbed import without_looking
+from catp_jax.study.half_pixels import halved
+from catp_jax.study.records import UNPRUNED, Conditions, Setting
+from catp_jax.study.sweep import sweep
+from catp_jax.training.scene_questions import scenes_task
+
+FOLDER = Path(catp_jax.__file__).parent / "assets" / "scenes-llama-vision"
+KEEP, SCENES = 16, 40  # of 260 visual tokens; scenes with a question of each family
+COARSE = "half the pixels"
+LOOKS = ("attribute", "existence", "reading")  # which one or two objects decide
+
+
+@pytest.fixture(scope="module")
+def task():
+    return scenes_task(scenes=SCENES)
+
+
+@pytest.fixture(scope="module")
+def scores(task):
+    """Accuracy by setting and family."""
+    model = catp_jax.load(FOLDER, generation_config=False)
+    conditions = Conditions(task=task.name, source=task.source, prompt=task.prompt)
+    settings = [Setting(method, KEEP) for method in ("oracle", "anti", "random")]
+    found = {}
+    for name, examples, some in (
+        (None, task.examples, settings),
+        (COARSE, halved(task.examples), []),
+    ):
+        for result in sweep(model, examples, some, conditions, score=task.score):
+            found[name or result.setting.method] = {
+                family: np.mean([a.score for a in result.answers if a.family == family])
+                for family in {example.family for example in task.examples}
+            }
+    return found
+
+
+@pytest.mark.parametrize("family", LOOKS)
+def test_it_answers_with_all_of_its_tokens(scores, family):
+    assert scores[UNPRUNED][family] >= 0.9
+
+
+@pytest.mark.parametrize("family", ["attribute", "reading"])
+def test_the_needed_tokens_are_enough_and_the_others_are_of_no_use(scores, family):
+    assert scores["oracle"][family] >= scores[UNPRUNED][family] - 0.15
+    assert scores["anti"][family] <= 0.35
+    assert scores["anti"][family] + 0.1 <= scores["random"][family]
+    assert scores["random"][family] + 0.1 <= scores["oracle"][family]
+
+
+@pytest.mark.parametrize("family", LOOKS)
+def test_unseen_and_with_fewer_pixels_less_is_known(task, scores, family):
+    assert without_looking(task)[family] <= 0.65
+    assert without_looking(task)[family] + 0.3 <= scores[UNPRUNED][family]
+    if family == "reading":
+        assert scores[COARSE][family] + 0.1 <= scores[UNPRUNED][family]
