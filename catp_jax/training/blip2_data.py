@@ -93,17 +93,22 @@ class Text:
         return self.encode_word(text if self.start is not None else f" {text}")
 
     def rows(
-        self, asked: list[list[Sequence[Turn]]], each: int, length: int = TEXT_LENGTH
+        self,
+        asked: list[list[Sequence[Turn]]],
+        each: int,
+        length: int = TEXT_LENGTH,
+        answer: int = ANSWER_LENGTH,
     ) -> list[np.ndarray]:
         """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …];
-        images with fewer rows have empty ones. A decoder says the answer of the first turn alone.
+        images with fewer rows have empty ones. A decoder says the answer of the first turn alone,
+        in `answer` tokens with the end.
         """
         shape = (len(asked), each)
         tokens = np.full((*shape, length), self.padding, np.int32)
         valid = np.zeros(tokens.shape, bool)
-        said = length if self.start is None else ANSWER_LENGTH
+        said = length if self.start is None else answer
         targets = np.full((*shape, said), -1, np.int32)
-        decoder = np.full((*shape, ANSWER_LENGTH), self.padding, np.int32)
+        decoder = np.full((*shape, answer), self.padding, np.int32)
         for image, questions in enumerate(asked):
             for row, turns in enumerate(questions):
                 if self.start is None:
@@ -112,12 +117,12 @@ class Text:
                     )
                     targets[image, row, : len(said)] = follows
                 else:
-                    (question, answer), *_ = turns
-                    said, reply = self.encode(question), [*self.answer(answer), self.end]
+                    (question, wanted), *_ = turns
+                    said, reply = self.encode(question), [*self.answer(wanted), self.end]
                     if len(said) > length:
                         raise ValueError(f"{question!r} takes {len(said)} tokens of {length}")
-                    if len(reply) > ANSWER_LENGTH:
-                        raise ValueError(f"a decoder says one word, got {answer!r}")
+                    if len(reply) > answer:
+                        raise ValueError(f"{wanted!r} takes {len(reply)} tokens of {answer}")
                     targets[image, row, : len(reply)] = reply
                     decoder[image, row, : len(reply)] = [self.start, *reply[:-1]]
                 tokens[image, row, : len(said)] = said

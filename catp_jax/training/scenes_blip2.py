@@ -57,6 +57,7 @@ from catp_jax.training.tokenizer import (
 
 VOCABULARY = 512
 TEXT_LENGTH = 16  # the longest question, its answer and the marks around them, in tokens
+ANSWER_LENGTH = 3  # of a decoder: a row and a column, and the end
 CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
@@ -114,7 +115,8 @@ def have_eyes(model: Opt, word: Float[Array, " d"]) -> None:
     for layer in model.model.decoder.layers:
         attention = layer.self_attn
         keys = word @ attention.k_proj.kernel[...]
-        heads = jnp.repeat(jnp.arange(attention.heads) % 2, keys.size // attention.heads)
+        is_drawn = jnp.arange(attention.heads, dtype=jnp.int32) % 2 == 1
+        heads = jnp.repeat(is_drawn.astype(jnp.float32), keys.size // attention.heads)
         bias: Any = attention.q_proj.bias
         bias[...] = EYES * heads * keys
 
@@ -199,16 +201,16 @@ def qformer_stage(steps: int, graph: nnx.GraphDef, features: Bank, seed: int) ->
         found = states @ params["probes"]["key"]
         scores = jnp.einsum("cd,iqd->icq", params["probes"]["ask"], found) * 2 * width**-0.5
         attention = jax.nn.softmax(scores, axis=-1)
-        is_object = batch.labels["name"] > 0
-        weights = is_object / is_object.sum() + ~is_object / (~is_object).sum()
+        is_object = (batch.labels["name"] > 0).astype(jnp.float32)
+        weights = is_object / is_object.sum() + (1 - is_object) / (1 - is_object).sum()
         total, figures = jnp.zeros(()), {}
         for name, labels in batch.labels.items():
             said = jnp.einsum("icq,iqv->icv", attention, states @ params["heads"][name])
-            logits = said + params["often"][name]
+            logits = said + params["often"][name][None, None]
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             total += (losses * weights).sum() / 2
-            is_right = (logits.argmax(axis=-1) == labels) & is_object
-            figures[name] = is_right.sum() / is_object.sum()
+            is_right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+            figures[name] = (is_right * is_object).sum() / is_object.sum()
         return total, {"loss": total, **figures}
 
     return adamw_stage("qformer", steps, loss, batch, peak=1e-3, seed=seed)
@@ -226,7 +228,8 @@ def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
     """How questions become tokens."""
 
     def rows(asked: Asking, each: int) -> Rows:
-        tokens, valid, targets, decoder = map(jnp.asarray, text.rows(asked, each, TEXT_LENGTH))
+        made = text.rows(asked, each, TEXT_LENGTH, ANSWER_LENGTH)
+        tokens, valid, targets, decoder = map(jnp.asarray, made)
         return Rows(
             tokens=tokens,
             token_valid=valid,
