@@ -1,10 +1,11 @@
 """Do the CATP paper's findings hold on the shipped mini models?
 
-Regime: easy-VQA's test questions and the mini BLIP-2s, against VQAv2 and the real opt-2.7b in the
-paper (arXiv 2404.08567); generation as there: 5 beams, length penalty 0, at most 10 tokens. Both
-prune 32 queries to 16, 8 and 4. The minis were trained before any of this was measured.
+Regime: questions about test scenes of many objects and the mini BLIP-2s trained on such, against
+VQAv2 and the real opt-2.7b in the paper (arXiv 2404.08567); generation as there: 5 beams, length
+penalty 0, at most 10 tokens. Both prune 32 queries to 16, 8 and 4. The minis were trained before
+any of this was measured.
 
-    python benchmarks/catp_table.py --questions 2048
+    python -m benchmarks.catp_table --scenes 200
 
 Prints, for each model, accuracy when one cross-attention layer alone votes (the paper's layer
 study), the ratios of CATP to the baselines, and in words what agrees. With --journals the answers
@@ -25,13 +26,15 @@ from rich.table import Table
 
 from catp_jax import api
 from catp_jax.generation.options import Options
-from catp_jax.study import tasks
+from catp_jax.pruning import BOUNDS
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import UNPRUNED, Conditions, Result, Setting
+from catp_jax.study.results import families
 from catp_jax.study.sweep import sweep
+from catp_jax.training.scene_questions import scenes_task
 
 ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
-MINIS = (ASSETS / "mini-blip2-opt", ASSETS / "mini-blip2-t5")
+MINIS = (ASSETS / "scenes-blip2-opt", ASSETS / "scenes-blip2-t5")
 BUDGETS = (16, 8, 4)
 LEVELS = {16: "1/2", 8: "1/4", 4: "1/8"}
 
@@ -45,7 +48,15 @@ PAPER_LAYERS = {  # accuracy, %, by the layer that votes, at 16, 8 and 4 of 32 q
     6: (43.79, 34.66, 23.70),
 }
 PAPER_RATIOS = {"self_attention": 12.1, "l2": 6.6}  # the largest that the paper reports
-OTHERS = ("catp:layers=all", "catp:image_weights", "l2", "self_attention", "position", "random")
+OTHERS = (
+    "catp:layers=all",
+    "catp:image_weights",
+    "l2",
+    "self_attention",
+    "position",
+    "random",
+    *BOUNDS,
+)
 
 
 def rank_correlation(one: list[float], other: list[float]) -> float:
@@ -105,6 +116,14 @@ def ratio(by: dict[tuple[str, int], Result], voters: str, baseline: str, keep: i
     return own.accuracy / max(by[baseline, keep].accuracy, 1e-9)
 
 
+def by_family(result: Result) -> dict[str, float]:
+    """Accuracy of each family's questions."""
+    return {
+        family: float(np.mean([result.answers[number].score for number in numbers]))
+        for family, numbers in families(result.answers).items()
+    }
+
+
 def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
     """Where our figures agree with the paper's, and where not."""
     out = []
@@ -143,14 +162,16 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, action="append", help="default: the shipped minis")
-    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--scenes", type=int, default=200, help="with a question of each family")
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     parser.add_argument("--num-beams", type=int, default=5)
     arguments = parser.parse_args()
     console = Console()
-    examples = tasks.spread(list(tasks.easy_vqa("test")), arguments.questions)
+    task = scenes_task(scenes=arguments.scenes)
     conditions = Conditions(
-        task="easy-vqa",
+        task=task.name,
+        source=task.source,
+        prompt=task.prompt,
         options=Options(
             max_new_tokens=10,
             min_new_tokens=1,
@@ -169,9 +190,10 @@ def main() -> None:
             results = list(
                 sweep(
                     model,
-                    examples,
+                    task.examples,
                     settings,
                     conditions,
+                    score=task.score,
                     journal=journal,
                     name=name,
                     report=lambda doing, name=name, show=status.update: show(f"{name}: {doing}"),
@@ -191,6 +213,7 @@ def main() -> None:
             "unpruned": unpruned.accuracy,
             "accuracy": {f"{m}, keep {k}": by[m, k].accuracy for m, k in by},
             "interval": {f"{m}, keep {k}": [by[m, k].low, by[m, k].high] for m, k in by},
+            "by family": {str(result.setting): by_family(result) for result in results},
             "words": words,
         }
     print(
@@ -200,8 +223,7 @@ def main() -> None:
                 "date": datetime.date.today().isoformat(),
                 "device": jax.devices()[0].device_kind,
                 "versions": {"python": platform.python_version(), "jax": jax.__version__},
-                "task": "easy-vqa",
-                "questions": arguments.questions,
+                "task": task.source,
                 "num_beams": arguments.num_beams,
                 "models": found,
             }

@@ -1,27 +1,20 @@
 """The benchmarks' own arithmetic, and that they run at toy size; figures are not tested."""
 
-import importlib.util
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from catp_jax.study.records import Cost, Result, Setting
+from benchmarks import catp_table, trimmed_table
+from benchmarks.catp_table import BUDGETS
+from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 METHODS = ("l2", "self_attention", "position", "random")
-
-
-@pytest.fixture(scope="module")
-def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catp_table", BENCHMARKS / "catp_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def result(method: str, keep: int, accuracy: float, half: float = 0.02) -> Result:
@@ -44,30 +37,60 @@ def result(method: str, keep: int, accuracy: float, half: float = 0.02) -> Resul
     )
 
 
-def test_rank_correlation_is_spearmans(table: ModuleType):
-    assert table.rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
-    assert table.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+def test_rank_correlation_is_spearmans():
+    assert catp_table.rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert catp_table.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     # ranks 0.5, 0.5, 2 against 0, 1, 2: covariance 1.5 over √(1.5·2)
-    assert table.rank_correlation([5, 5, 9], [1, 2, 3]) == pytest.approx(1.5 / 3**0.5)
-    assert table.rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+    assert catp_table.rank_correlation([5, 5, 9], [1, 2, 3]) == pytest.approx(1.5 / 3**0.5)
+    assert catp_table.rank_correlation([1, 1, 1], [1, 2, 3]) == 0
 
 
-def test_words_follow_the_intervals(table: ModuleType):
+def test_words_follow_the_intervals():
     layers = range(1, 7)
-    by = {(f"catp:layers={n}", k): result("catp", k, 0.9) for n in layers for k in table.BUDGETS}
-    by |= {(m, k): result(m, k, 0.9) for m in METHODS for k in table.BUDGETS}
-    words = "\n".join(table.in_words(by, 6))
+    by = {(f"catp:layers={n}", k): result("catp", k, 0.9) for n in layers for k in BUDGETS}
+    by |= {(m, k): result(m, k, 0.9) for m in METHODS for k in BUDGETS}
+    words = "\n".join(catp_table.in_words(by, 6))
     assert words.count("no layer votes better here") == 3
     assert "up to 12.1 in the paper: does not agree" in words
     assert "better," not in words
 
-    by |= {("self_attention", k): result("self_attention", k, 0.3) for k in table.BUDGETS}
-    by |= {("catp:layers=2", k): result("catp", k, 0.99) for k in table.BUDGETS}
-    words = "\n".join(table.in_words(by, 6))
+    by |= {("self_attention", k): result("self_attention", k, 0.3) for k in BUDGETS}
+    by |= {("catp:layers=2", k): result("catp", k, 0.99) for k in BUDGETS}
+    words = "\n".join(catp_table.in_words(by, 6))
     assert words.count("layer 2 votes best here") == 3
     assert "self_attention at 1/2, 1/4, 1/8: better, better, better" in words
     assert "3.00 to 3.00 times its accuracy, up to 12.1 in the paper: agrees" in words
     assert "random at 1/2, 1/4, 1/8: equal, equal, equal" in words
+
+
+def test_what_trimmed_llama_loses_is_told_by_family():
+    """Twenty images, a question of two families about each; what is left out costs the counts."""
+
+    def answers(kept: int) -> tuple[Answer, ...]:
+        return tuple(
+            Answer(
+                id=f"{image} {family}",
+                text="",
+                score=float(kept == 8 or family != "count"),
+                kl=0.0,
+                image=image,
+                available=8,
+                kept=tuple(range(kept)),
+                family=family,
+            )
+            for image in range(20)
+            for family in ("attribute", "count")
+        )
+
+    whole, half = (
+        dataclasses.replace(result("trimmed_llama", 1, 1.0), answers=answers(kept))
+        for kept in (8, 2)
+    )
+    assert trimmed_table.share_kept(half) == 0.25
+    (words,) = trimmed_table.in_words({"25%": half}, whole)
+    assert "attribute +0.0 [+0.0, +0.0];" in words
+    assert "count -100.0 [-100.0, -100.0] (not equal)." in words
+    assert "all questions -50.0 [-50.0, -50.0] (not equal)" in words
 
 
 def test_pruning_overhead_runs_at_toy_size():

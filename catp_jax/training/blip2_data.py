@@ -30,7 +30,7 @@ PAPERS_PROMPT = "Question: {} Short answer:"
 PAPERS_WORDING = 0.25  # share of training questions in the wording of the BLIP-2 paper
 OPEN = 0.25  # how much less often than rarity says a "what" is asked: those are learned at once
 TEXT_LENGTH = 20  # the longest question in that wording, its answer and the marks around them
-ANSWER_LENGTH = 2  # the answer, a single word, and the end
+ANSWER_LENGTH = 3  # of a decoder's row: its first token, the answer, a single word, and the end
 
 
 @pytree
@@ -71,8 +71,9 @@ class Text:
     """Turns questions and answers into rows of tokens.
 
     `prompt · answer · end` in one row; where there is a decoder (`start` is its first token), the
-    prompt alone, and `start · answer` for the decoder. `encode` marks the prompt as the tokenizer
-    does; `encode_word` adds no mark.
+    prompt alone, and `start · answer · end` for the decoder. A list is `words · answer · words …`;
+    there the prompt has all words, and the decoder's row the whole list. `encode` marks the prompt
+    as the tokenizer does; `encode_word` adds no mark.
     """
 
     encode: Callable[[str], list[int]]
@@ -92,6 +93,11 @@ class Text:
         """Words after others."""
         return self.encode_word(text if self.start is not None else f" {text}")
 
+    def begin(self, text: str) -> list[int]:
+        """Words at the beginning of a decoder's row."""
+        assert self.start is not None
+        return [self.start, *self.words(text)]
+
     def rows(
         self,
         asked: list[list[Sequence[Turn]]],
@@ -99,34 +105,32 @@ class Text:
         length: int = TEXT_LENGTH,
         answer: int = ANSWER_LENGTH,
     ) -> list[np.ndarray]:
-        """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …];
-        images with fewer rows have empty ones. A decoder says the answer of the first turn alone,
-        in `answer` tokens with the end.
+        """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …], rows
+        of `length` tokens, a decoder's of `answer`; images with fewer rows have empty ones.
         """
         shape = (len(asked), each)
         tokens = np.full((*shape, length), self.padding, np.int32)
         valid = np.zeros(tokens.shape, bool)
-        said = length if self.start is None else answer
-        targets = np.full((*shape, said), -1, np.int32)
         decoder = np.full((*shape, answer), self.padding, np.int32)
+        targets = np.full((*shape, length if self.start is None else answer), -1, np.int32)
         for image, questions in enumerate(asked):
             for row, turns in enumerate(questions):
                 if self.start is None:
-                    said, follows = line(
+                    prompt, follows = line(
                         turns, self.encode, self.words, self.answer, self.end, length
                     )
-                    targets[image, row, : len(said)] = follows
                 else:
-                    (question, wanted), *_ = turns
-                    said, reply = self.encode(question), [*self.answer(wanted), self.end]
-                    if len(said) > length:
-                        raise ValueError(f"{question!r} takes {len(said)} tokens of {length}")
-                    if len(reply) > answer:
-                        raise ValueError(f"{wanted!r} takes {len(reply)} tokens of {answer}")
-                    targets[image, row, : len(reply)] = reply
-                    decoder[image, row, : len(reply)] = [self.start, *reply[:-1]]
-                tokens[image, row, : len(said)] = said
-                valid[image, row, : len(said)] = True
+                    prompt = self.encode(" ".join(words for words, _ in turns))
+                    if len(prompt) > length:
+                        raise ValueError(f"{turns[0][0]!r} takes {len(prompt)} tokens of {length}")
+                    said = turns if len(turns) > 1 else [("", turns[0][1])]
+                    reply, follows = line(
+                        said, self.begin, self.words, self.answer, self.end, answer
+                    )
+                    decoder[image, row, : len(reply)] = reply
+                tokens[image, row, : len(prompt)] = prompt
+                valid[image, row, : len(prompt)] = True
+                targets[image, row, : len(follows)] = follows
         return [tokens, valid, targets, decoder]
 
     def batch(

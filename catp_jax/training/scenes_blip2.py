@@ -56,8 +56,7 @@ from catp_jax.training.tokenizer import (
 )
 
 VOCABULARY = 512
-TEXT_LENGTH = 16  # the longest question, its answer and the marks around them, in tokens
-ANSWER_LENGTH = 3  # of a decoder: a row and a column, and the end
+TEXT_LENGTH = 16  # the longest list with its answers, in tokens, also of a decoder
 CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
@@ -228,7 +227,7 @@ def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
     """How questions become tokens."""
 
     def rows(asked: Asking, each: int) -> Rows:
-        made = text.rows(asked, each, TEXT_LENGTH, ANSWER_LENGTH)
+        made = text.rows(asked, each, TEXT_LENGTH, TEXT_LENGTH)
         tokens, valid, targets, decoder = map(jnp.asarray, made)
         return Rows(
             tokens=tokens,

@@ -152,6 +152,29 @@ def test_training_reads_kept_states_as_the_model_reads_images(which, scenes):
     )
 
 
+def test_a_decoder_is_told_a_lists_words_and_says_its_answers(scenes):
+    tokenizer = recipe.make_tokenizer("t5", scenes)
+    text = recipe.make_text(tokenizer, scenes_config("t5"))
+    turns = [("where: red circle", "two three"), ("blue cross", "one four")]
+    rows = jax.tree.map(
+        np.asarray, recipe.rows_of(text)([[turns, [("what digit is red?", "7")]]], 2)
+    )
+
+    def ids(words):
+        return tokenizer.encode(words, add_special_tokens=False)
+
+    assert rows.tokens[0, 0][rows.token_valid[0, 0]].tolist() == tokenizer.encode(
+        "where: red circle blue cross"
+    )
+    said = ids("where: red circle two three blue cross one four")
+    assert rows.decoder_tokens[0, 0, : 1 + len(said)].tolist() == [0, *said]
+    told = {int(at): int(token) for at, token in enumerate(rows.targets[0, 0]) if token >= 0}
+    assert list(told.values()) == ids("two three one four")
+    assert all(rows.decoder_tokens[0, 0, 1 + at] == token for at, token in told.items())
+    assert rows.decoder_tokens[0, 1, :2].tolist() == [0, *ids("7")]
+    assert rows.targets[0, 1, :3].tolist() == [*ids("7"), tokenizer.eos_token_id, -1]
+
+
 def test_the_two_kinds_start_alike_up_to_the_queries():
     fronts = [nnx.state(initialise(scenes_config(which), 0).qformer) for which in ("opt", "t5")]
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), *fronts)))
