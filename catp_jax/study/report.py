@@ -20,8 +20,8 @@ from catp_jax.study.page import Section, as_html, as_markdown
 from catp_jax.study.pictures import draw_kept, panels_of, pictured_budget
 from catp_jax.study.plain import shown
 from catp_jax.study.positions import draw_positions, positions_of
-from catp_jax.study.records import Conditions, Header, Result
-from catp_jax.study.results import NEEDS_PIXELS, Estimate, estimates, families, pooled
+from catp_jax.study.records import UNPRUNED, Conditions, Header, Result
+from catp_jax.study.results import NEEDS_PIXELS, RANDOM, Estimate, estimates, families, pooled
 from catp_jax.study.tables import (
     NOTES,
     difference_table,
@@ -175,8 +175,9 @@ def _sections(model: Reported, out: Path, number: str) -> list[Section]:
                 caption="Accuracy by family of questions, over the visual tokens kept.",
             )
         )
-    if table := difference_table(results, figures):
-        sections.append(Section("Against unpruned and random, paired", level=3, table=table))
+    for other, title in ((UNPRUNED, "unpruned"), (RANDOM, "random at the same budget")):
+        if table := difference_table(results, figures, other):
+            sections.append(Section(f"Against {title}, paired", level=3, table=table))
     if positions := positions_of(study.results):
         picture = out / f"positions{number}.png"
         draw_positions(positions, picture)

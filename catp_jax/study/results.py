@@ -225,14 +225,18 @@ def _estimates(
             [np.nan if answer.needed is None else answer.needed for answer in answers]
         ),
     }
-    for family, numbers in families(answers).items():
+    groups = families(answers)
+    for family, numbers in groups.items():
         columns[f"accuracy, {family}"] = _only(scores, numbers)
     if halved is not None and result is not halved:
         wrong = np.flatnonzero(_scores(halved) < 0.5)
         columns[f"accuracy, {NEEDS_PIXELS}"] = _only(scores, wrong)
     for name, other in (("unpruned", unpruned), (RANDOM, random)):
         if other is not None and result is not other and result is not unpruned:
-            columns[f"against {name}"] = scores - _scores(other)
+            gains = scores - _scores(other)
+            columns[f"against {name}"] = gains
+            for family, numbers in groups.items():
+                columns[f"against {name}, {family}"] = _only(gains, numbers)
     columns = {name: column for name, column in columns.items() if not np.isnan(column).all()}
     lows, highs = intervals(
         np.stack([*columns.values()], axis=1),

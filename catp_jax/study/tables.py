@@ -13,10 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 
 from catp_jax.study.half_pixels import HALVED
-from catp_jax.study.records import UNPRUNED, Result
+from catp_jax.study.records import Result
 from catp_jax.study.results import (
     NEEDS_PIXELS,
-    RANDOM,
     Estimate,
     families,
     pooled,
@@ -210,12 +209,13 @@ def _needing_pixels(results: Sequence[Result]) -> int:
 
 
 def difference_table(
-    results: Sequence[Result], figures: Sequence[Mapping[str, Estimate]]
+    results: Sequence[Result], figures: Sequence[Mapping[str, Estimate]], other: str
 ) -> Table | None:
-    """Each setting's paired difference from unpruned, and from random at its budget, in percentage
-    points; None if there is neither.
+    """Each setting's paired difference from the unpruned model, or from random at its budget, in
+    percentage points: of all questions and by family; None if there is nothing to compare.
     """
-    names = {f"against {name}": f"against {name}" for name in (UNPRUNED, RANDOM)}
+    names = {f"against {other}": "all"}
+    names |= {f"against {other}, {family}": family for family in families(results[0].answers)}
     return _estimated(results, figures, names, _points)
 
 

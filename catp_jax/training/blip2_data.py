@@ -93,11 +93,6 @@ class Text:
         """Words after others."""
         return self.encode_word(text if self.start is not None else f" {text}")
 
-    def begin(self, text: str) -> list[int]:
-        """Words at the beginning of a decoder's row."""
-        assert self.start is not None
-        return [self.start, *self.words(text)]
-
     def rows(
         self,
         asked: list[list[Sequence[Turn]]],
@@ -108,14 +103,14 @@ class Text:
         """Tokens, which of them are any, targets, and the decoder's tokens: [images, each, …], rows
         of `length` tokens, a decoder's of `answer`; images with fewer rows have empty ones.
         """
-        shape = (len(asked), each)
+        shape, start = (len(asked), each), self.start
         tokens = np.full((*shape, length), self.padding, np.int32)
         valid = np.zeros(tokens.shape, bool)
         decoder = np.full((*shape, answer), self.padding, np.int32)
-        targets = np.full((*shape, length if self.start is None else answer), -1, np.int32)
+        targets = np.full((*shape, length if start is None else answer), -1, np.int32)
         for image, questions in enumerate(asked):
             for row, turns in enumerate(questions):
-                if self.start is None:
+                if start is None:
                     prompt, follows = line(
                         turns, self.encode, self.words, self.answer, self.end, length
                     )
@@ -125,7 +120,12 @@ class Text:
                         raise ValueError(f"{turns[0][0]!r} takes {len(prompt)} tokens of {length}")
                     said = turns if len(turns) > 1 else [("", turns[0][1])]
                     reply, follows = line(
-                        said, self.begin, self.words, self.answer, self.end, answer
+                        said,
+                        lambda text: [start, *self.words(text)],
+                        self.words,
+                        self.answer,
+                        self.end,
+                        answer,
                     )
                     decoder[image, row, : len(reply)] = reply
                 tokens[image, row, : len(prompt)] = prompt

@@ -92,10 +92,13 @@ def test_tables_by_family_and_of_differences(results):
     numbers = families(results[1].answers)["odd"]
     odd = np.mean([results[1].answers[number].score for number in numbers])
     assert by_family.lines[1][4].startswith(f"{odd:.1%} [")
-    lines = difference_table(results, figures).lines
-    assert [line[0] for line in lines] == ["oracle", "anti", "random", "l2"]
-    assert lines[2][3] == "–"  # random against itself
-    assert all("[" in line[2] for line in lines)
+    whole, chance = (difference_table(results, figures, other) for other in ("unpruned", "random"))
+    assert whole.head == chance.head == ("method", "kept", "all", "even", "odd")
+    assert [line[0] for line in whole.lines] == ["oracle", "anti", "random", "l2"]
+    assert [line[0] for line in chance.lines] == ["oracle", "anti", "l2"]  # not against itself
+    gains = [results[1].answers[n].score - results[0].answers[n].score for n in numbers]
+    assert whole.lines[0][4].startswith(f"{100 * np.mean(gains):+.1f} [")
+    assert all("[" in cell for line in (*whole.lines, *chance.lines) for cell in line[2:])
 
 
 def test_a_task_without_families_has_no_such_table():
