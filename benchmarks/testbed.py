@@ -15,7 +15,8 @@ import datetime
 import json
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from catp_jax.study.records import Answer, Conditions, Setting
 from catp_jax.study.results import RANDOM, difference, families, interval, mean_over, needed_kept
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import Example, Task
-from catp_jax.training.scene_questions import scenes_task
+from catp_jax.training.scene_questions import COUNTS, scenes_task
 
 SHARES = ("50%", "25%", "12.5%", "6%", "3%", "1.5%")
 SEEDS = 5
@@ -78,18 +79,36 @@ def figures(answers: tuple[Answer, ...], numbers: list[int]) -> tuple[float, flo
     return (float(np.mean(scores)), *interval(scores, [one.image for one in some]))
 
 
-def table(title: str, by: dict[tuple[str, str], tuple[Answer, ...]], numbers: list[int]) -> Table:
-    """Methods by budget, accuracy in %."""
+def miscounted(answers: tuple[Answer, ...], right: dict[str, str], numbers: list[int]) -> float:
+    """By how much counts are too high, in the mean over the answers that are a number."""
+    said = [(answers[number].text.strip(), right[answers[number].id]) for number in numbers]
+    off = [COUNTS.index(one) - COUNTS.index(true) for one, true in said if one in COUNTS]
+    return float(np.mean(off)) if off else float("nan")
+
+
+def said_yes(answers: tuple[Answer, ...], numbers: list[int]) -> float:
+    """How often the answer was yes."""
+    return float(np.mean([answers[number].text.strip() == "yes" for number in numbers]))
+
+
+def accuracy(answers: tuple[Answer, ...], numbers: list[int]) -> str:
+    """Accuracy in %, and half its interval."""
+    mean, low, high = figures(answers, numbers)
+    return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
+
+
+def table(
+    title: str,
+    by: dict[tuple[str, str], tuple[Answer, ...]],
+    cell: Callable[[tuple[Answer, ...]], str],
+) -> Table:
+    """Methods by budget."""
     out = Table(title=title)
     out.add_column("kept")
     for share in SHARES:
         out.add_column(share, justify="right", no_wrap=True)
     for method in dict.fromkeys(method for method, _ in by):
-        cells = []
-        for share in SHARES:
-            mean, low, high = figures(by[method, share], numbers)
-            cells.append(f"{100 * mean:.1f} ± {50 * (high - low):.1f}")
-        out.add_row(method, *cells)
+        out.add_row(method, *(cell(by[method, share]) for share in SHARES))
     return out
 
 
@@ -117,7 +136,9 @@ def study(folder: Path, task: Task, journals: Path | None, console: Console) -> 
     prior = without_looking(task)
     found: dict[str, Any] = {}
     for family, numbers in families(unpruned).items():
-        console.print(table(f"{name}, {family}: accuracy (%)", by, numbers))
+        console.print(
+            table(f"{name}, {family}: accuracy (%)", by, partial(accuracy, numbers=numbers))
+        )
         whole, half = figures(unpruned, numbers)[0], figures(coarse, numbers)[0]
         console.print(
             f"unpruned {100 * whole:.1f}, half the pixels {100 * half:.1f}, unseen "
@@ -131,6 +152,28 @@ def study(folder: Path, task: Task, journals: Path | None, console: Console) -> 
             "accuracy": {
                 f"{method}, {share}": figures(some, numbers) for (method, share), some in by.items()
             },
+        }
+    # Do wrong counts, and answers about existence, lean to a side? Means over seeds have no text,
+    # so of random the first seed stands for all.
+    texts = {key: some for key, some in by.items() if key[0] != RANDOM}
+    texts |= {(RANDOM, share): answers[Setting(draws[0], share)] for share in SHARES}
+    right = {example.id: example.answer for example in task.examples}
+    by_family = families(unpruned)
+    leaning = {
+        ("count", "by how much counts are too high"): lambda some: miscounted(
+            some, right, by_family["count"]
+        ),
+        ("existence", "how often the answer is yes"): lambda some: said_yes(
+            some, by_family["existence"]
+        ),
+    }
+    for (family, what), measure in leaning.items():
+        console.print(
+            table(f"{name}: {what}", texts, lambda some, measure=measure: f"{measure(some):+.2f}")
+        )
+        console.print(f"unpruned {measure(unpruned):+.2f}\n")
+        found[family][what] = {"unpruned": measure(unpruned)} | {
+            f"{method}, {share}": measure(some) for (method, share), some in texts.items()
         }
     found["all"] = {
         "against random": {

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import catp_table, trimmed_table
+from benchmarks import catp_table, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
 from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
@@ -207,10 +208,20 @@ def test_a_page_is_filled_between_its_marks_alone(monkeypatch: pytest.MonkeyPatc
     assert performance.filled(out) == out
 
 
-def test_what_is_known_unseen_is_the_commonest_answer():
-    from benchmarks.testbed import without_looking
+def test_counts_lean_to_the_side_of_their_mean_error():
+    """Said three of two, one of one, and no number at all; yes once in three."""
+    answers = tuple(
+        Answer(id=str(n), text=text, score=0.0, kl=0.0, image=n, available=8, kept=None)
+        for n, text in enumerate(["three", " one", "yes"])
+    )
+    right = {"0": "two", "1": "one", "2": "four"}
+    assert testbed.miscounted(answers, right, [0, 1, 2]) == 0.5
+    assert np.isnan(testbed.miscounted(answers, right, [2]))
+    assert testbed.said_yes(answers, [0, 1, 2]) == pytest.approx(1 / 3)
 
-    known = without_looking(scenes_task(scenes=200))
+
+def test_what_is_known_unseen_is_the_commonest_answer():
+    known = testbed.without_looking(scenes_task(scenes=200))
     assert set(known) == {"attribute", "existence", "count", "relation", "reading"}
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Int
 
 from catp_jax.struct import pytree
-from catp_jax.training.scene_lists import LISTS, listed
+from catp_jax.training.scene_lists import FIRST, LISTS, listed
 from catp_jax.training.scene_questions import TAUGHT, Asked, drawn
 from catp_jax.training.scenes import Dice, Scene
 from catp_jax.training.turns import Turn
@@ -71,12 +71,15 @@ class Bank:
             rows=self.rows(asked, max(map(len, asked))),
         )
 
-    def draw(self, step: int, steps: int, seed: int) -> SceneBatch:
-        """Batch number `step` of `steps`: easy families fade out, and so do lists."""
+    def draw(self, step: int, steps: int, seed: int, first: int = 0) -> SceneBatch:
+        """Batch number `step` of `steps`: easy families fade out, and so do lists. The `first`
+        steps list attributes and nothing else.
+        """
         rng = np.random.default_rng((seed, step))
         share = step / steps
         weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
-        of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
+        of_lists = (1 - share) * LISTED[0] + share * LISTED[1] if step >= first else 1.0
+        kinds = list(LISTS if step >= first else FIRST)
         numbers = rng.integers(len(self.scenes), size=SCENES)
         asked: Asking = []
         for number in numbers.tolist():
@@ -84,7 +87,7 @@ class Bank:
             some: list[Sequence[Turn]] = []
             while len(some) < EACH:
                 if rng.random() < of_lists:
-                    turns = listed(dice, scene, rng.choice(list(LISTS)))
+                    turns = listed(dice, scene, rng.choice(kinds))
                     some += [turns] if turns else []
                 else:
                     family = rng.choice(list(TAUGHT), p=weights / weights.sum())

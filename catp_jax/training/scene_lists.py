@@ -1,5 +1,6 @@
 """What training lists about a scene besides questions: several answers in one question's words.
 
+    attribute   what: square red blue circle 7 green
     place       where: red circle two three blue cross one four green square four one
     existence   is there: red circle yes green square no blue cross no
     count       how many: red two circle one blue three square two
@@ -9,6 +10,7 @@ Rows and columns are counted from one. Here a model has to know of an object as 
 From questions, which are answered at their end alone, it learns the same much more slowly.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from catp_jax.training.scene_questions import COUNTS, Asked, count, existence, named, relation
@@ -24,6 +26,14 @@ def places(dice: Dice, scene: Scene) -> list[Turn]:
         (f"{thing.colour} {thing.name}", f"{COUNTS[thing.row]} {COUNTS[thing.column]}")
         for thing in dice.shuffled(named(scene))[:3]
     ]
+
+
+def attributes(dice: Dice, scene: Scene) -> list[Turn]:
+    """The other of colour and name of up to five objects that one of them tells from all others."""
+    looks = [(thing.name, thing.colour) for thing in scene.things]
+    looks += [(colour, name) for name, colour in looks]
+    often = Counter(word for word, _ in looks)
+    return dice.shuffled([look for look in looks if often[look[0]] == 1])[:5]
 
 
 def existences(dice: Dice, scene: Scene) -> list[Turn]:
@@ -72,11 +82,13 @@ LISTS: dict[str, tuple[str, Callable[[Dice, Scene], list[Turn]]]] = {
     "relation": ("is:", relations),
 }
 """What a list begins with, and what makes it."""
+FIRST = {"attribute": ("what:", attributes)}
+"""The easiest, for models that have yet to find out that there is something to see."""
 
 
 def listed(dice: Dice, scene: Scene, kind: str) -> list[Turn]:
     """A list, its first words behind what it begins with; empty if there is nothing to say."""
-    begin, make = LISTS[kind]
+    begin, make = (LISTS | FIRST)[kind]
     return [
         (f"{begin} {words}" if number == 0 else words, answer)
         for number, (words, answer) in enumerate(make(dice, scene))

@@ -9,8 +9,8 @@
    found in training.
 3. answers: the Q-Former is frozen, what it makes of some thousand scenes is kept, and the language
    model and the projection in front of it learn to answer fresh questions about them, easy families
-   first. An OPT does without positions: what order a question needs, causal attention gives, and
-   pruning moves its words.
+   first. An OPT's positions are sines, and each step begins to count somewhere else: what matters
+   is how far words are apart, since pruning moves all of them.
 
 Both kinds share stages 1 and 2: with the same --work the second kind finds them done.
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
@@ -37,7 +37,7 @@ from catp_jax.models.querying import QueryingFront
 from catp_jax.models.vit import Vit
 from catp_jax.struct import pytree
 from catp_jax.training.blip2_data import Text
-from catp_jax.training.blip2_start import QUERIES, initialise, mini_config, say_what_is_seen
+from catp_jax.training.blip2_start import QUERIES, WORD, initialise, mini_config, say_what_is_seen
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text, write
 from catp_jax.training.photos import normalise
@@ -61,6 +61,7 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
+LOOKING = 12  # of so many steps of stage 3, one is spent on lists of attributes, at first
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 
@@ -104,6 +105,23 @@ def look_apart(model: Blip2, features: Float[Array, "i n d"]) -> None:
             kernel = attention.value.kernel[...]
             bias: Any = attention.value.bias
             bias[...] = -features.mean(axis=(0, 1)) @ kernel
+
+
+def places_in_line(count: int, width: int) -> Float[Array, "count width"]:
+    """Where words are: sines, as large as words at the start."""
+    frequencies = 64.0 ** -(np.arange(width // 2) / (width // 2))
+    angles = np.arange(count)[:, None] * frequencies
+    return WORD * jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+
+
+def count_from(start: Int[Array, ""] | int, model: Opt) -> None:
+    """Makes an OPT's positions sines that begin at `start`."""
+    positions = model.model.decoder.embed_positions
+    rows, width = positions.embedding.shape
+    places = places_in_line(rows + QUERIES, width)
+    positions.embedding = positions.embedding.replace(
+        jax.lax.dynamic_slice_in_dim(places, start, rows)
+    )
 
 
 def have_eyes(model: Opt, word: Float[Array, " d"]) -> None:
@@ -259,12 +277,17 @@ def answer_logits(model: Blip2, batch: SceneBatch) -> Float[Array, "i q rows voc
 
 
 def answers_loss(graph: nnx.GraphDef) -> Any:
-    """Loss of stage 3."""
+    """Loss of stage 3. An OPT counts on from anywhere: as if fewer queries were in front of its
+    words.
+    """
 
     def loss(
         params: Any, frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
-        logits = answer_logits(nnx.merge(graph, frozen, params), batch)
+        model = nnx.merge(graph, frozen, params)
+        if isinstance(model.language_model, Opt):
+            count_from(jax.random.randint(key, (), 0, QUERIES + 1), model.language_model)
+        logits = answer_logits(model, batch)
         return answer_loss(logits, batch.rows.targets)
 
     return loss
@@ -340,8 +363,7 @@ def main(
     if isinstance(model.language_model, Opt):
         word: Any = model.language_projection.bias
         have_eyes(model.language_model, word[...])
-        table = model.language_model.model.decoder.embed_positions.embedding
-        table[...] = jnp.zeros_like(table[...])
+        count_from(QUERIES, model.language_model)
         is_learned = nnx.All(is_learned, nnx.Not(nnx.PathContains("embed_positions")))
 
     def encoder(model: Blip2) -> Callable[[Sequence[Scene]], Array]:
@@ -355,7 +377,7 @@ def main(
         "answers",
         answers_steps,
         answers_loss(graph),
-        lambda step: bank.draw(step, answers_steps, seed),
+        lambda step: bank.draw(step, answers_steps, seed, first=answers_steps // LOOKING),
         peak=1e-3,
         seed=seed,
     )

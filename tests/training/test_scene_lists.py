@@ -2,7 +2,7 @@
 
 import pytest
 
-from catp_jax.training.scene_lists import LISTS, listed
+from catp_jax.training.scene_lists import FIRST, LISTS, listed
 from catp_jax.training.scenes import Dice, make_scene
 from catp_jax.training.turns import line
 
@@ -16,6 +16,9 @@ def truth(kind, words, before, things):
     if kind == "count":
         word = PLURALS.get(words[0], words[0])
         return NUMBERS[sum(word in (thing.colour, thing.name) for thing in things) - 1]
+    if kind == "attribute":
+        (looks,) = (t for t in ((t.colour, t.name) for t in things) if words[0] in t)
+        return looks[1 - looks.index(words[0])]
     found = [thing for thing in things if (thing.colour, thing.name) == tuple(words[:2])]
     if kind == "existence":
         return "yes" if found else "no"
@@ -34,9 +37,9 @@ def truth(kind, words, before, things):
     return "yes" if so[relation] else "no"
 
 
-@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("kind", [*LISTS, *FIRST])
 def test_what_is_listed_is_so(kind):
-    begin, most, seen = LISTS[kind][0], 0, set()
+    begin, most, seen = (LISTS | FIRST)[kind][0], 0, set()
     for number in range(40):
         scene = make_scene("train", number)
         turns = listed(Dice(number), scene, kind)

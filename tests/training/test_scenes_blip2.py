@@ -91,6 +91,19 @@ def test_half_the_heads_of_an_opt_are_drawn_to_queries():
     assert not drawn[::2].any()
 
 
+@pytest.mark.parametrize("kept", [0, 8, 32])
+def test_words_behind_fewer_queries_are_where_training_had_them(kept):
+    """Counted from `kept` on, the words behind 32 queries are where they will be behind `kept`."""
+    model = initialise(toy_config("opt"), 0).language_model
+    positions = model.model.decoder.embed_positions
+    recipe.count_from(jnp.asarray(kept, jnp.int32), model)
+    trained = np.asarray(positions.embedding[...])[2 + 32 : 2 + 32 + 16]
+    recipe.count_from(32, model)
+    np.testing.assert_array_equal(trained, positions.embedding[...][2 + kept : 2 + kept + 16])
+    near, far = (np.linalg.norm(trained[0] - trained[n]) for n in (1, 8))
+    assert 0 < near < far
+
+
 @pytest.mark.parametrize("which", ["opt", "t5"])
 def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(
     which, tmp_path, monkeypatch
@@ -120,7 +133,7 @@ def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(
     assert set(log[-1]) >= FAMILIES
     if which == "opt":
         places = model.language_model.model.decoder.embed_positions.embedding[...]
-        assert not np.asarray(places).any()
+        np.testing.assert_array_equal(places, recipe.places_in_line(32 + 514, 96)[32:])
     with pytest.raises(ValueError, match="exists already"):
         recipe.main(out=tmp_path / "one", **options)
     with pytest.raises(ValueError, match="seed 0, not 1"):
