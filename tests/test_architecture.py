@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
         "matching": "models sharding generation readers convert",
         "batch": "lines sharding generation readers answers model",
         # their models, as others' harnesses ask them
-        "evaluation": "pruning generation readers answers api batch",
+        "evaluation": "pruning generation readers study answers api batch",
         "plan": "leaves terminal targets models pruning sharding generation convert families",
         "doctor": "models pruning sharding convert families plan",
         "cli_options": "pruning readers",

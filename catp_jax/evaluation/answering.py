@@ -15,6 +15,7 @@ from catp_jax.generation.options import Options
 from catp_jax.pruning import make
 from catp_jax.pruning.named import AUTO, named
 from catp_jax.readers.reading import ImageCache, Prompt, Question
+from catp_jax.study.tasks import QUESTION, check_prompt, fill
 
 NEW_TOKENS = 1024  # of an answer whose task does not say how many
 BATCHES_AT_ONCE = 8  # whose images are in memory
@@ -44,11 +45,14 @@ class Asked:
 class Evaluated:
     """A loaded model with how it is pruned.
 
-    `is_chat` puts prompts through the checkpoint's chat template; None: if it has one. `loading`
-    are the keywords of `catp_jax.load`. Of `prune`, `keep` and `mesh` several parts may be joined
-    by "+", since commas separate a harness's settings: `prune="l2+fastv"`, `keep="50%+8"`.
+    `is_chat` puts prompts through the checkpoint's chat template; None: if it has one. Without a
+    template a text goes where `prompt` has "{question}", as in BLIP-2's "Question: {question} Short
+    answer:". `loading` are the keywords of `catp_jax.load`. Of `prune`, `keep` and `mesh` several
+    parts may be joined by "+", since commas separate a harness's settings: `prune="l2+fastv"`,
+    `keep="50%+8"`.
 
-    Raises ValueError for settings that are none, and for a method that does not fit the model.
+    Raises ValueError for settings that are none or do not go together, and for a method that does
+    not fit the model.
     """
 
     def __init__(
@@ -59,18 +63,20 @@ class Evaluated:
         keep: int | str | None = None,
         batch_size: int | str = 1,
         is_chat: bool | None = None,
+        prompt: str = QUESTION,
         seed: int = 0,
         **loading: Any,
     ) -> None:
+        check_prompt(prompt)
         known = [name for name in inspect.signature(api.load).parameters if name != "folder"]
         if unknown := [name for name in loading if name not in known]:
             raise ValueError(
                 f"{', '.join(unknown)}: no setting of a model; there are pretrained, prune, keep, "
-                f"batch_size, chat, seed, {', '.join(known)}"
+                f"batch_size, chat, prompt, seed, {', '.join(known)}"
             )
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ValueError(f"batch_size is a number of at least 1, got {batch_size!r}")
-        self.batch_size, self.seed = int(batch_size), seed
+        self.batch_size, self.prompt, self.seed = int(batch_size), prompt, seed
         self.prune, self.keep = _parts(prune), _parts(keep)
         methods = named(self.prune, self.keep)  # before the model, which may take minutes
         loading["mesh"] = _parts(loading.get("mesh"))
@@ -80,6 +86,11 @@ class Evaluated:
             make(method, None if budget == AUTO else 1, self.model.sites)
         has_template = bool(getattr(self.model.reader.processor, "chat_template", None))
         self.is_chat = has_template if is_chat is None else is_chat
+        if self.is_chat and prompt != QUESTION:
+            raise ValueError(
+                f"prompt={prompt!r} is for models without a chat template, and {pretrained} is "
+                "asked through one; leave it out, or say chat=false"
+            )
 
     def answers(
         self, asked: Sequence[Asked], progress: Callable[[int], Any] = lambda answered: None
@@ -98,7 +109,12 @@ class Evaluated:
             step = self.batch_size * BATCHES_AT_ONCE
             for start in range(0, len(numbers), step):
                 requests = [
-                    Request(asked[n].prompt, tuple(asked[n].images()), number=n, line=n + 1)
+                    Request(
+                        self._worded(asked[n].prompt),
+                        tuple(asked[n].images()),
+                        number=n,
+                        line=n + 1,
+                    )
                     for n in numbers[start : start + step]
                 ]
                 for found in answer(
@@ -137,6 +153,9 @@ class Evaluated:
             progress(min(self.batch_size, len(asked) - start))
         return found
 
+    def _worded(self, prompt: Prompt) -> Prompt:
+        return fill(self.prompt, prompt) if isinstance(prompt, str) else prompt
+
     def _batch(self, pairs: Mapping[int, tuple[Any, Any]]) -> dict[int, Likelihood]:
         """The likelihoods in one batch at most, without those that cannot be said."""
         if not pairs:
@@ -162,7 +181,8 @@ class Evaluated:
         that was foreseen.
         """
         images = tuple(one.images())
-        prompt = as_chat(Request(one.prompt, images)) if self.is_chat else one.prompt
+        worded = self._worded(one.prompt)
+        prompt = as_chat(Request(worded, images)) if self.is_chat else worded
         if isinstance(prompt, str):  # space belongs to the word behind it, as tokenizers see it
             bare = prompt.rstrip(" ")
             prompt, text = bare, prompt[len(bare) :] + text

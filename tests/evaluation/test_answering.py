@@ -1,12 +1,15 @@
 """Options and settings as harnesses say them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from catp_jax.evaluation.answering import Evaluated, cut, options_of
+import catp_jax
+from catp_jax.evaluation.answering import Asked, Evaluated, cut, options_of
 from catp_jax.generation.options import Options
 
+ASSETS = Path(catp_jax.__file__).parent / "assets"
 GQA: dict[str, Any] = {  # a task's, as lmms-eval has it
     "max_new_tokens": 16,
     "temperature": 0,
@@ -68,6 +71,7 @@ def test_a_text_is_cut_at_the_first_string(text: str, strings: tuple[str, ...], 
         ({"prune": "l3", "keep": 8}, "l3"),
         ({"prune": "l2"}, "got 1 methods and 0 budgets"),
         ({"prune": "l2", "keep": 0.5}, "got '0.5'"),
+        ({"prompt": "Question:"}, "a prompt must have {question} where the question goes"),
     ],
 )
 def test_settings_that_are_none_are_refused_before_anything_is_loaded(settings: Any, says: str):
@@ -78,3 +82,26 @@ def test_settings_that_are_none_are_refused_before_anything_is_loaded(settings: 
 def test_a_folder_that_is_none_is_refused():
     with pytest.raises(ValueError, match="nowhere"):
         Evaluated("nowhere")
+
+
+def test_a_question_goes_into_the_prompt_where_there_is_no_chat():
+    asked = "what shape is present?"
+    worded = "Question: {question} Short answer:"
+    alike = []
+    for settings, text in (
+        ({"prompt": worded}, asked),
+        ({}, worded.format(question=asked)),
+        ({}, asked),
+    ):
+        model = Evaluated(str(ASSETS / "mini-blip2-opt"), **settings)
+        one = Asked(text, lambda: [ASSETS / "blue-circle.png"], {"max_new_tokens": 3})
+        (likelihood,) = model.likelihoods([(one, " circle")])
+        assert likelihood is not None
+        alike.append((model.answers([one]), likelihood.total))
+    assert alike[0] == alike[1]
+    assert alike[0][1] != alike[2][1]
+
+
+def test_a_prompt_beside_a_chat_template_is_refused():
+    with pytest.raises(ValueError, match="leave it out, or say chat=false"):
+        Evaluated(str(ASSETS / "mini-blip2-opt"), prompt="Q: {question}", is_chat=True)
