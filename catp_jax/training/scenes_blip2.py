@@ -61,7 +61,7 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-LOOKING = 12  # of so many steps of stage 3, one is spent on lists of attributes, at first
+LOOKING = 0.4  # the share of stage 3 in which lists of attributes fade out: one look answers them
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 
@@ -377,7 +377,7 @@ def main(
         "answers",
         answers_steps,
         answers_loss(graph),
-        lambda step: bank.draw(step, answers_steps, seed, first=answers_steps // LOOKING),
+        lambda step: bank.draw(step, answers_steps, seed, looking=LOOKING),
         peak=1e-3,
         seed=seed,
     )

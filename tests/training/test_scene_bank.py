@@ -1,0 +1,65 @@
+"""What training on scenes asks, step by step."""
+
+import jax.numpy as jnp
+import pytest
+
+from catp_jax.training.scene_bank import EACH, SCENES, Bank, Rows
+from catp_jax.training.scene_lists import FIRST, LISTS
+from catp_jax.training.scenes import make_scene
+
+STEPS = 100
+BEGIN = {begin: kind for kind, (begin, _) in (LISTS | FIRST).items()}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The text of a step's rows, scene by scene."""
+    told = []
+
+    def rows(asked, each):
+        told.append(asked)
+        nothing = jnp.zeros((len(asked), each, 1), jnp.int32)
+        return Rows(tokens=nothing, token_valid=nothing > 0, targets=nothing)
+
+    scenes = [make_scene("train", number) for number in range(20)]
+    bank = Bank(scenes, lambda some: jnp.zeros((len(some), 1, 1)), rows)
+
+    def draw(step, **options):
+        batch = bank.draw(step, STEPS, **{"seed": 0, **options})
+        assert batch.rows.tokens.shape[:2] == (SCENES, EACH)
+        return told.pop()
+
+    return draw
+
+
+def shares(asked):
+    """Of which lists the rows are, and how many are questions."""
+    rows = [turns for some in asked for turns in some]
+    assert len(rows) == SCENES * EACH
+    kinds = [
+        next((kind for begin, kind in BEGIN.items() if turns[0][0].startswith(begin)), "question")
+        for turns in rows
+    ]
+    return {kind: kinds.count(kind) / len(kinds) for kind in (*BEGIN.values(), "question")}
+
+
+def test_lists_of_attributes_come_first_and_fade_out(drawn):
+    first, middle, later = (shares(drawn(step, looking=0.5)) for step in (0, 25, 50))
+    assert first["attribute"] > 0.85
+    assert 0.3 < middle["attribute"] < 0.65
+    assert later["attribute"] == 0
+
+
+def test_other_lists_give_way_to_questions(drawn):
+    first, last = (shares(drawn(step)) for step in (0, STEPS - 1))
+    assert first["attribute"] == last["attribute"] == 0
+    assert all(first[kind] > 0.05 for kind in LISTS)
+    assert 0.25 < first["question"] < 0.55
+    assert last["question"] > 0.65
+
+
+def test_a_step_is_always_the_same_and_no_two_are(drawn):
+    one, same, other = (drawn(step, seed=3, looking=0.5) for step in (7, 7, 8))
+    assert one == same
+    assert one != other
+    assert one != drawn(7, seed=4, looking=0.5)
