@@ -19,7 +19,7 @@ EASY = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)  # how often each family is asked at first
 HARD = (1.0, 2.0, 2.5, 3.0, 1.0, 0.5)  # … and at last
 SCENES, EACH = 16, 8  # scenes in a step, and questions about each
 
-FIRSTS = 0.95  # the share of the rows that are lists of attributes, at the very first
+FIRSTS = 0.95  # the share of the rows that are lists of the easiest sort, at the very first
 LISTED = (0.6, 0.2)  # the share of the rows that are lists, at first and at last
 
 Asking = list[list[Sequence[Turn]]]
@@ -74,12 +74,12 @@ class Bank:
 
     def draw(self, step: int, steps: int, seed: int, looking: float = 0.0) -> SceneBatch:
         """Batch number `step` of `steps`: easy families fade out, and so do lists. Up to the share
-        `looking` of the steps there are lists of attributes too, nearly alone at first.
+        `looking` of the steps there are lists of the easiest sort too, nearly alone at first.
         """
         rng = np.random.default_rng((seed, step))
         share = step / steps
         weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
-        of_attributes = FIRSTS * (1 - share / looking) if looking else 0.0
+        of_easiest = FIRSTS * (1 - share / looking) if looking else 0.0
         of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
         numbers = rng.integers(len(self.scenes), size=SCENES)
         asked: Asking = []
@@ -87,7 +87,7 @@ class Bank:
             dice, scene = Dice(seed, step, number), self.scenes[number]
             some: list[Sequence[Turn]] = []
             while len(some) < EACH:
-                is_first = of_attributes > 0 and rng.random() < of_attributes
+                is_first = of_easiest > 0 and rng.random() < of_easiest
                 if is_first or rng.random() < of_lists:
                     kinds = FIRST if is_first else LISTS
                     turns = listed(dice, scene, rng.choice(list(kinds)))

@@ -1,6 +1,8 @@
 """What training lists about a scene besides questions: several answers in one question's words.
 
     attribute   what: square red blue circle 7 green
+    spot        where: square two three blue one four
+    presence    is there: red yes square no
     place       where: red circle two three blue cross one four green square four one
     existence   is there: red circle yes green square no blue cross no
     count       how many: red two circle one blue three square two
@@ -14,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable
 
 from catp_jax.training.scene_questions import COUNTS, Asked, count, existence, named, relation
-from catp_jax.training.scenes import Dice, Scene
+from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, Dice, Scene, Thing
 from catp_jax.training.turns import Turn
 
+LOOKS = (*SHAPES, *DIGITS, *COLOURS)
 LEFT_OUT = {"is", "are", "there", "a", "the", "how", "many", "objects"}
 
 
@@ -30,10 +33,34 @@ def places(dice: Dice, scene: Scene) -> list[Turn]:
 
 def attributes(dice: Dice, scene: Scene) -> list[Turn]:
     """The other of colour and name of up to five objects that one of them tells from all others."""
-    looks = [(thing.name, thing.colour) for thing in scene.things]
-    looks += [(colour, name) for name, colour in looks]
-    often = Counter(word for word, _ in looks)
-    return dice.shuffled([look for look in looks if often[look[0]] == 1])[:5]
+    return [
+        (word, thing.name if word == thing.colour else thing.colour)
+        for word, thing in _told_by_a_word(dice, scene)[:5]
+    ]
+
+
+def spots(dice: Dice, scene: Scene) -> list[Turn]:
+    """The row and the column of up to four objects that a word tells from all others."""
+    return [
+        (word, f"{COUNTS[thing.row]} {COUNTS[thing.column]}")
+        for word, thing in _told_by_a_word(dice, scene)[:4]
+    ]
+
+
+def presences(dice: Dice, scene: Scene) -> list[Turn]:
+    """Whether there is anything of up to six colours and names."""
+    seen = {word for thing in scene.things for word in (thing.colour, thing.name)}
+    return [
+        (dice.pick([word for word in LOOKS if (word in seen) == (answer == "yes")]), answer)
+        for answer in (dice.pick(["yes", "no"]) for _ in range(6))
+    ]
+
+
+def _told_by_a_word(dice: Dice, scene: Scene) -> list[tuple[str, Thing]]:
+    """Colours and names that one object alone has, with that object."""
+    words = [(word, thing) for thing in scene.things for word in (thing.colour, thing.name)]
+    often = Counter(word for word, _ in words)
+    return dice.shuffled([(word, thing) for word, thing in words if often[word] == 1])
 
 
 def existences(dice: Dice, scene: Scene) -> list[Turn]:
@@ -82,8 +109,13 @@ LISTS: dict[str, tuple[str, Callable[[Dice, Scene], list[Turn]]]] = {
     "relation": ("is:", relations),
 }
 """What a list begins with, and what makes it."""
-FIRST = {"attribute": ("what:", attributes)}
-"""The easiest, for models that have yet to find out that there is something to see."""
+FIRST = {
+    "attribute": ("what:", attributes),
+    "spot": ("where:", spots),
+    "presence": ("is there:", presences),
+}
+"""The easiest, for models that have yet to find out that there is something to see: one word tells
+what is meant."""
 
 
 def listed(dice: Dice, scene: Scene, kind: str) -> list[Turn]:

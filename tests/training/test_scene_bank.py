@@ -8,7 +8,8 @@ from catp_jax.training.scene_lists import FIRST, LISTS
 from catp_jax.training.scenes import make_scene
 
 STEPS = 100
-BEGIN = {begin: kind for kind, (begin, _) in (LISTS | FIRST).items()}
+EASY = [begin for begin, _ in FIRST.values()]
+BEGIN = {begin: kind for kind, (begin, _) in LISTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +37,27 @@ def shares(asked):
     """Of which lists the rows are, and how many are questions."""
     rows = [turns for some in asked for turns in some]
     assert len(rows) == SCENES * EACH
-    kinds = [
-        next((kind for begin, kind in BEGIN.items() if turns[0][0].startswith(begin)), "question")
-        for turns in rows
-    ]
-    return {kind: kinds.count(kind) / len(kinds) for kind in (*BEGIN.values(), "question")}
+    kinds = [kind(turns[0][0]) for turns in rows]
+    return {name: kinds.count(name) / len(kinds) for name in (*LISTS, "easy", "question")}
 
 
-def test_lists_of_attributes_come_first_and_fade_out(drawn):
+def kind(words):
+    begin, _, rest = words.partition(": ")
+    if f"{begin}:" in EASY and " " not in rest:  # a word is enough there
+        return "easy"
+    return BEGIN.get(f"{begin}:", "question")
+
+
+def test_the_easiest_lists_come_first_and_fade_out(drawn):
     first, middle, later = (shares(drawn(step, looking=0.5)) for step in (0, 25, 50))
-    assert first["attribute"] > 0.85
-    assert 0.3 < middle["attribute"] < 0.65
-    assert later["attribute"] == 0
+    assert first["easy"] > 0.85
+    assert 0.3 < middle["easy"] < 0.65
+    assert later["easy"] == 0
 
 
 def test_other_lists_give_way_to_questions(drawn):
     first, last = (shares(drawn(step)) for step in (0, STEPS - 1))
-    assert first["attribute"] == last["attribute"] == 0
+    assert first["easy"] == last["easy"] == 0
     assert all(first[kind] > 0.05 for kind in LISTS)
     assert 0.25 < first["question"] < 0.55
     assert last["question"] > 0.65

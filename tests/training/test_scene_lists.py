@@ -16,9 +16,14 @@ def truth(kind, words, before, things):
     if kind == "count":
         word = PLURALS.get(words[0], words[0])
         return NUMBERS[sum(word in (thing.colour, thing.name) for thing in things) - 1]
-    if kind == "attribute":
-        (looks,) = (t for t in ((t.colour, t.name) for t in things) if words[0] in t)
-        return looks[1 - looks.index(words[0])]
+    with_word = [thing for thing in things if words[0] in (thing.colour, thing.name)]
+    if kind == "presence":
+        return "yes" if with_word else "no"
+    if kind in ("attribute", "spot"):
+        (thing,) = with_word
+        looks = {thing.colour: thing.name, thing.name: thing.colour}
+        spot = f"{NUMBERS[thing.y // 32]} {NUMBERS[thing.x // 32]}"
+        return looks[words[0]] if kind == "attribute" else spot
     found = [thing for thing in things if (thing.colour, thing.name) == tuple(words[:2])]
     if kind == "existence":
         return "yes" if found else "no"
