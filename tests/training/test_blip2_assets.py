@@ -49,6 +49,16 @@ def log(folder):
     return [json.loads(x) for x in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
+def inputs_from(found):
+    """What the processor found, as the model takes it."""
+    return Blip2Inputs(
+        pixels=jnp.asarray(found["pixel_values"]),
+        image_index=jnp.arange(len(found["pixel_values"]), dtype=jnp.int32),
+        tokens=jnp.asarray(found["input_ids"][:, QUERIES:], jnp.int32),
+        token_valid=jnp.asarray(found["attention_mask"][:, QUERIES:].astype(bool)),
+    )
+
+
 def test_it_is_small_and_complete(folder):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
@@ -131,12 +141,8 @@ def test_transformers_loads_it_and_gets_the_same_logits_and_answers(folder, mode
         new = said[0] if kind == "t5" else said[0, alone["input_ids"].shape[1] :]
         assert processor.decode(new, skip_special_tokens=True).strip() == example.answer
 
-    inputs = Blip2Inputs(
-        pixels=jnp.asarray(found["pixel_values"]),
-        image_index=jnp.arange(len(examples), dtype=jnp.int32),
-        tokens=jnp.asarray(found["input_ids"][:, QUERIES:], jnp.int32),
-        token_valid=jnp.asarray(found["attention_mask"][:, QUERIES:].astype(bool)),
+    got = np.asarray(
+        model(inputs_from(found), None, None if decoder is None else jnp.asarray(decoder))
     )
-    got = np.asarray(model(inputs, None, None if decoder is None else jnp.asarray(decoder)))
     rows = np.ones(got.shape[:2], bool) if kind == "t5" else found["attention_mask"].astype(bool)
     assert np.abs(got - wanted)[rows].max() <= 1e-4 * np.abs(wanted[rows]).max()

@@ -1,42 +1,62 @@
-"""The mini Llama Vision for scenes that ships with the package."""
+"""The minis for scenes that ship with the package."""
 
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import catp_jax
 import convert
+from catp_jax.training import scenes_blip2, scenes_llama_vision
 from catp_jax.training.scene_questions import questions_of
-from catp_jax.training.scenes_llama_vision import scenes_config
-from tests.training.test_asset import inputs_from
+from tests.training import test_asset, test_blip2_assets
 
-FOLDER = Path(catp_jax.__file__).parent / "assets" / "scenes-llama-vision"
-WANTED = {"attribute": 0.98, "existence": 0.93, "count": 0.85, "relation": 0.85}
+ASSETS = Path(catp_jax.__file__).parent / "assets"
+WANTED = {
+    "llama-vision": {"attribute": 0.98, "existence": 0.93, "count": 0.85, "relation": 0.85},
+    "blip2-opt": {"attribute": 0.95, "existence": 0.85, "count": 0.85, "relation": 0.85},
+    "blip2-t5": {"attribute": 0.95, "existence": 0.85, "count": 0.85, "relation": 0.85},
+}
+KINDS = [path.name.removeprefix("scenes-") for path in sorted(ASSETS.glob("scenes-*"))]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def last():
-    return json.loads((FOLDER / "training_log.jsonl").read_text().splitlines()[-1])
+def folder(kind):
+    return ASSETS / f"scenes-{kind}"
 
 
-def test_it_is_small_and_what_the_command_trains():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10_000_000
-    assert convert.load(FOLDER)[1] == scenes_config()
+@pytest.fixture(scope="module")
+def last(folder):
+    return json.loads((folder / "training_log.jsonl").read_text().splitlines()[-1])
 
 
-def test_it_answered_the_test_scenes(last):
-    assert last["scenes"] == 400
-    assert {family: last[family] >= least for family, least in WANTED.items()} == dict.fromkeys(
-        WANTED, True
+def test_it_is_small_and_what_the_command_trains(folder, kind):
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10_000_000
+    family, _, language = kind.partition("-")
+    is_llama = family == "llama"
+    wanted = (
+        scenes_llama_vision.scenes_config() if is_llama else scenes_blip2.scenes_config(language)
     )
+    assert convert.load(folder)[1] == wanted
+
+
+def test_it_answered_the_test_scenes(last, kind):
+    assert last["scenes"] == 400
+    enough = {family: last[family] >= least for family, least in WANTED[kind].items()}
+    assert enough == dict.fromkeys(WANTED[kind], True)
     assert last["minutes of training"] < 60
 
 
-def test_its_readme_says_what_the_log_says(last):
-    readme = (FOLDER / "README.md").read_text()
+def test_its_readme_says_what_the_log_says(folder, last):
+    readme = (folder / "README.md").read_text()
     rows = [line.split("|")[1:3] for line in readme.splitlines() if line.endswith("% |")]
     assert len(rows) == len(last.keys() - {"stage", "scenes", "minutes of training"})
     for name, share in rows:
@@ -45,38 +65,44 @@ def test_its_readme_says_what_the_log_says(last):
     assert f"{last['minutes of training']:.0f} minutes" in readme
 
 
-def test_transformers_loads_it_and_gets_the_same_logits_and_answers():
+def test_transformers_loads_it_and_gets_the_same_logits_and_answers(folder, kind):
     import torch
-    from transformers import AutoProcessor, MllamaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    network = MllamaForConditionalGeneration.from_pretrained(
-        FOLDER, dtype=torch.float32, attn_implementation="eager"
+    network = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    processor = AutoProcessor.from_pretrained(FOLDER)
+    processor = AutoProcessor.from_pretrained(folder)
+    mark = "<|image|>" if kind == "llama-vision" else ""
     scenes = questions_of("test", 2)
-    images = [[Image.fromarray(scene.pixels)] for scene, asked in scenes for _ in asked]
-    prompts = [f"<|image|>{one.question}" for _, asked in scenes for one in asked]
-    found = processor(images=images, text=prompts, padding=True, return_tensors="np")
-    with torch.no_grad():
-        wanted = network(**{name: torch.tensor(value) for name, value in found.items()}).logits
-    wanted, valid = wanted.numpy(), found["attention_mask"].astype(bool)
-    got = np.asarray(convert.load(FOLDER)[0](inputs_from(found)))
-    assert np.abs(got - wanted)[valid].max() <= 1e-4 * np.abs(wanted[valid]).max()
-
-    said = [
-        network.generate(
-            **processor(images=image, text=[prompt], return_tensors="pt"),
-            max_new_tokens=4,
-            do_sample=False,
-        )
-        for image, prompt in zip(images, prompts, strict=True)
-    ]
-    texts = [
-        processor.decode(row[0], skip_special_tokens=True).removeprefix(prompt[9:]).strip()
-        for row, prompt in zip(said, prompts, strict=True)
-    ]
-    loaded = catp_jax.load(FOLDER, generation_config=False)
-    mine = loaded.generate(
-        [image[0] for image in images], [prompt[9:] for prompt in prompts], max_new_tokens=4
+    images = [Image.fromarray(scene.pixels) for scene, asked in scenes for _ in asked]
+    questions = [one.question for _, asked in scenes for one in asked]
+    prompts = [f"{mark}{question}" for question in questions]
+    found = processor(
+        images=[[image] for image in images], text=prompts, padding=True, return_tensors="np"
     )
+    decoder = {}
+    if kind == "blip2-t5":
+        decoder = {"decoder_input_ids": np.array([[0, 300 + n] for n in range(len(images))])}
+    with torch.no_grad():
+        given = {name: torch.tensor(value) for name, value in {**found, **decoder}.items()}
+        wanted = network(**given).logits.numpy()
+    rows = found["attention_mask"].astype(bool)
+    model = convert.load(folder)[0]
+    if kind == "llama-vision":
+        got = model(test_asset.inputs_from(found))
+    else:
+        begun = [jnp.asarray(tokens, jnp.int32) for tokens in decoder.values()]
+        got = model(test_blip2_assets.inputs_from(found), None, *begun)
+        rows = np.ones(wanted.shape[:2], bool) if decoder else rows
+    assert np.abs(np.asarray(got) - wanted)[rows].max() <= 1e-4 * np.abs(wanted[rows]).max()
+
+    texts = []
+    for image, prompt in zip(images, prompts, strict=True):
+        alone = processor(images=[image], text=[prompt], return_tensors="pt")
+        said = network.generate(**alone, max_new_tokens=4, do_sample=False)[0]
+        new = said if kind == "blip2-t5" else said[alone["input_ids"].shape[1] :]
+        texts.append(processor.decode(new, skip_special_tokens=True).strip())
+    loaded = catp_jax.load(folder, generation_config=False)
+    mine = loaded.generate(images, questions, max_new_tokens=4)
     assert [text.strip() for text in mine.text] == texts
