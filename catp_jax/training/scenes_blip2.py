@@ -116,7 +116,7 @@ def places_in_line(count: int, width: int) -> Float[Array, "count width"]:
 
 def count_from(start: Int[Array, ""] | int, model: Opt) -> None:
     """Makes an OPT's positions sines that begin at `start`."""
-    positions = model.model.decoder.embed_positions
+    positions: Any = model.model.decoder.embed_positions
     rows, width = positions.embedding.shape
     places = places_in_line(rows + QUERIES, width)
     positions.embedding = positions.embedding.replace(
@@ -195,6 +195,14 @@ def probes(
         "heads": {name: jnp.zeros((width, len(LABELS[name]))) for name in labels},
         "often": often,
     }
+
+
+def in_lines(probes: dict[str, Array]) -> Float[Array, "d lines"]:
+    """What reads off a query in which row and in which column of cells it was found."""
+    ask, key = probes["ask"], probes["key"]
+    cells = np.arange(CELLS, dtype=np.int32)
+    lines = np.concatenate([np.eye(4)[cells // 4], np.eye(4)[cells % 4]], axis=1)
+    return key @ ask.T @ jnp.asarray(lines, jnp.float32) * ask.shape[1] ** -0.5
 
 
 def qformer_stage(steps: int, graph: nnx.GraphDef, features: Bank, seed: int) -> Stage:
@@ -313,7 +321,7 @@ def main(
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
     tower_steps: Annotated[int, typer.Option(help="steps of stage 1, of 8 scenes")] = 1600,
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2, of 32 scenes")] = 1200,
-    answers_steps: Annotated[int, typer.Option(help="steps of stage 3, of 16 scenes")] = 2500,
+    answers_steps: Annotated[int, typer.Option(help="steps of stage 3, of 16 scenes")] = 3000,
     scenes: Annotated[int, typer.Option(help="scenes that stages 2 and 3 see")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
 ) -> None:
@@ -356,8 +364,7 @@ def main(
     nnx.update((model.qformer, model.query_tokens), trained["queries"])
 
     reading = jnp.concatenate([trained["heads"][name][:, 1:] for name in IN_CELL], axis=1)
-    asked = trained["probes"]
-    places = asked["key"] @ asked["ask"].T * config.qformer.hidden_size**-0.5
+    places = in_lines(trained["probes"])
     say_what_is_seen(model, reading, [text.answer(word)[0] for word in SEEN], places)
     is_learned = nnx.Any(*map(nnx.PathContains, ("language_model", "language_projection")))
     if isinstance(model.language_model, Opt):

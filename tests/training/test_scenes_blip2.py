@@ -79,6 +79,15 @@ def test_heads_start_with_how_often_labels_are_weighted_in(scenes):
         assert often[LABELS["colour"].index(colour)] == pytest.approx(share, abs=1e-3)
 
 
+def test_a_query_is_read_to_lie_in_the_row_and_the_column_of_the_cell_whose_probe_asks_for_it():
+    ask = jax.random.normal(jax.random.key(1), (16, 64))
+    lines = recipe.in_lines({"ask": ask, "key": jnp.eye(64)})
+    found = np.asarray(ask @ lines)  # each cell's probe, as if a query had become it
+    rows, columns = np.divmod(np.arange(16), 4)
+    np.testing.assert_array_equal(found[:, :4].argmax(axis=1), rows)
+    np.testing.assert_array_equal(found[:, 4:].argmax(axis=1), columns)
+
+
 def test_half_the_heads_of_an_opt_are_drawn_to_queries():
     model = initialise(toy_config("opt"), 0).language_model
     word = jnp.asarray(np.random.default_rng(0).normal(size=96).astype(np.float32))
