@@ -101,11 +101,17 @@ def run(
     ] = None,
     image_scale: Annotated[
         list[float] | None,
-        typer.Option(help=f"{opts.IMAGE_SCALE} Repeat it to compare; nothing is pruned there."),
+        typer.Option(
+            help=f"{opts.IMAGE_SCALE} Repeat it to compare; nothing is pruned there. "
+            "Without any of --prune, --image-scale and --tiles: 0.5."
+        ),
     ] = None,
     tiles: Annotated[
         list[int] | None,
-        typer.Option(help=f"{opts.TILES} Repeat it to compare; nothing is pruned there."),
+        typer.Option(
+            help=f"{opts.TILES} Repeat it to compare; nothing is pruned there. "
+            "Without any of --prune, --image-scale and --tiles: 1, if the model has tiles."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -179,6 +185,8 @@ def run(
         _check_gpu(gpu, loading.mesh)
     find_devices()
     config = load_config(model, loading.ignore_config or ())
+    if not (prune or image_scale or tiles):  # a study of everything
+        image_scale, tiles = _baselines(config)
     family, smaller = family_of(config, model), _smaller(image_scale, tiles, config)
     defaults, note = family.defaults(model, generation_config)
     given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
@@ -399,6 +407,12 @@ def _budget(text: str) -> int | str:
         return text
     parsed = budget.parse(text)
     return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
+
+
+def _baselines(config: Any) -> tuple[list[float], list[int]]:
+    """Half the pixels a side, and one tile where images have tiles."""
+    has_tiles = getattr(config.vision, "max_num_tiles", None) is not None
+    return [0.5], [1] if has_tiles else []
 
 
 def _smaller(scales: list[float] | None, tiles: list[int] | None, config: Any) -> "list[Setting]":

@@ -9,71 +9,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from catp_jax import api, cli_study
 from catp_jax.generation.options import Options
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Setting
 from tests.study.answerer import Tiny, examples
+from tests.study.command import MINI, Loaded, questions, refused, study
 
-ROOT = Path(__file__).resolve().parents[1]
-MINI = ROOT / "catp_jax" / "assets" / "mini-llama-vision"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 TWO = ["--prune", "l2", "--prune", "position"]
-
-
-class Loaded(Exception):
-    """The model was loaded."""
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """A folder that loads as the small model; the working directory is empty."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load", lambda *_, **__: Tiny())
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_bytes((MINI / "config.json").read_bytes())
-    return tmp_path
-
-
-@pytest.fixture
-def no_model(monkeypatch, tiny):
-    """Loading a model is the end of the test."""
-
-    def load(*_, **keywords):
-        raise Loaded(keywords)
-
-    monkeypatch.setattr(api, "load", load)
-    return tiny
-
-
-def study(*words):
-    return CliRunner().invoke(cli_study.app, [str(word) for word in words])
-
-
-def refused(result, *said):
-    """The message, whether typer shows it or the command line's entry point will."""
-    assert result.exit_code != 0
-    if isinstance(result.exception, ValueError | FileNotFoundError):
-        message = str(result.exception)
-    else:
-        assert isinstance(result.exception, SystemExit), result.exception
-        message = " ".join(result.output.replace("│", " ").split())
-    for words in said:
-        assert words in message
-    return message
-
-
-def questions(folder, number=6):
-    lines = []
-    for n in range(number):
-        Image.new("RGB", (4, 4)).save(folder / f"{n // 2}.png")
-        lines.append({"image": f"{n // 2}.png", "question": f"is it {n}?", "answer": "yes"})
-    path = folder / "mine.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
 
 
 def test_a_study_runs_and_reports(tiny):
@@ -436,7 +383,8 @@ def test_scenes_have_dials_families_and_bounds(tiny):
     assert done.exit_code == 0, done.output
     text = Path("report/report.md").read_text()
     assert "### By family of questions" in text
-    assert "### Against unpruned and random, paired" in text
+    assert "### Against unpruned, paired" in text
+    assert "### Against random at the same budget, paired" in text
 
 
 @pytest.mark.parametrize(
@@ -458,28 +406,3 @@ def test_a_bound_of_a_task_that_does_not_know_is_refused_before_a_model_is_loade
     words = ["model", "--task", "jsonl", "--data", questions(no_model), "--keep", "2"]
     said = refused(study(*words, "--prune", "l2", "--prune", "anti"), "anti must be told")
     assert "no question of jsonl says so" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--image-scale", "0"], "image_scale is above 0 and at most 1"),
-        (["--image-scale", "1.5"], "image_scale is above 0 and at most 1"),
-        (["--image-scale", "nan"], "image_scale is above 0 and at most 1"),
-        (["--image-scale", "0.5", "--image-scale", "-1"], "image_scale is above 0"),
-        (["--tiles", "0"], "tiles is a whole number of at least 1"),
-        (["--tiles", "5"], "tiles is 1 to 4 for this model, got 5"),
-    ],
-)
-def test_smaller_images_that_are_none_are_refused_before_a_model_is_loaded(words, said, no_model):
-    refused(study("model", "--task", "easy-vqa", *words), said)
-
-
-def test_a_study_compares_smaller_images_beside_methods(tiny):
-    words = ["--prune", "l2", "--keep", "4", "--image-scale", 0.5, "--tiles", 1]
-    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl", *words)
-    assert done.exit_code == 0, done.output
-    rows = [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]
-    found = [str(row) for row in rows]
-    for method, keep in (("image_scale", "0.5"), ("tiles", "1"), ("l2", 4), ("unpruned", None)):
-        assert any(repr({"method": method, "keep": keep})[1:-1] in row for row in found)
