@@ -28,7 +28,8 @@ def line(
         if (needed := len(tokens) + len(before) + len(after) + (len(turns) == 1)) > length:
             if number:
                 break
-            raise ValueError(f"{asked!r} takes {needed} tokens of {length}")
+            text = f"{asked} {answer}".strip()
+            raise ValueError(f"{text!r} takes {needed} tokens of {length}")
         tokens += before + after
         said += [False] * len(before) + [True] * len(after)
     if len(turns) == 1:

@@ -179,7 +179,7 @@ def test_a_question_too_long_and_an_answer_of_two_words_are_named(texts):
         texts["opt"].batch(pixels, [[("is there " * TEXT_LENGTH, "yes")]], each=1)
     with pytest.raises(ValueError, match="'zebrawood' has"):
         texts["opt"].batch(pixels, [[("is there", "zebrawood")]], each=1)
-    with pytest.raises(ValueError, match="'blue red' takes 3 tokens of 2"):
+    with pytest.raises(ValueError, match="'blue red' takes 4 tokens of 3"):
         texts["t5"].batch(pixels, [[("is there", "blue red")]], each=1)
 
 

@@ -74,5 +74,5 @@ def test_turns_beyond_the_length_are_left_out_but_never_the_first():
     parts = {"prompt": codes, "words": codes, "reply": codes, "end": 0}
     tokens, _ = line([("a", "b"), ("c", "de"), ("f", "g")], length=4, **parts)
     assert tokens == [97, 98]
-    with pytest.raises(ValueError, match="'ab' takes 4 tokens of 3"):
+    with pytest.raises(ValueError, match="'ab c' takes 4 tokens of 3"):
         line([("ab", "c")], length=3, **parts)
