@@ -1,7 +1,7 @@
 """What training lists about a scene besides questions: several answers in one question's words.
 
-    attribute   what: square red blue circle 7 green
-    spot        where: square two three blue one four
+    attribute   what: square red small blue circle 7 green red digit 4
+    spot        where: square two three small blue one four
     presence    is there: red yes square no
     place       where: red circle two three blue cross one four green square four one
     existence   is there: red circle yes green square no blue cross no
@@ -32,18 +32,26 @@ def places(dice: Dice, scene: Scene) -> list[Turn]:
 
 
 def attributes(dice: Dice, scene: Scene) -> list[Turn]:
-    """The other of colour and name of up to five objects that one of them tells from all others."""
-    return [
-        (word, thing.name if word == thing.colour else thing.colour)
-        for word, thing in _told_by_a_word(dice, scene)[:5]
+    """The other of colour and name of up to five objects that one of them tells from all others,
+    alone or with the size; of a colour, which digit it has.
+    """
+    looks = [
+        (words, thing.name if thing.colour in words else thing.colour)
+        for words, thing in _told_shortly(dice, scene)
     ]
+    digits = [thing for thing in scene.things if thing.is_digit]
+    often = Counter(thing.colour for thing in digits)
+    looks += [(f"{t.colour} digit", t.name) for t in digits if often[t.colour] == 1]
+    return dice.shuffled(looks)[:5]
 
 
 def spots(dice: Dice, scene: Scene) -> list[Turn]:
-    """The row and the column of up to four objects that a word tells from all others."""
+    """The row and the column of up to four objects that colour or name tells from all others, alone
+    or with the size.
+    """
     return [
-        (word, f"{COUNTS[thing.row]} {COUNTS[thing.column]}")
-        for word, thing in _told_by_a_word(dice, scene)[:4]
+        (words, f"{COUNTS[thing.row]} {COUNTS[thing.column]}")
+        for words, thing in _told_shortly(dice, scene)[:4]
     ]
 
 
@@ -56,11 +64,17 @@ def presences(dice: Dice, scene: Scene) -> list[Turn]:
     ]
 
 
-def _told_by_a_word(dice: Dice, scene: Scene) -> list[tuple[str, Thing]]:
-    """Colours and names that one object alone has, with that object."""
+def _told_shortly(dice: Dice, scene: Scene) -> list[tuple[str, Thing]]:
+    """Colours and names that one object alone has, or alone of its size, with that object."""
     words = [(word, thing) for thing in scene.things for word in (thing.colour, thing.name)]
-    often = Counter(word for word, _ in words)
-    return dice.shuffled([(word, thing) for word, thing in words if often[word] == 1])
+    sized = [(f"{thing.size} {word}", thing) for word, thing in words]
+    often = Counter(word for word, _ in (*words, *sized))
+    told = [
+        plain if often[plain[0]] == 1 else full
+        for plain, full in zip(words, sized, strict=True)
+        if often[full[0]] == 1
+    ]
+    return dice.shuffled(told)
 
 
 def existences(dice: Dice, scene: Scene) -> list[Turn]:
@@ -114,8 +128,8 @@ FIRST = {
     "spot": ("where:", spots),
     "presence": ("is there:", presences),
 }
-"""The easiest, for models that have yet to find out that there is something to see: one word tells
-what is meant."""
+"""The easiest, for models that have yet to find out that there is something to see: a word, or two,
+tell what is meant."""
 
 
 def listed(dice: Dice, scene: Scene, kind: str) -> list[Turn]:

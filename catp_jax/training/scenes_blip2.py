@@ -61,7 +61,7 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-LOOKING = 0.4  # the share of stage 3 in which the easiest lists fade out
+LOOKING = 0.25  # the share of stage 3 in which the easiest lists fade out
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 

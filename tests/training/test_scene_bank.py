@@ -5,7 +5,7 @@ import pytest
 
 from catp_jax.training.scene_bank import EACH, SCENES, Bank, Rows
 from catp_jax.training.scene_lists import FIRST, LISTS
-from catp_jax.training.scenes import make_scene
+from catp_jax.training.scenes import SIZES, make_scene
 
 STEPS = 100
 EASY = [begin for begin, _ in FIRST.values()]
@@ -43,7 +43,8 @@ def shares(asked):
 
 def kind(words):
     begin, _, rest = words.partition(": ")
-    if f"{begin}:" in EASY and " " not in rest:  # a word is enough there
+    is_short = " " not in rest or rest.startswith((*SIZES,)) or rest.endswith("digit")
+    if f"{begin}:" in EASY and is_short:  # a list that names objects has colour and name
         return "easy"
     return BEGIN.get(f"{begin}:", "question")
 

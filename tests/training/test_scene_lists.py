@@ -16,14 +16,19 @@ def truth(kind, words, before, things):
     if kind == "count":
         word = PLURALS.get(words[0], words[0])
         return NUMBERS[sum(word in (thing.colour, thing.name) for thing in things) - 1]
-    with_word = [thing for thing in things if words[0] in (thing.colour, thing.name)]
     if kind == "presence":
-        return "yes" if with_word else "no"
+        return "yes" if any(words[0] in (t.colour, t.name) for t in things) else "no"
     if kind in ("attribute", "spot"):
-        (thing,) = with_word
+        *size, word = words
+        if word == "digit":  # "red digit"
+            (thing,) = (t for t in things if t.name.isdigit() and t.colour == size[0])
+            return thing.name
+        with_word = [thing for thing in things if word in (thing.colour, thing.name)]
+        (thing,) = (thing for thing in with_word if thing.size in size or not size)
+        assert bool(size) == (len(with_word) > 1)
         looks = {thing.colour: thing.name, thing.name: thing.colour}
         spot = f"{NUMBERS[thing.y // 32]} {NUMBERS[thing.x // 32]}"
-        return looks[words[0]] if kind == "attribute" else spot
+        return looks[word] if kind == "attribute" else spot
     found = [thing for thing in things if (thing.colour, thing.name) == tuple(words[:2])]
     if kind == "existence":
         return "yes" if found else "no"
