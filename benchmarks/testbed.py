@@ -94,7 +94,7 @@ def said_yes(answers: tuple[Answer, ...], numbers: list[int]) -> float:
 def accuracy(answers: tuple[Answer, ...], numbers: list[int]) -> str:
     """Accuracy in %, and half its interval."""
     mean, low, high = figures(answers, numbers)
-    return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
+    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
 
 
 def table(
@@ -104,7 +104,7 @@ def table(
 ) -> Table:
     """Methods by budget."""
     out = Table(title=title)
-    out.add_column("kept")
+    out.add_column("kept", no_wrap=True)
     for share in SHARES:
         out.add_column(share, justify="right", no_wrap=True)
     for method in dict.fromkeys(method for method, _ in by):
@@ -160,18 +160,20 @@ def study(folder: Path, task: Task, journals: Path | None, console: Console) -> 
     right = {example.id: example.answer for example in task.examples}
     by_family = families(unpruned)
     leaning = {
-        ("count", "by how much counts are too high"): lambda some: miscounted(
+        ("count", "by how much counts are too high", "+.2f"): lambda some: miscounted(
             some, right, by_family["count"]
         ),
-        ("existence", "how often the answer is yes"): lambda some: said_yes(
+        ("existence", "how often the answer is yes", ".2f"): lambda some: said_yes(
             some, by_family["existence"]
         ),
     }
-    for (family, what), measure in leaning.items():
-        console.print(
-            table(f"{name}: {what}", texts, lambda some, measure=measure: f"{measure(some):+.2f}")
-        )
-        console.print(f"unpruned {measure(unpruned):+.2f}\n")
+    for (family, what, form), measure in leaning.items():
+
+        def cell(some: tuple[Answer, ...], measure: Any = measure, form: str = form) -> str:
+            return format(measure(some), form)
+
+        console.print(table(f"{name}: {what}", texts, cell))
+        console.print(f"unpruned {cell(unpruned)}\n")
         found[family][what] = {"unpruned": measure(unpruned)} | {
             f"{method}, {share}": measure(some) for (method, share), some in texts.items()
         }
