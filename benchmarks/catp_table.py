@@ -1,11 +1,11 @@
-"""Do the CATP paper's findings hold on the shipped mini models?
+"""Do the CATP paper's findings hold on mini models?
 
-Regime: questions about test scenes of many objects and the mini BLIP-2s trained on such, against
-VQAv2 and the real opt-2.7b in the paper (arXiv 2404.08567); generation as there: 5 beams, length
-penalty 0, at most 10 tokens. Both prune 32 queries to 16, 8 and 4. The minis were trained before
-any of this was measured.
+Regime: questions about test scenes of many objects and mini BLIP-2s trained on such, against VQAv2
+and the real opt-2.7b in the paper (arXiv 2404.08567); generation as there: 5 beams, length penalty
+0, at most 10 tokens. Both prune 32 queries to 16, 8 and 4. Minis have to be trained before any of
+this is measured.
 
-    python -m benchmarks.catp_table --scenes 200
+    python -m benchmarks.catp_table --model runs/scenes-blip2-opt --scenes 200
 
 Prints, for each model, accuracy when one cross-attention layer alone votes (the paper's layer
 study), the ratios of CATP to the baselines, and in words what agrees. With --journals the answers
@@ -33,8 +33,6 @@ from catp_jax.study.results import families
 from catp_jax.study.sweep import sweep
 from catp_jax.training.scene_questions import scenes_task
 
-ASSETS = Path(__file__).resolve().parents[1] / "catp_jax" / "assets"
-MINIS = (ASSETS / "scenes-blip2-opt", ASSETS / "scenes-blip2-t5")
 BUDGETS = (16, 8, 4)
 LEVELS = {16: "1/2", 8: "1/4", 4: "1/8"}
 
@@ -161,7 +159,9 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, action="append", help="default: the shipped minis")
+    parser.add_argument(
+        "--model", type=Path, action="append", required=True, help="a BLIP-2; repeat it for several"
+    )
     parser.add_argument("--scenes", type=int, default=200, help="with a question of each family")
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     parser.add_argument("--num-beams", type=int, default=5)
@@ -180,7 +180,7 @@ def main() -> None:
         ),
     )
     found: dict[str, Any] = {}
-    for folder in arguments.model or MINIS:
+    for folder in arguments.model:
         model, name = api.load(folder), folder.resolve().name
         layers = len(model.config.qformer.cross_layers)
         methods = [*(f"catp:layers={layer}" for layer in range(1, layers + 1)), *OTHERS]
