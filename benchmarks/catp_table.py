@@ -13,17 +13,14 @@ are kept in that folder, and an interrupted run goes on. The last line is one JS
 """
 
 import argparse
-import datetime
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import print_record
 from catp_jax import api
 from catp_jax.generation.options import Options
 from catp_jax.pruning import BOUNDS
@@ -216,19 +213,7 @@ def main() -> None:
             "by family": {str(result.setting): by_family(result) for result in results},
             "words": words,
         }
-    print(
-        json.dumps(
-            {
-                "benchmark": "catp_table",
-                "date": datetime.date.today().isoformat(),
-                "device": jax.devices()[0].device_kind,
-                "versions": {"python": platform.python_version(), "jax": jax.__version__},
-                "task": task.source,
-                "num_beams": arguments.num_beams,
-                "models": found,
-            }
-        )
-    )
+    print_record("catp_table", task, num_beams=arguments.num_beams, models=found)
 
 
 if __name__ == "__main__":

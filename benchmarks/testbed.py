@@ -11,20 +11,17 @@ object.
 """
 
 import argparse
-import datetime
-import json
-import platform
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import print_record
 from catp_jax import api
 from catp_jax.model import Model
 from catp_jax.pruning import BOUNDS, methods_for
@@ -203,18 +200,7 @@ def main() -> None:
         folder.resolve().name: study(folder, task, arguments.journals, console)
         for folder in arguments.model
     }
-    print(
-        json.dumps(
-            {
-                "benchmark": "testbed",
-                "date": datetime.date.today().isoformat(),
-                "device": jax.devices()[0].device_kind,
-                "versions": {"python": platform.python_version(), "jax": jax.__version__},
-                "task": task.source,
-                "models": models,
-            }
-        )
-    )
+    print_record("testbed", task, models=models)
 
 
 if __name__ == "__main__":

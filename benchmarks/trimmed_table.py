@@ -13,17 +13,14 @@ last line is one JSON object.
 """
 
 import argparse
-import datetime
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import print_record
 from catp_jax import api
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import UNPRUNED, Conditions, Result, Setting
@@ -114,20 +111,7 @@ def main() -> None:
         }
         for result in results
     }
-    print(
-        json.dumps(
-            {
-                "benchmark": "trimmed_table",
-                "date": datetime.date.today().isoformat(),
-                "device": jax.devices()[0].device_kind,
-                "versions": {"python": platform.python_version(), "jax": jax.__version__},
-                "task": task.source,
-                "model": name,
-                "settings": figures,
-                "words": words,
-            }
-        )
-    )
+    print_record("trimmed_table", task, model=name, settings=figures, words=words)
 
 
 if __name__ == "__main__":

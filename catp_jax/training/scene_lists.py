@@ -36,7 +36,7 @@ def attributes(dice: Dice, scene: Scene) -> list[Turn]:
     alone or with the size; of a colour, which digit it has.
     """
     looks = [
-        (words, thing.name if thing.colour in words else thing.colour)
+        (words, thing.name if thing.colour in words.split() else thing.colour)
         for words, thing in _told_shortly(dice, scene)
     ]
     digits = [thing for thing in scene.things if thing.is_digit]

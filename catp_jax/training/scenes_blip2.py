@@ -8,9 +8,10 @@
    is. No query is given a place or a task: probes ask all of them, and what a query looks at is
    found in training.
 3. answers: the Q-Former is frozen, what it makes of some thousand scenes is kept, and the language
-   model and the projection in front of it learn to answer fresh questions about them, easy families
-   first. An OPT's positions are sines, and each step begins to count somewhere else: what matters
-   is how far words are apart, since pruning moves all of them.
+   model and the projection in front of it learn to answer fresh questions about them: the easiest
+   lists first (`scene_lists`), easy families next. An OPT's positions are sines, and each step
+   begins to count somewhere else: what matters is how far words are apart, since pruning moves all
+   of them.
 
 Both kinds share stages 1 and 2: with the same --work the second kind finds them done.
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
