@@ -13,16 +13,23 @@ import typer
 from typer.core import TyperGroup
 
 from catp_jax import cli_options as opts
+from catp_jax.cli_compared import (
+    DRAWS,
+    LEVELS,
+    all_that_fit,
+    baselines,
+    check_bounds,
+    check_fit,
+    settings_of,
+    smaller_images,
+)
 from catp_jax.cli_sweep import interruptible, sweep
 from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.study.records import Setting
     from catp_jax.study.tasks import Example, Task
 
 RUN = "run"
-LEVELS = ("50%", "25%", "12.5%")
-DRAWS = 5  # seeds of random, where all methods are compared
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
 PICTURED = 4  # images whose pictures go into the report
 
@@ -177,7 +184,7 @@ def run(
     from catp_jax.study.tasks import check_prompt, first_of_each_image, spread
     from convert import load_config
 
-    settings = _settings(prune, keep)
+    settings = settings_of(prune, keep)
     files = {"questions": questions, "annotations": annotations, "images": images, "data": data}
     make_task = _task(task, files, fraction, seed)
     with opts.wrong_call():
@@ -186,8 +193,8 @@ def run(
     find_devices()
     config = load_config(model, loading.ignore_config or ())
     if not (prune or image_scale or tiles):  # a study of everything
-        image_scale, tiles = _baselines(config)
-    family, smaller = family_of(config, model), _smaller(image_scale, tiles, config)
+        image_scale, tiles = baselines(config)
+    family, smaller = family_of(config, model), smaller_images(image_scale, tiles, config)
     defaults, note = family.defaults(model, generation_config)
     given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
     with opts.wrong_call():
@@ -207,7 +214,7 @@ def run(
     for problem in chosen.problems:
         say(problem)
     examples = spread(chosen.examples, limit)
-    _check_bounds(settings, chosen.name, examples)
+    check_bounds(settings, chosen.name, examples)
     conditions = Conditions(
         task=chosen.name,
         source=chosen.source,
@@ -240,9 +247,9 @@ def run(
             say(note)
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         _say_unknown_words(loaded, chosen.name, examples)
-        settings = settings or _all_that_fit(loaded, keep, examples)
+        settings = settings or all_that_fit(loaded, keep, examples)
         settings = [*([Setting(HALVED, None)] if half_pixels else []), *settings]
-        _check_fit(settings, loaded)
+        check_fit(settings, loaded)
         settings = [*settings, *smaller]
         with interruptible():
             sweep(
@@ -350,96 +357,6 @@ def _check_gpu(gpu: str | None, mesh: Any) -> None:
         devices_of(target)
 
 
-def _check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:
-    """Raises BadParameter for a bound of a task that does not know what is needed."""
-    from catp_jax.pruning import BOUNDS
-    from catp_jax.pruning.named import split
-
-    named = {spec.partition(":")[0] for one in settings for spec in split(one.method)}
-    if (told := named & {*BOUNDS}) and not any(example.needed for example in examples):
-        raise typer.BadParameter(
-            f"{sorted(told)[0]} must be told which visual tokens are needed, and no question of "
-            f"{task} says so (scenes do)"
-        )
-
-
-def _settings(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]":
-    """Each --prune with each --keep of as many budgets, checked as far as that goes without a
-    model; none if that decides which methods there are.
-
-    Raises BadParameter for one that meets no other, and for what is no method or budget.
-    """
-    from catp_jax.pruning.named import AUTO, named, split
-    from catp_jax.study.records import Setting
-
-    methods = {",".join(words): len(words) for words in map(split, prune or [])}
-    with opts.wrong_call():
-        budgets = {tuple(_budget(word) for word in split(text)): text for text in keep or LEVELS}
-    if any(AUTO in some for some in budgets):
-        raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
-    counted = {f"--prune {method}": count for method, count in methods.items()}
-    counted |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
-    counts = {*methods.values()} if prune else {1}
-    shared = counts & {len(some) for some in budgets}
-    if alone := [words for words, count in counted.items() if count not in shared]:
-        raise typer.BadParameter(
-            f"{alone[0]} meets nothing: what commas separate applies in order, one budget for each "
-            "method (--prune l2,fastv --keep 50%,8); to compare, repeat --prune and --keep"
-        )
-    settings = [
-        Setting(method, some[0] if count == 1 else ",".join(map(str, some)))
-        for method, count in methods.items()
-        for some in budgets
-        if len(some) == count
-    ]
-    with opts.wrong_call():
-        for setting in settings:
-            named(setting.method, setting.keep)
-    return settings
-
-
-def _budget(text: str) -> int | str:
-    """A count, a percentage in its plainest form, or auto."""
-    from catp_jax.pruning import budget
-    from catp_jax.pruning.named import AUTO
-
-    if text == AUTO:
-        return text
-    parsed = budget.parse(text)
-    return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
-
-
-def _baselines(config: Any) -> tuple[list[float], list[int]]:
-    """Half the pixels a side, and one tile where images have tiles."""
-    has_tiles = getattr(config.vision, "max_num_tiles", None) is not None
-    return [0.5], [1] if has_tiles else []
-
-
-def _smaller(scales: list[float] | None, tiles: list[int] | None, config: Any) -> "list[Setting]":
-    """Settings of smaller images, for a model of this configuration. Raises BadParameter."""
-    from catp_jax.study.records import Setting
-
-    each: list[dict[str, Any]] = [{"image_scale": scale} for scale in scales or []]
-    each += [{"tiles": number} for number in tiles or []]
-    for seen in each:
-        opts.Seeing(**seen).checked(config)
-    return [Setting(name, str(value)) for seen in each for name, value in seen.items()]
-
-
-def _all_that_fit(
-    model: Any, keep: list[str] | None, examples: "Sequence[Example]"
-) -> "list[Setting]":
-    """Every method with every budget, random with several seeds, and the bounds if the task knows
-    what is needed.
-    """
-    from catp_jax.pruning import BOUNDS, methods_for
-
-    methods = methods_for(model.sites)
-    methods += [f"random:seed={seed}" for seed in range(1, DRAWS) if "random" in methods]
-    methods += BOUNDS if any(example.needed for example in examples) else ()
-    return _settings(methods, keep)
-
-
 def _say_unknown_words(model: Any, task: str, examples: "Sequence[Example]") -> None:
     """Says which words of the task the model can neither read nor write."""
     from catp_jax.messages import listed
@@ -451,12 +368,3 @@ def _say_unknown_words(model: Any, task: str, examples: "Sequence[Example]") -> 
             f"the model's tokenizer has no tokens for {len(found)} of the words of {task}, which "
             f"it can neither read nor write: {one_line(listed(found, 5))}"
         )
-
-
-def _check_fit(settings: "Sequence[Setting]", model: Any) -> None:
-    """Raises ValueError for a method that prunes what the model does not have."""
-    from catp_jax.pruning import make
-    from catp_jax.pruning.named import split
-
-    for spec in dict.fromkeys(spec for setting in settings for spec in split(setting.method)):
-        make(spec, 1, model.sites)

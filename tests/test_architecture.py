@@ -54,9 +54,10 @@ ROOMS: dict[str, set[str]] = {
             "terminal sharding generation readers convert families model api batch cli_options"
         ),
         "cli_sweep": "terminal sharding study model",
+        "cli_compared": "pruning study cli_options",
         "cli_study": (
-            "messages terminal targets pruning sharding readers study training convert families "
-            "api cli_options cli_sweep"
+            "messages terminal targets sharding readers study training convert families api "
+            "cli_options cli_compared cli_sweep"
         ),
         "cli_demo": "contract terminal readers study training model api cli_options cli_sweep",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",

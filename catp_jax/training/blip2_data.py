@@ -115,9 +115,9 @@ class Text:
                         turns, self.encode, self.words, self.answer, self.end, length
                     )
                 else:
-                    prompt = self.encode(" ".join(words for words, _ in turns))
+                    prompt = self.encode(asked_for := " ".join(words for words, _ in turns))
                     if len(prompt) > length:
-                        raise ValueError(f"{turns[0][0]!r} takes {len(prompt)} tokens of {length}")
+                        raise ValueError(f"{asked_for!r} takes {len(prompt)} tokens of {length}")
                     said = turns if len(turns) > 1 else [("", turns[0][1])]
                     reply, follows = line(
                         said,

@@ -74,13 +74,15 @@ class Bank:
 
     def draw(self, step: int, steps: int, seed: int, looking: float = 0.0) -> SceneBatch:
         """Batch number `step` of `steps`: easy families fade out, and so do lists. Up to the share
-        `looking` of the steps there are lists of the easiest sort too, nearly alone at first.
+        `looking` of the steps there are lists of the easiest sort too, nearly alone at first; those
+        of attributes stay among the others.
         """
         rng = np.random.default_rng((seed, step))
         share = step / steps
         weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
         of_easiest = FIRSTS * (1 - share / looking) if looking else 0.0
         of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
+        lists = [*LISTS, "attribute"] if looking else list(LISTS)
         numbers = rng.integers(len(self.scenes), size=SCENES)
         asked: Asking = []
         for number in numbers.tolist():
@@ -89,8 +91,7 @@ class Bank:
             while len(some) < EACH:
                 is_first = of_easiest > 0 and rng.random() < of_easiest
                 if is_first or rng.random() < of_lists:
-                    kinds = FIRST if is_first else LISTS
-                    turns = listed(dice, scene, rng.choice(list(kinds)))
+                    turns = listed(dice, scene, rng.choice(list(FIRST) if is_first else lists))
                     some += [turns] if turns else []
                 else:
                     family = rng.choice(list(TAUGHT), p=weights / weights.sum())

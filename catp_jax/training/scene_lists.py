@@ -32,7 +32,7 @@ def places(dice: Dice, scene: Scene) -> list[Turn]:
 
 
 def attributes(dice: Dice, scene: Scene) -> list[Turn]:
-    """The other of colour and name of up to five objects that one of them tells from all others,
+    """The other of colour and name of up to four objects that one of them tells from all others,
     alone or with the size; of a colour, which digit it has.
     """
     looks = [
@@ -42,26 +42,30 @@ def attributes(dice: Dice, scene: Scene) -> list[Turn]:
     digits = [thing for thing in scene.things if thing.is_digit]
     often = Counter(thing.colour for thing in digits)
     looks += [(f"{t.colour} digit", t.name) for t in digits if often[t.colour] == 1]
-    return dice.shuffled(looks)[:5]
+    return dice.shuffled(looks)[:4]
 
 
 def spots(dice: Dice, scene: Scene) -> list[Turn]:
-    """The row and the column of up to four objects that colour or name tells from all others, alone
-    or with the size.
+    """The row and the column of up to three objects that colour or name tells from all others,
+    alone or with the size.
     """
     return [
         (words, f"{COUNTS[thing.row]} {COUNTS[thing.column]}")
-        for words, thing in _told_shortly(dice, scene)[:4]
+        for words, thing in _told_shortly(dice, scene)[:3]
     ]
 
 
 def presences(dice: Dice, scene: Scene) -> list[Turn]:
-    """Whether there is anything of up to six colours and names."""
+    """Whether there is anything of up to six colours and names, yes as likely as no."""
     seen = {word for thing in scene.things for word in (thing.colour, thing.name)}
-    return [
-        (dice.pick([word for word in LOOKS if (word in seen) == (answer == "yes")]), answer)
-        for answer in (dice.pick(["yes", "no"]) for _ in range(6))
-    ]
+    left = {"yes": [], "no": []}
+    for word in dice.shuffled(LOOKS):
+        left["yes" if word in seen else "no"].append(word)
+    turns = []
+    while len(turns) < 6 and all(left.values()):
+        answer = dice.pick([*left])
+        turns.append((left[answer].pop(), answer))
+    return turns
 
 
 def _told_shortly(dice: Dice, scene: Scene) -> list[tuple[str, Thing]]:

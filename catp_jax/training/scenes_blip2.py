@@ -62,7 +62,7 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-LOOKING = 0.25  # the share of stage 3 in which the easiest lists fade out
+LOOKING = 0.2  # the share of stage 3 in which the easiest lists fade out
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 
@@ -322,7 +322,7 @@ def main(
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
     tower_steps: Annotated[int, typer.Option(help="steps of stage 1, of 8 scenes")] = 1600,
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2, of 32 scenes")] = 1200,
-    answers_steps: Annotated[int, typer.Option(help="steps of stage 3, of 16 scenes")] = 3000,
+    answers_steps: Annotated[int, typer.Option(help="steps of stage 3, of 16 scenes")] = 5000,
     scenes: Annotated[int, typer.Option(help="scenes that stages 2 and 3 see")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
 ) -> None:
@@ -386,7 +386,7 @@ def main(
         answers_steps,
         answers_loss(graph),
         lambda step: bank.draw(step, answers_steps, seed, looking=LOOKING),
-        peak=1e-3,
+        peak=1.5e-3,
         seed=seed,
     )
     params = train(stage, params, work / f"{which}_answers", apart, frozen=frozen)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from catp_jax import api, cli_study
+from catp_jax import api, cli_compared
 from catp_jax.generation.options import Options
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Setting
@@ -106,8 +106,8 @@ def test_words_that_the_tokenizer_lacks_are_said_at_the_start(tiny):
 
 def test_all_that_fits_has_several_draws_of_random_and_the_bounds_of_a_task_that_knows():
     knowing = [dataclasses.replace(examples(1)[0], needed=((0.0, 0.0, 1.0, 1.0),))]
-    plain = cli_study._all_that_fit(Tiny(), ["2", "4"], examples(1))
-    told = cli_study._all_that_fit(Tiny(), ["2", "4"], knowing)
+    plain = cli_compared.all_that_fit(Tiny(), ["2", "4"], examples(1))
+    told = cli_compared.all_that_fit(Tiny(), ["2", "4"], knowing)
     methods = [setting.method for setting in plain]
     assert [methods.count(name) for name in ("l2", "random", "oracle", "anti")] == [2, 2, 0, 0]
     assert len([name for name in methods if name.startswith("random:seed=")]) == 2 * 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from catp_jax import cli_study
+from catp_jax import cli_compared, cli_study
 from catp_jax.study.records import Setting
 from tests.study.command import MINI, questions, refused, study
 
@@ -15,7 +15,7 @@ from tests.study.command import MINI, questions, refused, study
     ("mini", "seen"), [("llama-vision", ([0.5], [1])), ("blip2-t5", ([0.5], []))]
 )
 def test_a_study_of_everything_has_fewer_pixels_and_where_there_are_any_fewer_tiles(mini, seen):
-    assert cli_study._baselines(convert.load_config(MINI.with_name(f"mini-{mini}"), ())) == seen
+    assert cli_compared.baselines(convert.load_config(MINI.with_name(f"mini-{mini}"), ())) == seen
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_study_of_everything_has_fewer_pixels_and_where_there_are_any_fewer_ti
     ],
 )
 def test_smaller_images_are_in_a_study_of_everything_or_asked_for(tiny, monkeypatch, words, seen):
-    monkeypatch.setattr(cli_study, "_all_that_fit", lambda *_: [Setting("l2", 2)])
+    monkeypatch.setattr(cli_study, "all_that_fit", lambda *_: [Setting("l2", 2)])
     done = study("model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl", *words)
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]

@@ -41,6 +41,10 @@ def shares(asked):
     return {name: kinds.count(name) / len(kinds) for name in (*LISTS, "easy", "question")}
 
 
+def is_easy(turns):
+    return kind(turns[0][0]) == "easy"
+
+
 def kind(words):
     begin, _, rest = words.partition(": ")
     is_short = " " not in rest or rest.startswith((*SIZES,)) or rest.endswith("digit")
@@ -49,11 +53,18 @@ def kind(words):
     return BEGIN.get(f"{begin}:", "question")
 
 
-def test_the_easiest_lists_come_first_and_fade_out(drawn):
-    first, middle, later = (shares(drawn(step, looking=0.5)) for step in (0, 25, 50))
+def test_the_easiest_lists_come_first_and_fade_out_to_those_of_attributes(drawn):
+    asked = {step: drawn(step, looking=0.5) for step in (0, 25, 50)}
+    first, middle, later = (shares(asked[step]) for step in (0, 25, 50))
     assert first["easy"] > 0.85
     assert 0.3 < middle["easy"] < 0.65
-    assert later["easy"] == 0
+    assert 0 < later["easy"] < 0.2
+    begins = {
+        step: {turns[0][0].partition(" ")[0] for some in all for turns in some if is_easy(turns)}
+        for step, all in asked.items()
+    }
+    assert begins[0] == {"what:", "where:", "is"}
+    assert begins[50] == {"what:"}
 
 
 def test_other_lists_give_way_to_questions(drawn):

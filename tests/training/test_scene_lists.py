@@ -63,6 +63,13 @@ def test_what_is_listed_is_so(kind):
     assert len(seen) >= 2
 
 
+def test_whether_there_is_something_is_asked_once_a_word():
+    for number in range(60):
+        turns = listed(Dice(number), make_scene("train", number), "presence")
+        words = [asked.removeprefix("is there: ") for asked, _ in turns]
+        assert len({*words}) == len(words) > 1
+
+
 def codes(text):
     return [ord(letter) for letter in text]
 

@@ -11,7 +11,7 @@ from PIL import Image
 import catp_jax
 import convert
 from catp_jax.training import scenes_blip2, scenes_llama_vision
-from catp_jax.training.scene_questions import questions_of
+from catp_jax.training.scene_questions import questions_of, scenes_task
 from tests.training import test_asset, test_blip2_assets
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
@@ -20,10 +20,14 @@ WANTED = {
     "blip2-opt": {"attribute": 0.95, "existence": 0.85, "count": 0.85, "relation": 0.85},
     "blip2-t5": {"attribute": 0.95, "existence": 0.85, "count": 0.85, "relation": 0.85},
 }
-KINDS = [path.name.removeprefix("scenes-") for path in sorted(ASSETS.glob("scenes-*"))]
+SHIPPED = ["llama-vision"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+def test_all_that_ship_are_tested():
+    assert sorted(path.name for path in ASSETS.glob("scenes-*")) == [f"scenes-{k}" for k in SHIPPED]
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
 def kind(request):
     return request.param
 
@@ -53,6 +57,17 @@ def test_it_answered_the_test_scenes(last, kind):
     enough = {family: last[family] >= least for family, least in WANTED[kind].items()}
     assert enough == dict.fromkeys(WANTED[kind], True)
     assert last["minutes of training"] < 60
+
+
+def test_it_answers_as_well_as_its_log_says(folder, last):
+    """Of 24 scenes; a share of 120 questions has a standard error of 3 points at most."""
+    task = scenes_task(scenes=24)
+    model = catp_jax.load(folder, generation_config=False)
+    asked = [(one.image, one.question) for one in task.examples]
+    texts = model.generate(*map(list, zip(*asked, strict=True)), max_new_tokens=4).text
+    right = [text.strip() == one.answer for text, one in zip(texts, task.examples, strict=True)]
+    told = [last[one.family] for one in task.examples]
+    assert np.mean(right) == pytest.approx(np.mean(told), abs=0.09)
 
 
 def test_its_readme_says_what_the_log_says(folder, last):

@@ -14,8 +14,10 @@ import catp_jax
 import convert
 from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
+from catp_jax.training.mini_blip2 import make_text
 from catp_jax.training.scene_batches import LABELS
-from catp_jax.training.scenes import make_scene
+from catp_jax.training.scene_lists import FIRST, LISTS, listed
+from catp_jax.training.scenes import Dice, make_scene
 from catp_jax.training.scenes_blip2 import scenes_config
 
 FAMILIES = {"attribute", "existence", "count", "relation", "reading"}
@@ -200,3 +202,17 @@ def test_a_decoder_is_told_a_lists_words_and_says_its_answers(scenes):
 def test_the_two_kinds_start_alike_up_to_the_queries():
     fronts = [nnx.state(initialise(scenes_config(which), 0).qformer) for which in ("opt", "t5")]
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), *fronts)))
+
+
+@pytest.mark.parametrize("which", ["opt", "t5"])
+@pytest.mark.parametrize("kind", [*LISTS, *FIRST])
+def test_every_list_fits_into_a_row(which, kind):
+    """What is read of a list whose end is cut off would have no answer."""
+    scenes = [make_scene("train", number) for number in range(100)]
+    config = scenes_config(which)
+    text = make_text(recipe.make_tokenizer(which, scenes), config)
+    for scene in scenes:
+        turns = listed(Dice(scene.number), scene, kind)
+        if len(turns) > 1:
+            targets = text.rows([[turns]], 1, recipe.TEXT_LENGTH, recipe.TEXT_LENGTH)[2]
+            assert (targets >= 0).sum() == sum(len(answer.split()) for _, answer in turns)

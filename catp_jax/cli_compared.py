@@ -1,0 +1,116 @@
+"""What a study compares: methods with budgets, and smaller images, as its options name them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from catp_jax import cli_options as opts
+
+if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
+    from catp_jax.study.records import Setting
+    from catp_jax.study.tasks import Example
+
+LEVELS = ("50%", "25%", "12.5%")
+DRAWS = 5  # seeds of random, where all methods are compared
+
+
+def settings_of(prune: list[str] | None, keep: list[str] | None) -> "list[Setting]":
+    """Each --prune with each --keep of as many budgets, checked as far as that goes without a
+    model; none if that decides which methods there are.
+
+    Raises BadParameter for one that meets no other, and for what is no method or budget.
+    """
+    from catp_jax.pruning.named import AUTO, named, split
+    from catp_jax.study.records import Setting
+
+    methods = {",".join(words): len(words) for words in map(split, prune or [])}
+    with opts.wrong_call():
+        budgets = {tuple(_budget(word) for word in split(text)): text for text in keep or LEVELS}
+    if any(AUTO in some for some in budgets):
+        raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
+    counted = {f"--prune {method}": count for method, count in methods.items()}
+    counted |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
+    counts = {*methods.values()} if prune else {1}
+    shared = counts & {len(some) for some in budgets}
+    if alone := [words for words, count in counted.items() if count not in shared]:
+        raise typer.BadParameter(
+            f"{alone[0]} meets nothing: what commas separate applies in order, one budget for each "
+            "method (--prune l2,fastv --keep 50%,8); to compare, repeat --prune and --keep"
+        )
+    settings = [
+        Setting(method, some[0] if count == 1 else ",".join(map(str, some)))
+        for method, count in methods.items()
+        for some in budgets
+        if len(some) == count
+    ]
+    with opts.wrong_call():
+        for setting in settings:
+            named(setting.method, setting.keep)
+    return settings
+
+
+def _budget(text: str) -> int | str:
+    """A count, a percentage in its plainest form, or auto."""
+    from catp_jax.pruning import budget
+    from catp_jax.pruning.named import AUTO
+
+    if text == AUTO:
+        return text
+    parsed = budget.parse(text)
+    return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
+
+
+def baselines(config: Any) -> tuple[list[float], list[int]]:
+    """Half the pixels a side, and one tile where images have tiles."""
+    has_tiles = getattr(config.vision, "max_num_tiles", None) is not None
+    return [0.5], [1] if has_tiles else []
+
+
+def smaller_images(
+    scales: list[float] | None, tiles: list[int] | None, config: Any
+) -> "list[Setting]":
+    """Settings of smaller images, for a model of this configuration. Raises BadParameter."""
+    from catp_jax.study.records import Setting
+
+    each: list[dict[str, Any]] = [{"image_scale": scale} for scale in scales or []]
+    each += [{"tiles": number} for number in tiles or []]
+    for seen in each:
+        opts.Seeing(**seen).checked(config)
+    return [Setting(name, str(value)) for seen in each for name, value in seen.items()]
+
+
+def all_that_fit(
+    model: Any, keep: list[str] | None, examples: "Sequence[Example]"
+) -> "list[Setting]":
+    """Every method with every budget, random with several seeds, and the bounds if the task knows
+    what is needed.
+    """
+    from catp_jax.pruning import BOUNDS, methods_for
+
+    methods = methods_for(model.sites)
+    methods += [f"random:seed={seed}" for seed in range(1, DRAWS) if "random" in methods]
+    methods += BOUNDS if any(example.needed for example in examples) else ()
+    return settings_of(methods, keep)
+
+
+def check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:
+    """Raises BadParameter for a bound of a task that does not know what is needed."""
+    from catp_jax.pruning import BOUNDS
+    from catp_jax.pruning.named import split
+
+    named = {spec.partition(":")[0] for one in settings for spec in split(one.method)}
+    if (told := named & {*BOUNDS}) and not any(example.needed for example in examples):
+        raise typer.BadParameter(
+            f"{sorted(told)[0]} must be told which visual tokens are needed, and no question of "
+            f"{task} says so (scenes do)"
+        )
+
+
+def check_fit(settings: "Sequence[Setting]", model: Any) -> None:
+    """Raises ValueError for a method that prunes what the model does not have."""
+    from catp_jax.pruning import make
+    from catp_jax.pruning.named import split
+
+    for spec in dict.fromkeys(spec for setting in settings for spec in split(setting.method)):
+        make(spec, 1, model.sites)
