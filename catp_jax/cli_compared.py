@@ -61,10 +61,14 @@ def _budget(text: str) -> int | str:
     return f"{parsed.percent:g}%" if parsed.number is None else parsed.number
 
 
-def baselines(config: Any) -> tuple[list[float], list[int]]:
-    """Half the pixels a side, and one tile where images have tiles."""
-    has_tiles = getattr(config.vision, "max_num_tiles", None) is not None
-    return [0.5], [1] if has_tiles else []
+def baselines(
+    scales: list[float] | None, tiles: list[int] | None, config: Any
+) -> tuple[list[float], list[int]]:
+    """What stands beside all methods, where it is not given: half the pixels a side, and one tile
+    where images have several.
+    """
+    most = getattr(config.vision, "max_num_tiles", 1)
+    return scales or [0.5], tiles or ([1] if most > 1 else [])
 
 
 def smaller_images(

@@ -110,14 +110,14 @@ def run(
         list[float] | None,
         typer.Option(
             help=f"{opts.IMAGE_SCALE} Repeat it to compare; nothing is pruned there. "
-            "Without any of --prune, --image-scale and --tiles: 0.5."
+            "If not given, and without --prune: 0.5."
         ),
     ] = None,
     tiles: Annotated[
         list[int] | None,
         typer.Option(
             help=f"{opts.TILES} Repeat it to compare; nothing is pruned there. "
-            "Without any of --prune, --image-scale and --tiles: 1, if the model has tiles."
+            "If not given, and without --prune: 1, if the model takes several."
         ),
     ] = None,
     out: Annotated[
@@ -192,8 +192,8 @@ def run(
         _check_gpu(gpu, loading.mesh)
     find_devices()
     config = load_config(model, loading.ignore_config or ())
-    if not (prune or image_scale or tiles):  # a study of everything
-        image_scale, tiles = baselines(config)
+    if not prune:  # a study of everything
+        image_scale, tiles = baselines(image_scale, tiles, config)
     family, smaller = family_of(config, model), smaller_images(image_scale, tiles, config)
     defaults, note = family.defaults(model, generation_config)
     given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()

@@ -1,5 +1,6 @@
 """Smaller images as baselines of `catp-jax study`."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,14 +16,23 @@ from tests.study.command import MINI, questions, refused, study
     ("mini", "seen"), [("llama-vision", ([0.5], [1])), ("blip2-t5", ([0.5], []))]
 )
 def test_a_study_of_everything_has_fewer_pixels_and_where_there_are_any_fewer_tiles(mini, seen):
-    assert cli_compared.baselines(convert.load_config(MINI.with_name(f"mini-{mini}"), ())) == seen
+    config = convert.load_config(MINI.with_name(f"mini-{mini}"), ())
+    assert cli_compared.baselines(None, None, config) == seen
+    assert cli_compared.baselines([0.3], None, config) == ([0.3], seen[1])
+    assert cli_compared.baselines(None, [2], config) == ([0.5], [2])
+
+
+def test_a_model_of_one_tile_is_not_asked_with_one_tile_again():
+    config = convert.load_config(MINI.with_name("mini-llama-vision"), ())
+    vision = dataclasses.replace(config.vision, max_num_tiles=1)
+    assert cli_compared.baselines(None, None, dataclasses.replace(config, vision=vision))[1] == []
 
 
 @pytest.mark.parametrize(
     ("words", "seen"),
     [
         ([], ["image_scale", "tiles"]),
-        (["--tiles", "2"], ["tiles"]),
+        (["--tiles", "2"], ["image_scale", "tiles"]),
         (["--prune", "l2"], []),
         (["--prune", "l2", "--image-scale", "0.7"], ["image_scale"]),
     ],
