@@ -68,6 +68,10 @@ class Evaluated:
         **loading: Any,
     ) -> None:
         check_prompt(prompt)
+        if is_chat and prompt != QUESTION:
+            raise ValueError(
+                "a prompt goes in place of the chat template; leave out prompt or chat"
+            )
         known = [name for name in inspect.signature(api.load).parameters if name != "folder"]
         if unknown := [name for name in loading if name not in known]:
             raise ValueError(
@@ -88,8 +92,8 @@ class Evaluated:
         self.is_chat = has_template if is_chat is None else is_chat
         if self.is_chat and prompt != QUESTION:
             raise ValueError(
-                f"prompt={prompt!r} is for models without a chat template, and {pretrained} is "
-                "asked through one; leave it out, or say chat=false"
+                f"{pretrained} has a chat template, which its prompts go through; leave out "
+                f"prompt={prompt!r}, or say chat=false"
             )
 
     def answers(

@@ -215,9 +215,9 @@ def fill(prompt: str, question: str) -> str:
     return prompt.replace(QUESTION, question)
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises ValueError if a template has no place for the question."""
-    if QUESTION not in prompt:
+def check_prompt(prompt: Any) -> None:
+    """Raises ValueError if a template is no text, or has no place for the question."""
+    if not isinstance(prompt, str) or QUESTION not in prompt:
         raise ValueError(f"a prompt must have {QUESTION} where the question goes, got {prompt!r}")
 
 

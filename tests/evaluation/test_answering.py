@@ -1,5 +1,6 @@
 """Options and settings as harnesses say them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import catp_jax
 from catp_jax.evaluation.answering import Asked, Evaluated, cut, options_of
 from catp_jax.generation.options import Options
+from tests.shallow import shallow
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
 GQA: dict[str, Any] = {  # a task's, as lmms-eval has it
@@ -71,6 +73,7 @@ def test_a_text_is_cut_at_the_first_string(text: str, strings: tuple[str, ...], 
         ({"prune": "l3", "keep": 8}, "l3"),
         ({"prune": "l2"}, "got 1 methods and 0 budgets"),
         ({"prune": "l2", "keep": 0.5}, "got '0.5'"),
+        ({"prompt": 5}, "a prompt must have {question} where the question goes, got 5"),
         ({"prompt": "Question:"}, "a prompt must have {question} where the question goes"),
     ],
 )
@@ -102,6 +105,13 @@ def test_a_question_goes_into_the_prompt_where_there_is_no_chat():
     assert alike[0][1] != alike[2][1]
 
 
-def test_a_prompt_beside_a_chat_template_is_refused():
-    with pytest.raises(ValueError, match="leave it out, or say chat=false"):
-        Evaluated(str(ASSETS / "mini-blip2-opt"), prompt="Q: {question}", is_chat=True)
+def test_a_prompt_beside_a_chat_template_is_refused(tmp_path: Path):
+    worded = "Q: {question}"
+    with pytest.raises(ValueError, match="leave out prompt or chat"):
+        Evaluated("nowhere", prompt=worded, is_chat=True)  # before anything is loaded
+    folder = tmp_path / "chatting"
+    shutil.copytree(shallow("mini-llama-vision"), folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match=r"has a chat template, .* or say chat=false"):
+        Evaluated(str(folder), prompt=worded)
+    assert not Evaluated(str(folder), prompt=worded, is_chat=False).is_chat
