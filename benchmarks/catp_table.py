@@ -13,6 +13,8 @@ are kept in that folder, and an interrupted run goes on. The last line is one JS
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import print_record
+from benchmarks.record import names_of, print_record
 from catp_jax import api
 from catp_jax.generation.options import Options
+from catp_jax.models.querying import QueryingConfig
 from catp_jax.pruning import BOUNDS
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import UNPRUNED, Conditions, Result, Setting
-from catp_jax.study.results import families
+from catp_jax.study.results import difference, families
 from catp_jax.study.sweep import sweep
 from catp_jax.training.scene_questions import scenes_task
 
@@ -120,32 +123,32 @@ def by_family(result: Result) -> dict[str, float]:
 
 
 def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
-    """Where our figures agree with the paper's, and where not."""
+    """Where our figures agree with the paper's, and where not, by paired differences."""
     out = []
     for column, keep in enumerate(BUDGETS):
-        ours = [by[f"catp:layers={layer}", keep].accuracy for layer in range(1, layers + 1)]
-        theirs = [PAPER_LAYERS[layer][column] for layer in range(1, layers + 1)]
         own = [by[f"catp:layers={layer}", keep] for layer in range(1, layers + 1)]
+        ours = [result.accuracy for result in own]
+        theirs = [PAPER_LAYERS[layer][column] for layer in range(1, layers + 1)]
         best = int(np.argmax(ours))
-        if all(own[best].low <= other.high for other in own):
-            told = "no layer votes better here than another that can be told"
-        else:
-            told = f"layer {best + 1} votes best here"
+        near = [
+            str(number)
+            for number, result in enumerate(own, 1)
+            if number != best + 1 and compared(own[best], result) == "equal"
+        ]
+        told = f"layer {best + 1} votes best here"
+        if near:
+            told += f" (layers that are no worse, as far as can be told: {', '.join(near)})"
         out.append(
             f"At {LEVELS[keep]} {told}, layer {int(np.argmax(theirs)) + 1} in the paper; the order "
             f"of the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
         )
     for other in (*PAPER_RATIOS, "random", "position"):
-        signs = []
-        for keep in BUDGETS:
-            catp, rival = by[f"catp:layers={layers}", keep], by[other, keep]
-            signs.append(
-                "better" if catp.low > rival.high else "worse" if catp.high < rival.low else "equal"
-            )
+        signs = [compared(by[f"catp:layers={layers}", k], by[other, k]) for k in BUDGETS]
         ratios = [ratio(by, "last", other, keep) for keep in BUDGETS]
         line = (
-            f"CATP against {other} at 1/2, 1/4, 1/8: {', '.join(signs)} (equal: the 95 % intervals "
-            f"overlap); {min(ratios):.2f} to {max(ratios):.2f} times its accuracy"
+            f"CATP against {other} at 1/2, 1/4, 1/8: {', '.join(signs)} (equal: the 95 % interval "
+            f"of the paired difference holds zero); {min(ratios):.2f} to {max(ratios):.2f} times "
+            "its accuracy"
         )
         if other in PAPER_RATIOS:
             verdict = "agrees" if set(signs) == {"better"} else "does not agree"
@@ -154,7 +157,13 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
     return out
 
 
-def main() -> None:
+def compared(own: Result, other: Result) -> str:
+    """Better, worse or equal, by the paired difference."""
+    _, low, high = difference(own.answers, other.answers)
+    return "better" if low > 0 else "worse" if high < 0 else "equal"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model", type=Path, action="append", required=True, help="a BLIP-2; repeat it for several"
@@ -162,9 +171,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200, help="with a question of each family")
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     parser.add_argument("--num-beams", type=int, default=5)
-    arguments = parser.parse_args()
-    console = Console()
-    task = scenes_task(scenes=arguments.scenes)
+    options = parser.parse_args(arguments)
+    names, console = names_of(options.model), Console()
+    task = scenes_task(scenes=options.scenes)
     conditions = Conditions(
         task=task.name,
         source=task.source,
@@ -172,17 +181,19 @@ def main() -> None:
         options=Options(
             max_new_tokens=10,
             min_new_tokens=1,
-            num_beams=arguments.num_beams,
-            length_penalty=1.0 if arguments.num_beams == 1 else 0.0,
+            num_beams=options.num_beams,
+            length_penalty=1.0 if options.num_beams == 1 else 0.0,
         ),
     )
     found: dict[str, Any] = {}
-    for folder in arguments.model:
-        model, name = api.load(folder), folder.resolve().name
+    for name, folder in names.items():
+        model = api.load(folder, generation_config=False)
+        if not isinstance(model.config, QueryingConfig):
+            sys.exit(f"error: {folder} is no BLIP-2 or InstructBLIP, whose queries CATP prunes")
         layers = len(model.config.qformer.cross_layers)
         methods = [*(f"catp:layers={layer}" for layer in range(1, layers + 1)), *OTHERS]
         settings = [Setting(method, keep) for method in methods for keep in BUDGETS]
-        journal = Journal(arguments.journals / f"{name}.jsonl") if arguments.journals else None
+        journal = Journal(options.journals / f"{name}.jsonl") if options.journals else None
         with console.status(name) as status:
             results = list(
                 sweep(
@@ -207,13 +218,14 @@ def main() -> None:
         for line in words:
             console.print(line)
         found[name] = {
+            "checksum": model.describe()["checksum"],
             "unpruned": unpruned.accuracy,
             "accuracy": {f"{m}, keep {k}": by[m, k].accuracy for m, k in by},
             "interval": {f"{m}, keep {k}": [by[m, k].low, by[m, k].high] for m, k in by},
             "by family": {str(result.setting): by_family(result) for result in results},
             "words": words,
         }
-    print_record("catp_table", task, num_beams=arguments.num_beams, models=found)
+    print_record("catp_table", task, num_beams=options.num_beams, models=found)
 
 
 if __name__ == "__main__":

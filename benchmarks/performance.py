@@ -1,4 +1,4 @@
-"""Fills the tables of docs/performance.md, and README's sentences, from benchmarks/results/.
+"""Fills the tables of the pages, and README's sentences, from benchmarks/results/.
 
     python -m benchmarks.performance              # --check: only says whether they are up to date
 
@@ -17,13 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import testbed
 from benchmarks.programs import LLAMA, OPT
 from catp_jax.plan import Plan, Work
 from catp_jax.plan import table as plan_table
 from catp_jax.targets import Floor
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "clusters.md", ROOT / "README.md")
+PAGES = ("docs/performance.md", "docs/clusters.md", "docs/studies.md", "README.md")
+FILES = tuple(ROOT / page for page in PAGES)
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FUSED = ", one kernel"
@@ -184,6 +186,38 @@ def hardware() -> str:
     )
 
 
+def bed() -> str:
+    """What is left of attributes, by method and budget."""
+    found = only(read("testbed_mini")["models"].values())["families"]["attribute"]["kept"]
+    by: dict[str, list[str]] = {}
+    for setting, figures in found.items():
+        mean, low, high = figures["accuracy"]
+        by.setdefault(setting.split(", ")[0], []).append(
+            f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
+        )
+    shares = dict.fromkeys(setting.split(", ")[1] for setting in found)
+    return table(["attribute, %", *shares], ([f"`{name}`", *row] for name, row in by.items()))
+
+
+def bed_checks() -> str:
+    """What a bed must show."""
+    found = only(read("testbed_mini")["models"].values())["families"]
+    head = ["points", *(column.replace("\n", " ") for column in testbed.CHECKS), "blind − guessed"]
+    rows = []
+    for family, figures in found.items():
+        cells = [[100 * number for number in pick(figures)] for pick in testbed.CHECKS.values()]
+        apart = 100 * (figures["blind"]["accuracy"][0] - figures["guessed"])
+        told = [f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]" for mean, low, high in cells]
+        rows.append([family, *told, f"{apart:+.0f}"])
+    return table(head, rows)
+
+
+def only(some: Iterable[Any]) -> Any:
+    """The one there is."""
+    (one,) = some
+    return one
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "whole": whole,
@@ -192,6 +226,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "hardware": hardware,
     "plan": plan,
     "found": found,
+    "bed": bed,
+    "bed_checks": bed_checks,
 }
 
 

@@ -5,15 +5,15 @@
 For each model, a checkpoint that was trained on scenes, at several budgets: its methods, `random`
 (the mean of five seeds) and `uniform`, and the bounds `oracle` and `anti`, by family of questions;
 then the checks that keep a bed honest. An oracle far from the unpruned model, an anti far from what
-is answered without looking, or half the pixels doing as well as all of them, would say that the bed
-measures something else. With --journals an interrupted run goes on. The last line is one JSON
-object.
+is answered blind, blind answers better than guessing, or half the pixels doing as well as all of
+them would say that the bed measures something else. With --journals an interrupted run goes on. The
+last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import print_record
+from benchmarks.record import names_of, print_record
 from catp_jax import api
 from catp_jax.model import Model
 from catp_jax.pruning import BOUNDS, methods_for
@@ -34,7 +34,13 @@ from catp_jax.study.tasks import Example, Task
 from catp_jax.training.scene_questions import COUNTS, scenes_task
 
 SHARES = ("50%", "25%", "12.5%", "6%", "3%", "1.5%")
+CHECKED = "6%"  # where the bounds are held against what they should be near
 SEEDS = 5
+DRAWS = tuple(f"{RANDOM}:seed={10_000 * seed}" for seed in range(SEEDS))
+
+Answers = Sequence[Answer]
+By = dict[tuple[str, str], Any]
+"""By method and budget."""
 
 
 def answers_of(
@@ -51,54 +57,74 @@ def answers_of(
     return {result.setting: result.answers for result in results}
 
 
-def without_looking(task: Task) -> dict[str, float]:
-    """By family, the accuracy of the commonest answer among the train scenes' questions of a kind
-    of words: all that can be known unseen.
+def blind(examples: Sequence[Example]) -> list[Example]:
+    """The same questions about grey images."""
+    return [
+        dataclasses.replace(one, image=np.full_like(np.asarray(one.image), 128)) for one in examples
+    ]
+
+
+def guessed(task: Task) -> dict[str, float]:
+    """By family, how often the commonest answer is right among the train scenes' questions that
+    begin with the same two words.
     """
 
-    def words(example: Example) -> str:
+    def begins(example: Example) -> str:
         return " ".join(example.question.split()[:2])
 
     said: dict[str, Counter[str]] = defaultdict(Counter)
     for example in scenes_task(split="train", scenes=400).examples:
-        said[example.family + words(example)][example.answer] += 1
+        said[example.family + begins(example)][example.answer] += 1
     best = {key: counts.most_common(1)[0][0] for key, counts in said.items()}
     right = defaultdict(list)
     for example in task.examples:
-        right[example.family].append(best.get(example.family + words(example)) == example.answer)
+        right[example.family].append(best.get(example.family + begins(example)) == example.answer)
     return {family: float(np.mean(some)) for family, some in right.items()}
 
 
-def figures(answers: tuple[Answer, ...], numbers: list[int]) -> tuple[float, float, float]:
-    """Accuracy of some of the questions, with its interval."""
-    some = [answers[number] for number in numbers]
-    scores = [one.score for one in some]
-    return (float(np.mean(scores)), *interval(scores, [one.image for one in some]))
+def accuracy(answers: Answers) -> tuple[float, float, float]:
+    """With its interval."""
+    scores = [one.score for one in answers]
+    return (float(np.mean(scores)), *interval(scores, [one.image for one in answers]))
 
 
-def miscounted(answers: tuple[Answer, ...], right: dict[str, str], numbers: list[int]) -> float:
-    """By how much counts are too high, in the mean over the answers that are a number."""
-    said = [(answers[number].text.strip(), right[answers[number].id]) for number in numbers]
-    off = [COUNTS.index(one) - COUNTS.index(true) for one, true in said if one in COUNTS]
-    return float(np.mean(off)) if off else float("nan")
+def figures(answers: Answers, **others: Answers) -> dict[str, tuple[float, float, float]]:
+    """Accuracy, and the paired differences to other answers."""
+    apart = {f"to {name}": difference(answers, some) for name, some in others.items()}
+    return {"accuracy": accuracy(answers), **apart}
 
 
-def said_yes(answers: tuple[Answer, ...], numbers: list[int]) -> float:
-    """How often the answer was yes."""
-    return float(np.mean([answers[number].text.strip() == "yes" for number in numbers]))
+def of(answers: Answers, numbers: list[int]) -> list[Answer]:
+    """Some of the answers."""
+    return [answers[number] for number in numbers]
 
 
-def accuracy(answers: tuple[Answer, ...], numbers: list[int]) -> str:
-    """Accuracy in %, and half its interval."""
-    mean, low, high = figures(answers, numbers)
-    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
+def off_by(answers: Answers, right: dict[str, str]) -> tuple[float | None, float]:
+    """By how much counts are too high, in the mean over answers that are a count (None if none is),
+    and the share of the answers that are not.
+    """
+    off = [
+        COUNTS.index(said) - COUNTS.index(right[one.id])
+        for one in answers
+        if (said := one.text.strip()) in COUNTS
+    ]
+    return (float(np.mean(off)) if off else None), 1 - len(off) / len(answers)
 
 
-def table(
-    title: str,
-    by: dict[tuple[str, str], tuple[Answer, ...]],
-    cell: Callable[[tuple[Answer, ...]], str],
-) -> Table:
+def said_yes(answers: Answers, right: dict[str, str]) -> tuple[float, float]:
+    """The shares of the answers that are yes, and neither yes nor no."""
+    said = Counter(one.text.strip() for one in answers)
+    return said["yes"] / len(answers), 1 - (said["yes"] + said["no"]) / len(answers)
+
+
+LEANINGS = {
+    "count": ("by how much counts are too high, and answers that are none", off_by, "+.2f"),
+    "existence": ("answers that are yes, and that are neither yes nor no", said_yes, ".0%"),
+}
+"""To which side the answers of a family lean: what is said of it, what measures it, its form."""
+
+
+def table(title: str, by: By, cell: Callable[[Any], str]) -> Table:
     """Methods by budget."""
     out = Table(title=title)
     out.add_column("kept", no_wrap=True)
@@ -109,96 +135,128 @@ def table(
     return out
 
 
-def study(folder: Path, task: Task, journals: Path | None, console: Console) -> dict[str, Any]:
-    """Prints a model's tables and returns its figures."""
-    model, name = api.load(folder, generation_config=False), folder.resolve().name
-    path = None if journals is None else journals / f"{name}.jsonl"
-    methods = [method for method in methods_for(model.sites) if method != RANDOM]
-    draws = [f"{RANDOM}:seed={10_000 * seed}" for seed in range(SEEDS)]
-    settings = [
-        Setting(method, share) for method in (*methods, *draws, *BOUNDS) for share in SHARES
-    ]
-    answers = answers_of(model, task, task.examples, settings, path)
-    unpruned = next(iter(answers.values()))
-    path = None if journals is None else journals / f"{name}-halved.jsonl"
-    (coarse,) = answers_of(model, task, halved(task.examples), [], path).values()
+def plus_minus(figures: tuple[float, float, float]) -> str:
+    """A share in %, and half its interval."""
+    mean, low, high = figures
+    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
 
-    by = {
-        (method, share): answers[Setting(method, share)]
-        for method in (*methods, *BOUNDS)
-        for share in SHARES
+
+def leanings(
+    family: str,
+    by: dict[tuple[str, str], Answers],
+    draws: dict[str, list[Answers]],
+    unpruned: Answers,
+    right: dict[str, str],
+    console: Console,
+) -> dict[str, Any]:
+    """Prints and returns to which side answers lean. What `random` draws is measured draw by draw,
+    since a mean over draws has no text.
+    """
+    what, measure, form = LEANINGS[family]
+
+    def of_all(some: list[Answers]) -> tuple[float | None, float]:
+        each = [measure(answers, right) for answers in some]
+        sides = [side for side, _ in each if side is not None]
+        return (float(np.mean(sides)) if sides else None), float(np.mean([n for _, n in each]))
+
+    def cell(found: tuple[float | None, float]) -> str:
+        side, other = found
+        return f"{'–' if side is None else format(side, form)}\n{other:.0%}"
+
+    found: By = {key: of_all([some]) for key, some in by.items() if key[0] != RANDOM}
+    found |= {(RANDOM, share): of_all(some) for share, some in draws.items()}
+    console.print(table(what, found, cell))
+    whole = of_all([unpruned])
+    console.print(f"unpruned {cell(whole).replace(chr(10), ', ')}\n")
+    return {
+        "what": what,
+        "unpruned": whole,
+        **{f"{method}, {share}": x for (method, share), x in found.items()},
     }
-    for share in SHARES:
-        by[RANDOM, share] = mean_over([answers[Setting(draw, share)] for draw in draws])
-    prior = without_looking(task)
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], tuple[float, float, float]]] = {
+    "oracle −\nunpruned": lambda found: found["kept"][f"oracle, {CHECKED}"]["to unpruned"],
+    "anti −\nblind": lambda found: found["kept"][f"anti, {CHECKED}"]["to blind"],
+    "half the pixels −\nunpruned": lambda found: found["half the pixels"]["to unpruned"],
+}
+"""What should be near zero, near zero, and below it."""
+
+
+def checks(families: dict[str, dict[str, Any]]) -> Table:
+    """What a bed must show, by family: paired differences in points, with their intervals."""
+    out = Table(title=f"Checks: differences in points, oracle and anti at {CHECKED}")
+    for column in ("", *CHECKS, "blind −\nguessed"):
+        out.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for family, found in families.items():
+        cells = [[100 * figure for figure in pick(found)] for pick in CHECKS.values()]
+        told = [f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]" for mean, low, high in cells]
+        apart = 100 * (found["blind"]["accuracy"][0] - found["guessed"])
+        out.add_row(family, *told, f"{apart:+.0f}")
+    return out
+
+
+def study(folder: Path, name: str, task: Task, journals: Path | None, console: Console) -> Any:
+    """Prints a model's tables and returns its figures."""
+    model = api.load(folder, generation_config=False)
+
+    def answers(examples: Sequence[Example], settings: list[Setting], of: str = "") -> Any:
+        path = None if journals is None else journals / f"{name}{of}.jsonl"
+        return answers_of(model, task, examples, settings, path)
+
+    methods = [method for method in methods_for(model.sites) if method != RANDOM]
+    pruned = [Setting(m, share) for m in (*methods, *DRAWS, *BOUNDS) for share in SHARES]
+    given = answers(task.examples, pruned)
+    unpruned = next(iter(given.values()))
+    (coarse,) = answers(halved(task.examples), [], "-halved").values()
+    (grey,) = answers(blind(task.examples), [], "-blind").values()
+    draws = {share: [given[Setting(draw, share)] for draw in DRAWS] for share in SHARES}
+    by = {(m, share): given[Setting(m, share)] for m in (*methods, *BOUNDS) for share in SHARES}
+    by |= {(RANDOM, share): mean_over(some) for share, some in draws.items()}
+
+    right, prior = {one.id: one.answer for one in task.examples}, guessed(task)
     found: dict[str, Any] = {}
     for family, numbers in families(unpruned).items():
-        console.print(
-            table(f"{name}, {family}: accuracy (%)", by, partial(accuracy, numbers=numbers))
-        )
-        whole, half = figures(unpruned, numbers)[0], figures(coarse, numbers)[0]
-        console.print(
-            f"unpruned {100 * whole:.1f}, half the pixels {100 * half:.1f}, unseen "
-            f"{100 * prior[family]:.1f}\n"
-        )
+        whole, half, dark = (of(some, numbers) for some in (unpruned, coarse, grey))
+        own = {key: of(some, numbers) for key, some in by.items()}
+        kept = {
+            key: figures(some, unpruned=whole, random=own[RANDOM, key[1]], blind=dark)
+            for key, some in own.items()
+        }
+        accuracies = {key: one["accuracy"] for key, one in kept.items()}
+        console.print(table(f"{name}, {family}: accuracy (%)", accuracies, plus_minus))
+        seen = {
+            "unpruned": figures(whole),
+            "half the pixels": figures(half, unpruned=whole),
+            "blind": figures(dark, unpruned=whole),
+        }
+        told = [f"{how} {plus_minus(one['accuracy'])}" for how, one in seen.items()]
+        console.print(f"{', '.join(told)}, guessed {100 * prior[family]:.0f}\n")
         found[family] = {
             "questions": len(numbers),
-            "unpruned": figures(unpruned, numbers),
-            "half the pixels": half,
-            "unseen": prior[family],
-            "accuracy": {
-                f"{method}, {share}": figures(some, numbers) for (method, share), some in by.items()
-            },
+            **seen,
+            "guessed": prior[family],
+            "kept": {f"{method}, {share}": one for (method, share), one in kept.items()},
         }
-    # Do wrong counts, and answers about existence, lean to a side? Means over seeds have no text,
-    # so of random the first seed stands for all.
-    texts = {key: some for key, some in by.items() if key[0] != RANDOM}
-    texts |= {(RANDOM, share): answers[Setting(draws[0], share)] for share in SHARES}
-    right = {example.id: example.answer for example in task.examples}
-    by_family = families(unpruned)
-    leaning = {
-        ("count", "by how much counts are too high", "+.2f"): lambda some: miscounted(
-            some, right, by_family["count"]
-        ),
-        ("existence", "how often the answer is yes", ".2f"): lambda some: said_yes(
-            some, by_family["existence"]
-        ),
-    }
-    for (family, what, form), measure in leaning.items():
-
-        def cell(some: tuple[Answer, ...], measure: Any = measure, form: str = form) -> str:
-            return format(measure(some), form)
-
-        console.print(table(f"{name}: {what}", texts, cell))
-        console.print(f"unpruned {cell(unpruned)}\n")
-        found[family][what] = {"unpruned": measure(unpruned)} | {
-            f"{method}, {share}": measure(some) for (method, share), some in texts.items()
-        }
-    found["all"] = {
-        "against random": {
-            f"{method}, {share}": difference(some, by[RANDOM, share])
-            for (method, share), some in by.items()
-            if method != RANDOM
-        },
-        "needed, kept": {
-            f"{method}, {share}": needed_kept(some) for (method, share), some in by.items()
-        },
-    }
-    return found
+        if family in LEANINGS:
+            each = {share: [of(one, numbers) for one in some] for share, some in draws.items()}
+            found[family]["leaning"] = leanings(family, own, each, whole, right, console)
+    console.print(checks(found))
+    needed = {f"{method}, {share}": needed_kept(some) for (method, share), some in by.items()}
+    return {"checksum": model.describe()["checksum"], "families": found, "needed, kept": needed}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
-    arguments = parser.parse_args()
-    console = Console()
-    task = scenes_task(split=arguments.split, scenes=arguments.scenes)
+    options = parser.parse_args(arguments)
+    names, console = names_of(options.model), Console()
+    task = scenes_task(split=options.split, scenes=options.scenes)
     models = {
-        folder.resolve().name: study(folder, task, arguments.journals, console)
-        for folder in arguments.model
+        name: study(folder, name, task, options.journals, console) for name, folder in names.items()
     }
     print_record("testbed", task, models=models)
 

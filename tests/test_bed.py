@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import catp_jax
-from benchmarks.testbed import without_looking
+from benchmarks.testbed import blind, guessed
 from catp_jax.study.half_pixels import halved
 from catp_jax.study.records import UNPRUNED, Conditions, Setting
 from catp_jax.study.sweep import sweep
@@ -17,7 +17,7 @@ from catp_jax.training.scene_questions import scenes_task
 
 FOLDER = Path(catp_jax.__file__).parent / "assets" / "scenes-llama-vision"
 KEEP, SCENES = 16, 40  # of 260 visual tokens; scenes with a question of each family
-COARSE = "half the pixels"
+COARSE, BLIND = "half the pixels", "blind"
 LOOKS = ("attribute", "existence", "reading")  # which one or two objects decide
 
 
@@ -36,6 +36,7 @@ def scores(task):
     for name, examples, some in (
         (None, task.examples, settings),
         (COARSE, halved(task.examples), []),
+        (BLIND, blind(task.examples), []),
     ):
         for result in sweep(model, examples, some, conditions, score=task.score):
             found[name or result.setting.method] = {
@@ -59,8 +60,10 @@ def test_the_needed_tokens_are_enough_and_the_others_are_of_no_use(scores, famil
 
 
 @pytest.mark.parametrize("family", LOOKS)
-def test_unseen_and_with_fewer_pixels_less_is_known(task, scores, family):
-    assert without_looking(task)[family] <= 0.65
-    assert without_looking(task)[family] + 0.3 <= scores[UNPRUNED][family]
-    if family == "reading":
-        assert scores[COARSE][family] + 0.1 <= scores[UNPRUNED][family]
+def test_it_cannot_be_answered_blind(task, scores, family):
+    assert scores[BLIND][family] <= max(guessed(task)[family], 0.1) + 0.1
+    assert scores[BLIND][family] + 0.3 <= scores[UNPRUNED][family]
+
+
+def test_reading_takes_all_of_the_pixels(scores):
+    assert scores[COARSE]["reading"] + 0.1 <= scores[UNPRUNED]["reading"]

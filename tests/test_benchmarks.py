@@ -4,7 +4,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,28 +15,35 @@ from benchmarks import catp_table, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
 from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
+from tests.shallow import shallow
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-METHODS = ("l2", "self_attention", "position", "random")
+FAMILIES = {"attribute", "existence", "count", "relation", "reading"}
 
 
-def result(method: str, keep: int, accuracy: float, half: float = 0.02) -> Result:
+def result(right: Sequence[float]) -> Result:
+    """A setting's answers, one about each of as many images: how right each is."""
+    answers = tuple(
+        Answer(id=f"{n}", text="", score=float(score), kl=0.0, image=n, available=8, kept=None)
+        for n, score in enumerate(right)
+    )
     return Result(
-        setting=Setting(method, keep),
-        accuracy=accuracy,
-        low=accuracy - half,
-        high=accuracy + half,
-        visual_tokens=float(keep),
+        setting=Setting("l2", 1),
+        accuracy=float(np.mean(right)),
+        low=0.0,
+        high=1.0,
+        visual_tokens=1.0,
         agreement=1.0,
         kl=0.0,
         milliseconds=1.0,
         spread=0.0,
-        questions=1,
-        images=1,
+        questions=len(right),
+        images=len(right),
         cost=Cost(cache_bytes=1, prefill_flops=1.0),
         pruners=(),
         seed=1,
         versions={},
+        answers=answers,
     )
 
 
@@ -46,52 +55,130 @@ def test_rank_correlation_is_spearmans():
     assert catp_table.rank_correlation([1, 1, 1], [1, 2, 3]) == 0
 
 
-def test_words_follow_the_intervals():
-    layers = range(1, 7)
-    by = {(f"catp:layers={n}", k): result("catp", k, 0.9) for n in layers for k in BUDGETS}
-    by |= {(m, k): result(m, k, 0.9) for m in METHODS for k in BUDGETS}
-    words = "\n".join(catp_table.in_words(by, 6))
-    assert words.count("no layer votes better here") == 3
-    assert "up to 12.1 in the paper: does not agree" in words
-    assert "better," not in words
+def first(share: float) -> np.ndarray:
+    """Of a hundred questions the first so many are answered."""
+    return np.arange(100) < 100 * share
 
-    by |= {("self_attention", k): result("self_attention", k, 0.3) for k in BUDGETS}
-    by |= {("catp:layers=2", k): result("catp", k, 0.99) for k in BUDGETS}
+
+def test_words_follow_the_paired_differences():
+    """Layer 1 is best by one question, layer 6 far worse; the baselines answer others."""
+    layers = dict(enumerate([0.80, 0.79, 0.79, 0.79, 0.79, 0.30], 1))
+    by = {(f"catp:layers={n}", k): result(first(x)) for n, x in layers.items() for k in BUDGETS}
+    by |= {("self_attention", k): result(first(0.1)) for k in BUDGETS}
+    by |= {("l2", k): result(first(0.3)) for k in BUDGETS}
+    by |= {("random", k): result(1 - first(0.7)) for k in BUDGETS}  # as many, but others
+    by |= {("position", k): result(first(0.38)) for k in BUDGETS}  # what CATP has, and 8 more
     words = "\n".join(catp_table.in_words(by, 6))
-    assert words.count("layer 2 votes best here") == 3
-    assert "self_attention at 1/2, 1/4, 1/8: better, better, better" in words
+    told = "layer 1 votes best here (layers that are no worse, as far as can be told: 2, 3, 4, 5)"
+    assert words.count(told) == 3
+    assert "against self_attention at 1/2, 1/4, 1/8: better, better, better" in words
     assert "3.00 to 3.00 times its accuracy, up to 12.1 in the paper: agrees" in words
-    assert "random at 1/2, 1/4, 1/8: equal, equal, equal" in words
+    assert "against l2 at 1/2, 1/4, 1/8: equal, equal, equal" in words
+    assert "up to 6.6 in the paper: does not agree" in words
+    assert "against random at 1/2, 1/4, 1/8: equal, equal, equal" in words
+    assert "against position at 1/2, 1/4, 1/8: worse, worse, worse" in words
 
 
 def test_what_trimmed_llama_loses_is_told_by_family():
-    """Twenty images, a question of two families about each; what is left out costs the counts."""
+    """Two hundred images, a question of each family; what is left out costs all counts, and one in
+    forty of the relations.
+    """
 
     def answers(kept: int) -> tuple[Answer, ...]:
+        def is_right(family: str, image: int) -> bool:
+            lost = {"attribute": False, "count": True, "relation": image % 40 == 0}
+            return kept == 8 or not lost[family]
+
         return tuple(
             Answer(
                 id=f"{image} {family}",
                 text="",
-                score=float(kept == 8 or family != "count"),
+                score=float(is_right(family, image)),
                 kl=0.0,
                 image=image,
                 available=8,
                 kept=tuple(range(kept)),
                 family=family,
             )
-            for image in range(20)
-            for family in ("attribute", "count")
+            for image in range(200)
+            for family in ("attribute", "count", "relation")
         )
 
-    whole, half = (
-        dataclasses.replace(result("trimmed_llama", 1, 1.0), answers=answers(kept))
-        for kept in (8, 2)
-    )
+    whole, half = (dataclasses.replace(result([1.0]), answers=answers(kept)) for kept in (8, 2))
     assert trimmed_table.share_kept(half) == 0.25
     (words,) = trimmed_table.in_words({"25%": half}, whole)
-    assert "attribute +0.0 [+0.0, +0.0];" in words
-    assert "count -100.0 [-100.0, -100.0] (not equal)." in words
-    assert "all questions -50.0 [-50.0, -50.0] (not equal)" in words
+    assert "attribute +0.0 [+0.0, +0.0], as good;" in words
+    assert "count -100.0 [-100.0, -100.0], worse;" in words
+    assert "relation -2.5 [-5.0, -0.5], worse" in words
+    assert "all questions -34.2 " in words
+    barely = tuple(
+        dataclasses.replace(one, score=float(n != 0)) for n, one in enumerate(whole.answers[::3])
+    )
+    other = [dataclasses.replace(half, answers=some) for some in (barely, whole.answers[::3])]
+    (words,) = trimmed_table.in_words({"25%": other[0]}, other[1])
+    assert "-0.5 [-1.5, +0.0], as good" in words
+
+
+SCENES = ["--scenes", "2"]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
+    """What a benchmark on scenes prints last, as strict JSON."""
+    out = capsys.readouterr().out
+
+    def no_number(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    return json.loads(out.splitlines()[-1], parse_constant=no_number)
+
+
+def test_the_testbed_runs_and_two_models_of_one_name_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(testbed, "SHARES", (testbed.CHECKED,))
+    monkeypatch.setattr(testbed, "DRAWS", testbed.DRAWS[:2])
+    monkeypatch.setattr(testbed, "methods_for", lambda sites: ["random", "fastv"])
+    model = shallow("mini-llama-vision")
+    testbed.main([str(model), *SCENES, "--journals", str(tmp_path)])
+    record = last_line(capsys)
+    (found,) = record["models"].values()
+    assert record["task"]["scenes"] == 2
+    assert {*found["families"]} == FAMILIES
+    kept = found["families"]["count"]["kept"]
+    assert {*kept} == {f"{method}, 6%" for method in ("fastv", "random", "oracle", "anti")}
+    assert kept["random, 6%"]["to random"] == [0, 0, 0]
+    assert {*found["families"]["count"]["leaning"]} == {"what", "unpruned", *kept}
+    assert found["needed, kept"]["anti, 6%"] <= found["needed, kept"]["oracle, 6%"]
+
+    other = tmp_path / "other" / model.name
+    other.mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"and .*other.* are both called"):
+        testbed.main([str(model), str(other)])
+
+
+def test_blind_images_are_grey_and_as_large():
+    whole = scenes_task(scenes=2).examples
+    for one, dark in zip(whole, testbed.blind(whole), strict=True):
+        assert dark.image.shape == one.image.shape
+        assert np.unique(dark.image).size == 1 < np.unique(one.image).size
+        assert dark.question == one.question
+
+
+def test_the_tables_of_both_papers_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trimmed_table, "RATIOS", (0.25,))
+    monkeypatch.setattr(trimmed_table, "PARITY", ("50%",))
+    trimmed_table.main(["--model", str(shallow("mini-llama-vision")), *SCENES])
+    assert last_line(capsys)["settings"]["unpruned"]["kept"] == 1
+
+    monkeypatch.setattr(catp_table, "BUDGETS", (8,))
+    monkeypatch.setattr(catp_table, "OTHERS", (*catp_table.PAPER_RATIOS, "random", "oracle"))
+    catp_table.main(["--model", str(shallow("mini-blip2-opt")), *SCENES, "--num-beams", "2"])
+    (found,) = last_line(capsys)["models"].values()
+    assert {"catp:layers=1, keep 8", "oracle, keep 8", "random, keep 8"} <= {*found["accuracy"]}
+    with pytest.raises(SystemExit, match="is no BLIP-2 or InstructBLIP"):
+        catp_table.main(["--model", str(shallow("mini-llama-vision")), *SCENES])
 
 
 def test_pruning_overhead_runs_at_toy_size():
@@ -208,21 +295,21 @@ def test_a_page_is_filled_between_its_marks_alone(monkeypatch: pytest.MonkeyPatc
     assert performance.filled(out) == out
 
 
-def test_counts_lean_to_the_side_of_their_mean_error():
+def test_to_which_side_answers_lean():
     """Said three of two, one of one, and no number at all; yes once in three."""
     answers = tuple(
         Answer(id=str(n), text=text, score=0.0, kl=0.0, image=n, available=8, kept=None)
         for n, text in enumerate(["three", " one", "yes"])
     )
     right = {"0": "two", "1": "one", "2": "four"}
-    assert testbed.miscounted(answers, right, [0, 1, 2]) == 0.5
-    assert np.isnan(testbed.miscounted(answers, right, [2]))
-    assert testbed.said_yes(answers, [0, 1, 2]) == pytest.approx(1 / 3)
+    assert testbed.off_by(answers, right) == (0.5, pytest.approx(1 / 3))
+    assert testbed.off_by(answers[2:], right) == (None, 1)
+    assert testbed.said_yes(answers, right) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
 
 
-def test_what_is_known_unseen_is_the_commonest_answer():
-    known = testbed.without_looking(scenes_task(scenes=200))
-    assert set(known) == {"attribute", "existence", "count", "relation", "reading"}
+def test_what_is_guessed_is_the_commonest_answer():
+    known = testbed.guessed(scenes_task(scenes=200))
+    assert {*known} == FAMILIES
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35
     assert known["reading"] < 0.35
