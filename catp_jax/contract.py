@@ -66,13 +66,19 @@ class Evidence:
 
 @pytree
 class Tiles:
-    """How visual tokens lie in images: tile by tile, first `others`, which have no place in it
-    (class tokens), then `rows` × `columns` patches, row by row.
+    """How visual tokens lie in images before any pruning: in `number` tiles, first `others` of
+    each, which have no place in it (class tokens), then `rows` × `columns` patches, row by row.
     """
 
+    number: int = static()
     rows: int = static()
     columns: int = static()
     others: int = static()
+
+    @property
+    def per_tile(self) -> int:
+        """Tokens of a tile."""
+        return self.others + self.rows * self.columns
 
 
 @pytree
@@ -80,8 +86,9 @@ class View:
     """What a model shows at a site. Nothing here costs anything unless a method reads it.
 
     The axis to prune (`n`) holds visual tokens and, after them, the text tokens that the layer
-    reads as well, which always stay. `numbers` counts a sample's visual tokens before any pruning,
-    -1 for text; at most the first `num_visual` entries are visual.
+    reads as well, which always stay, but where a head keeps entries of its own. `numbers` counts a
+    sample's visual tokens before any pruning, -1 for text; at most the first `num_visual` entries
+    are visual.
 
     `attention` and `values` are those of the layer whose attention is the evidence: at LAYER the
     one before, the number of which is `layer - 1`. At ENTRY there is none yet, but `evidence`. Rows
@@ -90,7 +97,7 @@ class View:
     some row sees. At CACHE and READ it is valid if new tokens may read it, for each head (`kv`) if
     a method kept it so, and `tokens` is None.
 
-    `tiles` is how all of the visual tokens lie, None where they have no place or some are gone.
+    `tiles` is how the visual tokens lie that `numbers` counts, None where they have no place.
     After a `Merge` an entry is a mean, and `numbers` say which token stands for it.
     """
 
@@ -282,6 +289,7 @@ def reduce_view(view: View, keep: Keep) -> View:
         numbers=keep.apply(view.numbers),
         valid=keep.apply(view.valid) & keep.valid,
         sees=keep_columns(view.sees, keep),
+        tiles=view.tiles,
     )
 
 

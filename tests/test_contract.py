@@ -153,7 +153,8 @@ class Entrance:
 
 
 def test_a_pruner_for_a_site_the_model_lacks_is_refused_by_name():
-    assert settle((KNorm(keep=3),), frozenset({Site.CROSS})) == (KNorm(keep=3),)
+    first = KNorm(keep=3, site=Site.CROSS)
+    assert settle((KNorm(keep=3),), frozenset({Site.CROSS})) == (first,)
     assert settle((), frozenset()) == ()
     with pytest.raises(ValueError, match="Entrance") as error:
         settle((KNorm(keep=3), Entrance()), frozenset({Site.CROSS, Site.CACHE}))

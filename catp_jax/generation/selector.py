@@ -99,7 +99,9 @@ class Selector:
     def _note(self, view: View, keep: Keep) -> None:
         """The visual tokens that are left, in terms of those before any pruning."""
         self.merged |= keep.merges
-        room = view.num_visual - (view.valid.shape[-1] - keep.indices.shape[-1])
+        room = keep.indices.shape[-1]
+        if not keep.is_by_head:  # else a head may have dropped text
+            room -= view.valid.shape[-1] - view.num_visual
         numbers = keep.apply(view.numbers)[..., :room]
         left = Keep(indices=numbers, valid=keep.valid[..., :room] & (numbers >= 0))
         if view.site is Site.CACHE:

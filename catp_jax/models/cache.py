@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, Select, Site, View, keep_columns
+from catp_jax.contract import Attention, Keep, Select, Site, Tiles, View, keep_columns
 from catp_jax.models.attention import attend_blocks, scaled
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
@@ -148,9 +148,11 @@ def cached(
     numbers: Int[Array, "b n"],
     sees: Bool[Array, "b s n"],
     read: Bool[Array, "b n"],
+    tiles: Tiles | None = None,
 ) -> tuple[Prompt, ...]:
     """The cache of layers over the same tokens, each as `select` prunes it, and then shown as what
-    will be read. New tokens may read `read`; `sees` is what the prompt's rows saw.
+    will be read. New tokens may read `read`; `sees` is what the prompt's rows saw, and `tiles` how
+    visual tokens lie.
     """
     prompts: list[Prompt] = []
     whole: dict[int, KeysValues] = {}
@@ -173,6 +175,7 @@ def cached(
                 numbers=numbers,
                 valid=read,
                 sees=sees,
+                tiles=tiles,
             )
         )
         seen[number] = sees if keep is None else keep_columns(sees, keep)

@@ -97,8 +97,8 @@ class Visual:
     """The visual tokens of a batch, tiles without padding first, and who sees them.
 
     `slots.positions` counts visual tokens through the sample's tiles, `sees` is False in rows of
-    text padding and for tiles that a row's image span does not cover. `tiles` says how they lie, as
-    long as all are there.
+    text padding and for tiles that a row's image span does not cover. `tiles` says how those
+    that are counted lie.
     """
 
     features: Float[Array, "b n d"]
@@ -112,6 +112,7 @@ class Visual:
             features=keep.apply(self.features),
             slots=self.slots.keep(keep),
             sees=keep_columns(self.sees, keep),
+            tiles=self.tiles,
         )
 
 
@@ -331,6 +332,7 @@ class CrossDecoder(nnx.Module):
                 numbers=visual.slots.positions,
                 sees=visual.sees & visual.slots.valid[:, None],
                 read=jnp.take_along_axis(seen[0], last[:, :, None], axis=1)[:, 0],
+                tiles=visual.tiles,
             )
             taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, last, axis=1), seen[1])
             cache = replace(cache, cross=images, branches=taken)

@@ -122,7 +122,7 @@ class Mllama(nnx.Module):
                 valid=jnp.repeat(images.tile_valid, per_tile, axis=1),
             ),
             sees=jnp.repeat(images.tile_seen, per_tile, axis=2),
-            tiles=Tiles(rows=grid, columns=grid, others=per_tile - grid**2),
+            tiles=Tiles(number=tiles, rows=grid, columns=grid, others=per_tile - grid**2),
         )
 
     def front(self, inputs: Inputs) -> Front:

@@ -11,6 +11,8 @@ from jaxtyping import Array, Int
 from catp_jax.contract import Site
 from catp_jax.pruning.anti import Anti
 from catp_jax.pruning.catp import CATP
+from catp_jax.pruning.csp import CSP
+from catp_jax.pruning.elastic_cache import ElasticCache
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
 from catp_jax.pruning.l2 import L2Norm
@@ -30,6 +32,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "trimmed_llama": TrimmedLlama,
     "fastv": FastV,
     "k_norm": KNorm,
+    "csp": CSP,
+    "elastic_cache": ElasticCache,
     "random": Random,
     "uniform": Uniform,
     "pool": Pool,
@@ -40,7 +44,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 BOUNDS = ("oracle", "anti")
 """Those that must be told what is needed, as a study of a task that knows does."""
 
-NOT_OPTIONS = ("site", "keep", "limit", "needed")
+NOT_OPTIONS = ("keep", "limit", "needed")
 
 
 def site_of(name: str, sites: frozenset[Site]) -> Site | None:
@@ -63,9 +67,10 @@ def make(
     """A method from its name and options: `"catp:layers=first"`, `"trimmed_llama:k_ratio=0.25"`.
 
     Options follow the name, each after a colon; a switch goes by its name alone
-    (`"catp:image_weights"`), slashes separate a vector's numbers (`"catp:weights=1/0/0.5"`).
-    `keep` is a count of entries, None for a method whose budget follows from the data; `limit`
-    leaves fewer to some samples.
+    (`"catp:image_weights"`), slashes separate a vector's numbers (`"catp:weights=1/0/0.5"`). A
+    method that fits several places of a model takes the first, or as it is told
+    (`"k_norm:site=cache"`). `keep` is a count of entries, None for a method whose budget follows
+    from the data; `limit` leaves fewer to some samples.
 
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
@@ -74,27 +79,34 @@ def make(
     if name not in METHODS:
         takes = "there are" if sites == frozenset(Site) else "this model takes"
         raise ValueError(f"unknown pruning method {name!r}; {takes} {fitting}")
-    site = site_of(name, sites)
-    if site is None:
+    method, first = METHODS[name], site_of(name, sites)
+    if first is None:
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
-    method = METHODS[name]
-    types = _types(method)
-    if site is not Site.LAYER:
-        types.pop("layer", None)  # nothing there would read it
-    values: dict[str, Any] = {"site": site, "keep": keep}
+    texts: dict[str, str | None] = {}
     for option in options:
         key, separator, text = option.partition("=")
-        if key not in types or key in NOT_OPTIONS or (not separator and types[key] != (bool,)):
-            takes = ", ".join(_usage(types)) or "no options"
-            raise ValueError(f"{name} does not know the option {option!r}; it takes {takes}")
-        if key in values:
+        if key in texts:
             raise ValueError(f"{name} got the option {key!r} twice")
-        values[key] = _value(text if separator else "true", types[key], f"{name}:{key}")
+        texts[key] = text if separator else None
+    types = _types(method)
+    own = {site.name.lower(): site for site in method.sites if site in sites}  # type: ignore[attr-defined]
+    site = own.get(texts.get("site") or "", first)
+    if site is not Site.LAYER:
+        types.pop("layer", None)  # nothing there would read it
+    types["site"] = tuple(own) if len(own) > 1 else ()
+    values: dict[str, Any] = {"keep": keep}
+    for key, text in texts.items():
+        known = () if key in NOT_OPTIONS else types.get(key, ())
+        if not known or (text is None and known != (bool,)):
+            given = key if text is None else f"{key}={text}"
+            takes = ", ".join(_usage(types)) or "no options"
+            raise ValueError(f"{name} does not know the option {given!r}; it takes {takes}")
+        values[key] = _value("true" if text is None else text, known, f"{name}:{key}")
     if keep is None and type(None) not in types["keep"]:
         raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")
     if limit is not None:
         values["limit"] = limit
-    return method(**values)
+    return method(**{**values, "site": site})
 
 
 def _types(method: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
@@ -113,7 +125,7 @@ def _usage(types: dict[str, tuple[Any, ...]]) -> list[str]:
     return [
         key if kinds == (bool,) else f"{key}=…"
         for key, kinds in types.items()
-        if key not in NOT_OPTIONS
+        if kinds and key not in NOT_OPTIONS
     ]
 
 
@@ -129,6 +141,8 @@ def _value(text: str, kinds: tuple[Any, ...], what: str) -> Any:
             return float(text)
         if int in kinds:
             return int(text)
+        if len(words) == len(kinds):
+            raise ValueError
         return jnp.asarray([float(part) for part in text.split("/")], jnp.float32)
     except (ValueError, KeyError):
         wanted = [*words]
@@ -138,6 +152,6 @@ def _value(text: str, kinds: tuple[Any, ...], what: str) -> Any:
             wanted.append("a number")
         elif int in kinds:
             wanted.append("a whole number")
-        else:
+        elif len(words) < len(kinds):
             wanted.append("numbers separated by slashes")
         raise ValueError(f"{what} takes {', or '.join(wanted)}, got {text!r}") from None

@@ -49,8 +49,9 @@ class Pool(Pruner[tuple[()]]):
         budget = jnp.full(view.valid.shape[0], size, jnp.int32)
         if self.limit is not None:
             budget = jnp.minimum(budget, self.limit)
-        if view.tiles is not None:
-            groups, off_centre = cells(view.valid, view.tiles, budget)
+        tiles = view.tiles
+        if tiles is not None and view.num_visual == tiles.number * tiles.per_tile:
+            groups, off_centre = cells(view.valid, tiles, budget)
         elif view.site is Site.ENTRY:
             groups, off_centre = neighbours(view.valid, budget)
         else:
@@ -73,7 +74,7 @@ def neighbours(valid: Bool[Array, "b n"], budget: Int[Array, " b"]) -> Groups:
 def cells(valid: Bool[Array, "b n"], tiles: Tiles, budget: Int[Array, " b"]) -> Groups:
     """The cells that tiles are cut into, those of the first tile first."""
     rows, columns, others = tiles.rows, tiles.columns, tiles.others
-    batch, per_tile = valid.shape[0], others + rows * columns
+    batch, per_tile = valid.shape[0], tiles.per_tile
     is_there = valid.reshape(batch, -1, per_tile).any(axis=2)
     count = is_there.sum(axis=1, dtype=jnp.int32, keepdims=True)
     budget = jnp.minimum(budget[:, None], count * per_tile)

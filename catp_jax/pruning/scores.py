@@ -24,14 +24,21 @@ def attention(
     sees: Bool[Array, "b s n"],
 ) -> Float[Array, "b h s n"]:
     """Attention weights over what each row sees; zero throughout in a row that sees nothing."""
-    batch, rows, heads, channels = queries.shape
-    columns, kv_heads = keys.shape[1], keys.shape[2]
-    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-    grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, channels)
-    logits = jnp.einsum("bskgd,bnkd->bkgsn", grouped, keys)
-    logits = logits.reshape(batch, heads, rows, columns)
+    logits = grouped_logits(queries, keys)
+    logits = logits.reshape(logits.shape[0], -1, *logits.shape[3:])
     weights = jax.nn.softmax(logits, axis=-1, where=sees[:, None])
     return jnp.where(sees[:, None], weights, 0)
+
+
+def grouped_logits(
+    queries: Float[Array, "b s h dk"], keys: Float[Array, "b n kv dk"]
+) -> Float[Array, "b kv g s n"]:
+    """What the softmax is of: of each key-value head's group of query heads, in float32."""
+    batch, rows, heads, channels = queries.shape
+    kv_heads = keys.shape[2]
+    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+    grouped = queries.reshape(batch, rows, kv_heads, heads // kv_heads, channels)
+    return jnp.einsum("bskgd,bnkd->bkgsn", grouped, keys)
 
 
 def evidence_of(view: View) -> Attention:
@@ -86,11 +93,12 @@ def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
 
 def keep_best(
     keep: int,
-    member: Bool[Array, "b n"],
-    *scores: Float[Array, "b n"] | Int[Array, "b n"],
+    member: Bool[Array, "b *n"],
+    *scores: Float[Array, "b *n"] | Int[Array, "b *n"],
     limit: Int[Array, " b"] | None = None,
 ) -> Keep:
-    """The `keep` members with the highest scores, in their original order, empty entries last.
+    """The `keep` members with the highest scores along the last axis, in their original order,
+    empty entries last; of scores by head, for each head.
 
     `limit` leaves fewer to a sample, so that each may have a share of its own tokens.
 
@@ -101,42 +109,52 @@ def keep_best(
     """
     if keep < 1:
         raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={keep}")
-    size = member.shape[1]
+    size, last = member.shape[-1], member.ndim - 1
     index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), member.shape)
     keys = (~member, *(-score for score in scores), index)
-    chosen = jax.lax.sort(keys, num_keys=len(keys), dimension=1)[-1][:, : min(keep, size)]
-    is_member = jnp.take_along_axis(member, chosen, axis=1)
+    chosen = jax.lax.sort(keys, num_keys=len(keys), dimension=last)[-1][..., : min(keep, size)]
+    is_member = jnp.take_along_axis(member, chosen, axis=last)
     if limit is not None:
-        is_member &= jnp.arange(chosen.shape[1])[None] < limit[:, None]
-    empty, indices = jax.lax.sort((~is_member, chosen), num_keys=2, dimension=1)
+        place = jax.lax.broadcasted_iota(jnp.int32, chosen.shape, last)
+        is_member &= place < limit.reshape(-1, *(1,) * last)
+    empty, indices = jax.lax.sort((~is_member, chosen), num_keys=2, dimension=last)
     return Keep(indices=indices, valid=~empty)
 
 
 def keep_visual(
-    view: View, keep: int, scores: Float[Array, "b n"], limit: Int[Array, " b"] | None = None
+    view: View,
+    keep: int,
+    scores: Float[Array, "b n"] | Float[Array, "b kv n"],
+    limit: Int[Array, " b"] | None = None,
 ) -> Keep:
-    """The `keep` visual tokens of a view with the highest scores, and all its text, in their order.
+    """The `keep` visual tokens of a view with the highest scores, and all its text, in their order;
+    of scores by head, for each head.
 
     `limit` leaves fewer visual tokens to a sample.
     """
-    is_visual = view.valid & (view.numbers >= 0)
-    if view.num_visual == view.valid.shape[1]:
+    is_visual, valid = view.valid & (view.numbers >= 0), view.valid
+    if scores.ndim > valid.ndim:
+        is_visual, valid = (
+            jnp.broadcast_to(mask[:, None], scores.shape) for mask in (is_visual, valid)
+        )
+    if view.num_visual == valid.shape[-1]:
         return keep_best(keep, is_visual, scores, limit=limit)
     keep = min(keep, view.num_visual)
     best = keep_best(
-        keep, is_visual[:, : view.num_visual], scores[:, : view.num_visual], limit=limit
+        keep, is_visual[..., : view.num_visual], scores[..., : view.num_visual], limit=limit
     )
-    text = jnp.arange(view.num_visual, view.valid.shape[1], dtype=jnp.int32)
-    text = jnp.broadcast_to(text, (best.indices.shape[0], text.shape[0]))
+    text = jnp.arange(view.num_visual, valid.shape[-1], dtype=jnp.int32)
+    text = jnp.broadcast_to(text, (*best.indices.shape[:-1], text.shape[0]))
     return Keep(
-        indices=jnp.concatenate([best.indices, text], axis=1),
-        valid=jnp.concatenate([best.valid, view.valid[:, view.num_visual :]], axis=1),
+        indices=jnp.concatenate([best.indices, text], axis=-1),
+        valid=jnp.concatenate([best.valid, valid[..., view.num_visual :]], axis=-1),
     )
 
 
 @pytree
 class Scored(Pruner[tuple[()]]):
-    """A method that scores each visual token, without a state, and keeps the `keep` highest.
+    """A method that scores each visual token, without a state, and keeps the `keep` highest; in a
+    cache it may score them for each key-value head.
 
     A method of this kind has `sites`, `site` and `score`. `limit` leaves fewer to a sample, so that
     each may keep a share of its own tokens.
@@ -146,7 +164,7 @@ class Scored(Pruner[tuple[()]]):
     limit: Int[Array, " b"] | None = None
 
     @abc.abstractmethod
-    def score(self, view: View) -> Float[Array, "b n"]:
+    def score(self, view: View) -> Float[Array, "b n"] | Float[Array, "b kv n"]:
         """A number for every entry of the view; what stands at text is not read."""
 
     def start(self, view: View) -> tuple[()]:

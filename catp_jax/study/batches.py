@@ -31,7 +31,8 @@ class Answerer(Protocol):
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
     all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
     and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
-    `number` counts visual tokens before pruning, and whether it `is_merged`.
+    `number` counts visual tokens before pruning, whether it `is_merged`, and what is `cached` by
+    layer.
     `seeing` is the model to which smaller images are shown. Of its `reader` a study asks for the
     image as the model sees it and where in it visual tokens lie: `picture`, `framed`, `grid`,
     `needed` and `kept_map` of `readers.reading.Reader`.

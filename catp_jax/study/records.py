@@ -161,8 +161,10 @@ class Answer:
     """One question under one setting.
 
     `kl` is the KL divergence of the first answer token's distribution from the unpruned model's,
-    in nats. `kept` are numbers of visual tokens, of `available` ones (None: all). `map` shows where
-    in the picture the kept tokens look, [rows, columns] in 0 … 1, for pictured questions.
+    in nats. `kept` are numbers of visual tokens, of `available` ones (None: all). `cached` is how
+    many of them the caches of layers hold that were pruned apart, in the mean over those and their
+    heads (None: none were). `map` shows where in the picture the kept tokens look, [rows, columns]
+    in 0 … 1, for pictured questions.
 
     `image` numbers the image, `family` is the kind of question, and `needed` the share of what the
     answer depends on that was kept, where the task says so. If it `is_merged`, what is kept are
@@ -185,10 +187,13 @@ class Answer:
     needed: float | None = None
     grid: tuple[int, int, int, int] | None = None
     is_merged: bool = False
+    cached: float | None = None
 
     @property
-    def visual_tokens(self) -> int:
+    def visual_tokens(self) -> float:
         """How many were kept."""
+        if self.cached is not None:
+            return self.cached
         return self.available if self.kept is None else len(self.kept)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from catp_jax.contract import Keep
 from catp_jax.study.batches import Answerer, Batches, EncodedBatch
 from catp_jax.study.cost import measure, on_gpu, sizes
 from catp_jax.study.journal import Journal
@@ -225,19 +226,41 @@ def _answers(
             map=grid,
             image=example.image_id,
             family=example.family,
-            needed=None if out.is_merged else _share(batch.needed, row, kept),
+            needed=None if out.is_merged else _share(batch.needed, row, kept, out.cached),
             grid=reader.grid(batch.packed, row),
             is_merged=out.is_merged,
+            cached=_mean_number(out.cached, row),
         )
 
 
-def _share(needed: np.ndarray | None, row: int, kept: Any) -> float | None:
-    """The share of what is needed that was kept."""
+def _share(needed: np.ndarray | None, row: int, kept: Any, cached: dict[int, Keep]) -> float | None:
+    """The share of what is needed that was kept, in the mean over layers that were pruned apart."""
     total = 0.0 if needed is None else float(needed[row].sum())
     if needed is None or not total:
         return None
+    if cached:
+        shares = [needed[row][numbers].sum() / total for numbers in _by_head(cached, row)]
+        return round(float(np.mean(shares)), 4)
     left = total if kept is None else float(needed[row][np.asarray(kept.number)].sum())
     return round(left / total, 4)
+
+
+def _mean_number(cached: dict[int, Keep], row: int) -> float | None:
+    """How many visual tokens are left, in the mean over layers that were pruned apart."""
+    if not cached:
+        return None
+    return round(float(np.mean([len(numbers) for numbers in _by_head(cached, row)])), 4)
+
+
+def _by_head(cached: dict[int, Keep], row: int) -> Iterator[np.ndarray]:
+    """The numbers of the visual tokens that a prompt has left, in each layer and each of its heads
+    if they differ.
+    """
+    for keep in cached.values():
+        indices, valid = np.asarray(keep.indices[row]), np.asarray(keep.valid[row])
+        size = indices.shape[-1]
+        for own, is_there in zip(indices.reshape(-1, size), valid.reshape(-1, size), strict=True):
+            yield own[is_there]
 
 
 def _rounded(grid: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -193,3 +193,92 @@ def pool_cells(
                 cell = [row * columns + column for row in lines for column in some]
                 found.append([begin + others + patch for patch in cell])
     return found
+
+
+def fastv_of_all_rows(
+    queries: np.ndarray, keys: np.ndarray, sees: np.ndarray, *, keep: int
+) -> list[int]:
+    """arXiv 2403.06764, the paper's text: attention received from all rows."""
+    rows, heads, _ = queries.shape
+    score = [0.0] * sees.shape[1]
+    for row in range(rows):
+        for head in range(heads):
+            for column, weight in enumerate(attention_row(queries, keys, sees, row, head)):
+                score[column] += weight
+    ranking = sorted(seen_columns(sees), key=lambda column: (-score[column], column))
+    return sorted(ranking[:keep])
+
+
+def k_norm_of_head(keys: np.ndarray, visual: Sequence[int], *, head: int, keep: int) -> list[int]:
+    """arXiv 2406.11430: in a head the visual tokens with the shortest keys."""
+    norms = {n: math.sqrt(sum(float(x) ** 2 for x in keys[n, head])) for n in visual}
+    return sorted(sorted(visual, key=lambda n: (norms[n], n))[:keep])
+
+
+def csp(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    sees: np.ndarray,
+    *,
+    head: int,
+    visual: Sequence[int],
+    text: Sequence[int],
+    rows_of_visual: int,
+    keep: int,
+    ratio: Fraction = Fraction(1, 2),
+) -> list[int]:
+    """arXiv 2412.04652 for one key-value head: what it keeps of visual tokens and text, as many as
+    `keep` visual tokens and the text are. The first `rows_of_visual` rows are of visual tokens.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    seeing = [row for row in range(len(sees)) if any(sees[row])]
+    observed = max(math.ceil(Fraction(len(seeing), 10)), 1)
+    intra, inter = dict.fromkeys((*visual, *text), 0.0), dict.fromkeys((*visual, *text), 0.0)
+    for row in seeing[-observed:]:
+        for query_head in range(head * group, (head + 1) * group):
+            logits = {
+                n: sum(
+                    float(a) * float(b)
+                    for a, b in zip(queries[row, query_head], keys[n, head], strict=True)
+                )
+                for n in intra
+                if sees[row, n]
+            }
+            total = 1 + sum(math.exp(logit) for logit in logits.values())
+            for n, logit in logits.items():
+                alike = (row < rows_of_visual) == (n in visual)
+                (intra if alike else inter)[n] += math.exp(logit) / total / group
+    recent = list(text[-observed:]) if text else []
+    left = keep + len(text) - len(recent)
+    by_inter = math.floor(left * ratio)
+    free = [n for n in intra if n not in recent]
+    own = sorted(free, key=lambda n: (-intra[n], -inter[n], n))[: left - by_inter]
+    free = [n for n in free if n not in own]
+    other = sorted(free, key=lambda n: (-inter[n], -intra[n], n))[:by_inter]
+    return sorted([*recent, *own, *other])
+
+
+def elastic_cache(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    sees: np.ndarray,
+    *,
+    visual: Sequence[int],
+    keep: int,
+    per_tile: int | None = None,
+) -> dict[int, list[int]]:
+    """arXiv 2407.18121: the tokens that are merged, by the anchor that they are merged into."""
+    rows, heads, _ = queries.shape
+    received = dict.fromkeys(visual, 0.0)
+    for row in range(rows):
+        for head in range(heads):
+            weights = attention_row(queries, keys, sees, row, head)
+            for n in visual:
+                received[n] += weights[n] / heads
+    anchors = sorted(sorted(visual, key=lambda n: (-received[n], n))[:keep])
+    buckets: dict[int, list[int]] = {anchor: [] for anchor in anchors}
+    for n in visual:
+        own = [a for a in anchors if per_tile is None or a // per_tile == n // per_tile]
+        if own:
+            buckets[min(own, key=lambda a: (abs(a - n), a))].append(n)
+    return buckets

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import View
+from catp_jax.contract import Site, View
+from catp_jax.pruning import make
 from catp_jax.pruning.fastv import FastV
 from catp_jax.struct import replace
 from tests.pruning import oracles
@@ -56,3 +57,20 @@ def test_earlier_rows_do_not_matter():
     changed = with_attention(view, queries=jnp.where(is_last, queries, -queries))
     for sample in range(5):
         assert kept(select(4, view), sample) == kept(select(4, changed), sample)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_papers_text_counts_all_rows(keep: int, seed: int):
+    view = random_view(seed)
+    chosen = run(FastV(keep=keep, rows="all"), view)[0].tokens
+    for sample in range(5):
+        expected = oracles.fastv_of_all_rows(*shown(view, sample), keep=keep)
+        assert kept(chosen, sample) == expected
+
+
+def test_hand_made_all_rows_count():
+    # sums over both heads: 2.20, .58, .76, .46
+    assert kept(run(FastV(keep=2, rows="all"), view_of_weights(HAND))[0].tokens, 0) == [0, 2]
+    with pytest.raises(ValueError, match="fastv:rows takes last, or all, got 'first'"):
+        make("fastv:rows=first", 2, frozenset({Site.CROSS}))

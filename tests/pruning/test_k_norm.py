@@ -1,13 +1,22 @@
 """K-norm against slow loops, and by hand."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from catp_jax.contract import Attention, View
+from catp_jax.contract import Attention, Site, View
 from catp_jax.pruning.k_norm import KNorm
 from catp_jax.struct import replace
 from tests.pruning import oracles
-from tests.pruning.views import kept, random_view, run, shown, view_of_weights, with_attention
+from tests.pruning.views import (
+    cache_view,
+    kept,
+    random_view,
+    run,
+    shown,
+    view_of_weights,
+    with_attention,
+)
 
 
 def select(keep: int, view: View):
@@ -43,3 +52,24 @@ def test_queries_do_not_matter():
     changed = with_attention(view, queries=-3 * view.attention.queries)
     for sample in range(5):
         assert kept(select(4, view), sample) == kept(select(4, changed), sample)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 12])
+def test_in_a_cache_each_head_keeps_its_own(keep: int):
+    view = cache_view(1)
+    chosen = run(KNorm(keep=keep, site=Site.CACHE), view)[0].tokens
+    for sample in range(3):
+        _, keys, _ = shown(view, sample)
+        valid, numbers = np.asarray(view.valid[sample]), np.asarray(view.numbers[sample])
+        visual = np.flatnonzero(valid & (numbers >= 0)).tolist()
+        text = np.flatnonzero(valid & (numbers < 0)).tolist()
+        for head in range(3):
+            own = oracles.k_norm_of_head(keys, visual, head=head, keep=keep)
+            assert kept(chosen, sample, head) == [*own, *text]
+
+
+def test_in_a_cache_a_sample_may_keep_fewer():
+    limit = jnp.asarray([1, 2, 9], jnp.int32)
+    chosen = run(KNorm(keep=4, site=Site.CACHE, limit=limit), cache_view())[0].tokens
+    text = np.asarray(cache_view().valid)[:, 9:].sum(axis=1)
+    assert (chosen.valid.sum(axis=2) - text[:, None]).tolist() == [[1] * 3, [2] * 3, [4] * 3]

@@ -36,7 +36,7 @@ ENTRY = frozenset({Site.ENTRY})
         ("trimmed_llama:k_ratio=0.25", None, TrimmedLlama(keep=None, k_ratio=0.25)),
         ("trimmed_llama:k_ratio=1", 8, TrimmedLlama(keep=8, k_ratio=1.0)),
         ("fastv", 8, FastV(keep=8, site=Site.CROSS)),
-        ("k_norm", 8, KNorm(keep=8)),
+        ("k_norm", 8, KNorm(keep=8, site=Site.CROSS)),
         ("random", 8, Random(keep=8, site=Site.CROSS)),
         ("random:seed=5", 8, Random(keep=8, site=Site.CROSS, seed=5)),
     ],
@@ -129,6 +129,17 @@ def test_a_method_goes_to_the_first_of_its_places_that_the_model_has():
     ]
 
 
+def test_a_method_goes_to_another_of_its_places_if_it_is_told():
+    sites = CROSS | {Site.CACHE}
+    assert make("k_norm", 8, sites).site is Site.CROSS
+    assert make("k_norm:site=cache", 8, sites).site is Site.CACHE
+    assert make("k_norm", 8, frozenset({Site.CACHE})).site is Site.CACHE
+    with pytest.raises(ValueError, match="k_norm:site takes cross, or cache, got 'read'"):
+        make("k_norm:site=read", 8, sites)
+    with pytest.raises(ValueError, match="'site=cache'; it takes no options"):
+        make("k_norm:site=cache", 8, CROSS)  # there is no choice
+
+
 def test_every_method_is_listed_once_and_has_its_own_file():
     for name, method in METHODS.items():
         assert dataclasses.is_dataclass(method)
@@ -186,7 +197,7 @@ def test_a_model_that_no_method_fits_is_told_so():
         ("trimmed_llama:", "per_head=…, k_ratio=…"),
         ("trimmed_llama:keep=4", "per_head=…, k_ratio=…"),
         ("random:per_head=2", "seed=…"),
-        ("fastv:k=2", "no options"),
+        ("fastv:k=2", "rows=…"),
         ("k_norm:seed=2", "no options"),
     ],
 )

@@ -37,7 +37,7 @@ def tiled(rows: int, columns: int, others: int, gone: dict[int, list[int]] | Non
         numbers=jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), (2, number)),
         valid=jnp.asarray(valid),
         sees=jnp.asarray(np.repeat(valid[:, None], 2, axis=1)),
-        tiles=Tiles(rows=rows, columns=columns, others=others),
+        tiles=Tiles(number=TILES, rows=rows, columns=columns, others=others),
     )
 
 

@@ -70,6 +70,36 @@ def view_of_weights(weights: Sequence[Sequence[Sequence[float]]]) -> View:
     )
 
 
+def cache_view(seed: int = 0, visual: int = 9, text: int = 12) -> View:
+    """What a decoder shows of a layer's cache: three samples of visual tokens and text, of which
+    one has fewer of each. Rows are the same sequence; padding holds large queries and short keys.
+    """
+    rng = np.random.default_rng(seed)
+    batch, heads, kv_heads, channels, size = 3, 6, 3, 4, visual + text
+    valid = np.ones((batch, size), bool)
+    valid[1, visual - 3 : visual] = False
+    valid[1, size - 2 :] = False
+    valid[2, size - 5 :] = False
+    earlier = np.tril(np.ones((size, size), bool))[None]
+    sees = earlier & valid[:, None] & valid[:, :, None]
+    queries = rng.normal(size=(batch, size, heads, channels)) * 1.3
+    keys = rng.normal(size=(batch, size, kv_heads, channels))
+    queries[~valid], keys[~valid] = 50, 0.001
+    numbers = np.where(np.arange(size) < visual, np.arange(size), -1)
+    return View(
+        site=Site.CACHE,
+        layer=1,
+        num_visual=visual,
+        attention=Attention(
+            queries=jnp.asarray(queries, jnp.float32), keys=jnp.asarray(keys, jnp.float32)
+        ),
+        values=jnp.asarray(rng.normal(size=keys.shape), jnp.float32),
+        numbers=jnp.asarray(np.where(valid, numbers, -1), jnp.int32),
+        valid=jnp.asarray(valid),
+        sees=jnp.asarray(sees),
+    )
+
+
 CROSS_LAYERS, SELF_LAYERS, QUERIES, IMAGE_TOKENS = 3, 4, 7, 10
 
 
@@ -146,7 +176,7 @@ run = jax.jit(lambda pruner, view: pruner(view, pruner.start(view)))
 """A method on a view, compiled."""
 
 
-def kept(keep: Keep, sample: int) -> list[int]:
-    """A sample's kept entries, as Python numbers."""
+def kept(keep: Keep, *sample: int) -> list[int]:
+    """A sample's kept entries, or those of one of its heads, as Python numbers."""
     indices, valid = np.asarray(keep.indices), np.asarray(keep.valid)
     return indices[sample][valid[sample]].tolist()

@@ -10,8 +10,8 @@ from tests.sharding.models import CONFIGS
 
 SIZES = [sizes for sizes in product((1, 2, 4, 8), repeat=3) if math.prod(sizes) in (2, 4, 8)]
 SITES = {
-    "mllama": frozenset({Site.CROSS}),
-    "opt": frozenset({Site.ENTRY, Site.LAYER}),
+    "mllama": frozenset({Site.CROSS, Site.CACHE}),
+    "opt": frozenset({Site.ENTRY, Site.LAYER, Site.CACHE}),
     "t5": frozenset({Site.ENTRY}),
     "vicuna": frozenset({Site.ENTRY, Site.LAYER}),
 }

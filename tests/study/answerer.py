@@ -171,6 +171,7 @@ class Tiny:
             available=packed.available,
             kept=kept,
             is_merged=out.selection.merged,
+            cached=out.selection.cached,
         )
 
     tokenizer = Words()
