@@ -20,7 +20,10 @@ import typer
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.pruning.named import Named
 
-METHODS = "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, random, uniform, pool"
+METHODS = (
+    "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, csp, elastic_cache, think, "
+    "random, uniform, pool"
+)
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
 

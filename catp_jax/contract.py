@@ -66,11 +66,12 @@ class Evidence:
 
 @pytree
 class Tiles:
-    """How visual tokens lie in images before any pruning: in `number` tiles, first `others` of
-    each, which have no place in it (class tokens), then `rows` × `columns` patches, row by row.
+    """How visual tokens lie in images before any pruning: tile by tile, first `others`, which have
+    no place in it (class tokens), then `rows` × `columns` patches, row by row. Entries are in these
+    places as long as it `is_whole`: no method has moved them.
     """
 
-    number: int = static()
+    is_whole: bool = static(default=True)
     rows: int = static()
     columns: int = static()
     others: int = static()
@@ -79,6 +80,10 @@ class Tiles:
     def per_tile(self) -> int:
         """Tokens of a tile."""
         return self.others + self.rows * self.columns
+
+    def pruned(self) -> "Tiles":
+        """The same once entries have moved."""
+        return replace(self, is_whole=False)
 
 
 @pytree
@@ -230,10 +235,23 @@ class Chained(Keep):
 
 
 @pytree
+class Channels:
+    """Key channels that stay, of each key-value head: `h` keeps `indices[:, h]`. Keys of the last
+    `recent` entries and of new tokens have all of them.
+    """
+
+    recent: int = static()
+    indices: Int[Array, "b kv c"]
+
+
+@pytree
 class Reduction:
-    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`."""
+    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`, and
+    `keys` are a matter of CACHE.
+    """
 
     tokens: Keep | None = None
+    keys: Channels | None = None
 
 
 State = TypeVar("State")
@@ -289,7 +307,7 @@ def reduce_view(view: View, keep: Keep) -> View:
         numbers=keep.apply(view.numbers),
         valid=keep.apply(view.valid) & keep.valid,
         sees=keep_columns(view.sees, keep),
-        tiles=view.tiles,
+        tiles=None if view.tiles is None else view.tiles.pruned(),
     )
 
 
@@ -309,13 +327,23 @@ def chain(first: Keep, then: Keep) -> Keep:
     return Keep(indices=indices, valid=valid)
 
 
-Select = Callable[[View | None], Keep | None]
-"""What a model calls with every view that it shows, None where it has nothing to show; None in
-return: nothing is pruned there."""
+Select = Callable[[View | None], Reduction]
+"""What a model calls with every view that it shows, None where it has nothing to show."""
 
 
-def keep_all(view: View | None) -> None:
+def keep_all(view: View | None) -> Reduction:
     """A `Select` that prunes nowhere."""
+    return Reduction()
+
+
+def keep_at(site: Site, keep: Keep | None) -> Select:
+    """A `Select` that leaves these tokens at one site, and all others as they are."""
+
+    def select(view: View | None) -> Reduction:
+        is_here = view is not None and view.site is site
+        return Reduction(tokens=keep if is_here else None)
+
+    return select
 
 
 def is_at(pruner: Any, view: View) -> bool:
@@ -332,14 +360,14 @@ def turn(pruner: Any) -> tuple[int, int]:
 
 def run_pruners(
     pruners: Pruners, view: View, states: Sequence[Any] | None = None
-) -> tuple[Keep | None, tuple[Any, ...]]:
+) -> tuple[Reduction, tuple[Any, ...]]:
     """Runs the given pruners on one view, from their `states` (None: from the start).
 
-    Returns the selection in terms of `view`'s entries (None if nothing was pruned) and the new
-    state of every pruner. Raises ValueError for a selection that cannot be: by head where heads
-    have entries in common or after another such, or one without the text.
+    Returns the reduction in terms of `view`'s entries and the new state of every pruner. Raises
+    ValueError for a reduction that cannot be: by head where heads have entries in common or after
+    another such, one without the text, or of channels that another method has chosen.
     """
-    kept, after = None, []
+    kept, keys, after = None, None, []
     for number, pruner in enumerate(pruners):
         name = type(pruner).__name__
         if kept is not None and kept.is_by_head:
@@ -349,6 +377,11 @@ def run_pruners(
             )
         reduction, state = pruner(view, pruner.start(view) if states is None else states[number])
         after.append(state)
+        if reduction.keys is not None:
+            if view.site is not Site.CACHE or keys is not None:
+                where = view.site.name if keys is None else f"{view.site.name}, a second time"
+                raise ValueError(f"{name} chooses key channels, which cannot be at site {where}")
+            keys = reduction.keys
         if (keep := reduction.tokens) is not None:
             if keep.is_by_head and view.site not in BY_LAYER:
                 raise ValueError(
@@ -358,7 +391,7 @@ def run_pruners(
                 raise ValueError(f"{name} drops text, which always stays (site {view.site.name})")
             view = view if keep.is_by_head else reduce_view(view, keep)
             kept = keep if kept is None else chain(kept, keep)
-    return kept, tuple(after)
+    return Reduction(tokens=kept, keys=keys), tuple(after)
 
 
 def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.contract import Keep, Site, View, run_pruners
+from catp_jax.contract import Keep, Reduction, Site, View, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
@@ -69,7 +69,7 @@ def pruned_inside(keep: int = BUDGET) -> programs.Generated:
 def choose(model: Blip2, inputs: Blip2Inputs, pruners: Any) -> tuple[Any, dict[str, Keep]]:
     """The prefill up to the selection, and every method's selection."""
     front = model.front(inputs)
-    keeps = {name: run_pruners((pruner,), front.view)[0] for name, pruner in pruners.items()}
+    keeps = {name: run_pruners((pruner,), front.view)[0].tokens for name, pruner in pruners.items()}
     return replace(front, view=None), keeps
 
 
@@ -133,9 +133,10 @@ def layer_view(model: Blip2, inputs: Blip2Inputs, layer: int) -> View:
     """What OPT shows in front of a layer."""
     seen = {}
 
-    def select(view: View) -> None:
+    def select(view: View) -> Reduction:
         if view.site is Site.LAYER:
             seen[view.layer] = view
+        return Reduction()
 
     model.back(model.front(inputs), select, 1)
     return seen[layer]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.contract import Keep, run_pruners
+from catp_jax.contract import Keep
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
@@ -79,9 +79,6 @@ def kept_places(out_kept: Keep, batch: MllamaPacked, row: int) -> list[tuple[int
     numbers = np.asarray(out_kept.indices[row])[np.asarray(out_kept.valid[row])]
     places = locate(numbers, batch.tiles[row], CONFIG)
     return list(zip(places.image, places.tile, places.row, places.column, strict=True))
-
-
-prune = jax.jit(run_pruners)
 
 
 @jax.jit

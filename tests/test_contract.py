@@ -21,15 +21,13 @@ from catp_jax.contract import (
 )
 from catp_jax.pruning import FastV, KNorm, Random, TrimmedLlama
 from catp_jax.struct import pytree, replace, static
-from tests.pruning.views import kept, random_view
+from tests.pruning.views import kept, prune, random_view
 
 INDICES = np.array([[4, 0, 0], [1, 2, 3], [0, 0, 0], [12, 5, 7], [6, 6, 2]])
 VALID = np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 0, 0]], bool)
 
 
 REDUCED = ("tokens", "values", "numbers")
-
-prune = jax.jit(run_pruners)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +116,7 @@ def test_the_order_of_pruners_matters(view: View):
 
 
 def test_no_pruners_keep_everything(view: View):
-    assert run_pruners((), view) == (None, ())
+    assert run_pruners((), view) == (Reduction(), ())
 
 
 @pytree
@@ -136,10 +134,10 @@ class Watcher:
 
 
 def test_a_pruner_may_leave_everything_and_still_report(view: View):
-    keep, states = run_pruners((Watcher(),), view)
+    keep, states = prune((Watcher(),), view)
     assert keep is None
     assert float(states[0]) == 13
-    keep, states = run_pruners((KNorm(keep=3), Watcher()), view)
+    keep, states = prune((KNorm(keep=3), Watcher()), view)
     assert keep.indices.shape == (5, 3)
     assert float(states[1]) == 3
 

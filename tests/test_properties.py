@@ -101,7 +101,7 @@ def test_pruning_changes_the_answer(method: str, mode: str):
 def choose(model: Mllama, inputs: Inputs, pruners: dict[str, Any]) -> tuple[Any, dict[str, Keep]]:
     """The prefill up to the selection, and every method's selection."""
     front = model.front(inputs)
-    keeps = {name: run_pruners((pruner,), front.view)[0] for name, pruner in pruners.items()}
+    keeps = {name: run_pruners((pruner,), front.view)[0].tokens for name, pruner in pruners.items()}
     return replace(front, view=None), keeps
 
 

@@ -253,7 +253,7 @@ def select_tokens(
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
     front, select = _front(model, inputs), Selector(pruners, model.sites)
-    keep = select(front.view)
+    keep = select(front.view).tokens
     return replace(front, view=None), keep, select.selection
 
 

@@ -6,7 +6,7 @@ of the pruners.
 
 from typing import Any
 
-from catp_jax.contract import Keep, Pruners, Site, View, is_at, run_pruners, settle
+from catp_jax.contract import Keep, Pruners, Reduction, Site, View, is_at, run_pruners, settle
 from catp_jax.struct import pytree, static
 
 
@@ -53,22 +53,22 @@ class Selector:
         self.merged = noted.merged
         self.was_shown = any(state is not None for state in noted.states)
 
-    def __call__(self, view: View | None) -> Keep | None:
+    def __call__(self, view: View | None) -> Reduction:
         if view is None:
-            return self.chosen
+            return Reduction(tokens=self.chosen)
         self.was_shown |= view.num_visual > 0
         mine = [number for number, pruner in enumerate(self.pruners) if is_at(pruner, view)]
         if not mine:
-            return None
+            return Reduction()
         if view.site is Site.READ:
-            return self._read(mine[0], view)
-        keep, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
+            return Reduction(tokens=self._read(mine[0], view))
+        reduction, states = run_pruners(tuple(self.pruners[number] for number in mine), view)
         for number, state in zip(mine, states, strict=True):
             keeps_state = view.site is Site.CACHE
             self.states[number] = self._with(number, view, state) if keeps_state else state
-        if keep is not None:
-            self._note(view, keep)
-        return keep
+        if reduction.tokens is not None:
+            self._note(view, reduction.tokens)
+        return reduction
 
     def _read(self, number: int, view: View) -> Keep | None:
         pruner, states = self.pruners[number], self.states[number] or {}
@@ -78,11 +78,16 @@ class Selector:
                 f"{name} works at READ, and cannot where another method keeps other tokens for "
                 "each head; leave one out"
             )
+        if view.attention is None:
+            raise ValueError(
+                f"{name} works at READ, and cannot where another method leaves out key channels; "
+                "leave one out"
+            )
         if not self.is_step:
             keep, state = None, pruner.start(view)
         elif view.layer in states:
-            keep, (state,) = run_pruners((pruner,), view, [states[view.layer]])
-            if keep is not None and keep.merges:
+            reduction, (state,) = run_pruners((pruner,), view, [states[view.layer]])
+            if (keep := reduction.tokens) is not None and keep.merges:
                 raise ValueError(f"{name} merges tokens, which a step cannot (site READ)")
         else:
             raise ValueError(

@@ -265,6 +265,9 @@ def _logits(
 ) -> Float[Array, "b kv each group slots"]:
     (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
     grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
+    if read.block.channels is not None:
+        of_head = read.block.channels[:, None, :, None]
+        grouped = jnp.take_along_axis(grouped, of_head, axis=4)
     # the barrier keeps XLA from merging the products of two blocks, for which it transposes both,
     # and from writing out for all layers what they see alike
     grouped, keys, seen = jax.lax.optimization_barrier((grouped, read.block.keys, read.seen))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep
-from catp_jax.struct import pytree
+from catp_jax.struct import pytree, replace
 
 ALIGNED = 32
 """Matrix products on a GPU read a block in place if its slots are a multiple of this."""
@@ -45,13 +45,16 @@ class KeysValues:
 
 @pytree
 class Block:
-    """One attention layer's keys and values as decoding reads them."""
+    """One attention layer's keys and values as decoding reads them. With `channels`, those alone of
+    each head's keys are there.
+    """
 
-    keys: Float[Array, "b kv slots d"]
+    keys: Float[Array, "b kv slots c"]
     values: Float[Array, "b kv slots d"]
+    channels: Int[Array, "b kv c"] | None = None
 
     @classmethod
-    def of(cls, made: KeysValues) -> "Block":
+    def of(cls, made: KeysValues, channels: Int[Array, "b kv c"] | None = None) -> "Block":
         """A prompt's block; slots beyond its tokens are zero."""
 
         def stored(array: Array) -> Array:
@@ -59,13 +62,16 @@ class Block:
             array = jnp.pad(array, ((0, 0), (0, capacity(size) - size), (0, 0), (0, 0)))
             return jnp.swapaxes(array, 1, 2)
 
-        return cls(keys=stored(made.keys), values=stored(made.values))
+        keys = stored(made.keys)
+        if channels is not None:
+            keys = jnp.take_along_axis(keys, channels[:, :, None], axis=3)
+        return cls(keys=keys, values=stored(made.values), channels=channels)
 
     @classmethod
     def empty(cls, like: "Block", slots: int) -> "Block":
         """So many slots for new tokens, for the prompts and heads of `like`."""
-        batch, kv, _, channels = like.keys.shape
-        nothing = jnp.zeros((batch, kv, slots, channels), like.keys.dtype)
+        batch, kv, _, channels = like.values.shape
+        nothing = jnp.zeros((batch, kv, slots, channels), like.values.dtype)
         return cls(keys=nothing, values=nothing)
 
     def write(self, new: KeysValues, slot: Int[Array, " b"]) -> "Block":
@@ -87,7 +93,7 @@ class Block:
         def take(array: Array) -> Array:
             return jnp.take_along_axis(array, indices[..., None], axis=2)
 
-        return Block(keys=take(self.keys), values=take(self.values))
+        return replace(self, keys=take(self.keys), values=take(self.values))
 
 
 @pytree

@@ -68,14 +68,15 @@ class Prompt:
         numbers: Int[Array, "b *n"],
         valid: Bool[Array, "b *n"],
         num_visual: int,
+        channels: Int[Array, "b kv c"] | None = None,
     ) -> "Prompt":
-        """A prompt's blocks; slots beyond its tokens are empty."""
+        """A prompt's blocks; slots beyond its tokens are empty. `channels`: of the keys."""
         missing = capacity(valid.shape[-1]) - valid.shape[-1]
         padding = [(0, 0)] * (valid.ndim - 1) + [(0, missing)]
         return cls(
             layers=tuple(layers),
             num_visual=num_visual,
-            blocks=tuple(Block.of(layer) for layer in layers.values()),
+            blocks=tuple(Block.of(layer, channels) for layer in layers.values()),
             numbers=jnp.pad(numbers, padding, constant_values=-1),
             valid=jnp.pad(valid, padding),
         )
@@ -83,48 +84,63 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLayer:
-    """One layer of a prompt, and who chooses what a step reads of it."""
+    """One layer of a prompt, and who chooses what a step reads of it.
+
+    `recent` are the last tokens, apart from the others where those have fewer key channels.
+    """
 
     prompt: Prompt
     layer: int
     block: Block
     select: Select
+    recent: tuple[Prompt, Block] | None = None
 
     def view(
         self,
         queries: Float[Array, "b s h d"],
         sees: Bool[Array, "b s slots"] | Bool[Array, "b kv s slots"],
     ) -> View:
-        """What rows of each prompt may read."""
+        """What rows of each prompt may read; there is no attention to show without all channels."""
+        attention = None
+        if self.block.channels is None:
+            keys = jnp.swapaxes(self.block.keys, 1, 2)
+            attention = Attention(queries=scaled(queries), keys=keys)
         return View(
             site=Site.READ,
             layer=self.layer,
             num_visual=self.prompt.num_visual,
-            attention=Attention(queries=scaled(queries), keys=jnp.swapaxes(self.block.keys, 1, 2)),
+            attention=attention,
             values=jnp.swapaxes(self.block.values, 1, 2),
             numbers=self.prompt.numbers,
             valid=self.prompt.valid,
             sees=sees,
         )
 
-    def read(self, queries: Float[Array, "r one h d"]) -> Read:
+    def reads(self, queries: Float[Array, "r one h d"]) -> list[Read]:
         """What new tokens with these queries read: a prompt's rows have it in common."""
         valid = self.prompt.valid
         by_prompt = queries.reshape(valid.shape[0], -1, *queries.shape[2:])
         sees = jnp.repeat(valid[..., None, :], by_prompt.shape[1], axis=-2)
-        keep = self.select(self.view(by_prompt, sees))
-        if keep is None:
-            return Read(block=self.block, seen=valid)
-        return Read(block=self.block.keep(keep), seen=keep.apply(valid) & keep.valid)
+        keep = self.select(self.view(by_prompt, sees)).tokens
+        read = Read(block=self.block, seen=valid)
+        if keep is not None:
+            read = Read(block=self.block.keep(keep), seen=keep.apply(valid) & keep.valid)
+        if self.recent is None:
+            return [read]
+        prompt, block = self.recent
+        return [read, Read(block=block, seen=prompt.valid)]
 
 
 def by_layer(prompts: Sequence[Prompt], select: Select) -> list[PromptLayer]:
     """What new tokens may read, by layer."""
-    return [
-        PromptLayer(prompt, layer, block, select)
-        for prompt in prompts
-        for layer, block in zip(prompt.layers, prompt.blocks, strict=True)
-    ]
+    found: dict[int, PromptLayer] = {}
+    for prompt in prompts:
+        for layer, block in zip(prompt.layers, prompt.blocks, strict=True):
+            if layer in found:
+                found[layer] = dataclasses.replace(found[layer], recent=(prompt, block))
+            else:
+                found[layer] = PromptLayer(prompt, layer, block, select)
+    return [*found.values()]
 
 
 @pytree
@@ -164,34 +180,73 @@ def cached(
             whole.clear()
 
     for number, shown in layers.items():
-        made = shown.made
-        keep = select(
+        held = (shown.made, numbers, read)
+        reduction = select(
             View(
                 site=Site.CACHE,
                 layer=number,
                 num_visual=num_visual,
                 attention=shown.attention,
-                values=made.values,
+                values=shown.made.values,
                 numbers=numbers,
                 valid=read,
                 sees=sees,
                 tiles=tiles,
             )
         )
-        seen[number] = sees if keep is None else keep_columns(sees, keep)
-        if keep is None:
-            whole[number] = made
+        keep, keys, left = reduction.tokens, reduction.keys, num_visual
+        if keep is None and keys is None:
+            whole[number], seen[number] = shown.made, sees
             continue
         put_away()
-        left = num_visual - (read.shape[1] - keep.indices.shape[-1])
-        kept = jnp.where(keep.valid, keep.apply(numbers), -1), keep.apply(read) & keep.valid
-        prompts.append(Prompt.of({number: made.keep(keep)}, *kept, left))
+        if keep is not None:
+            held, left = kept(keep, *held), num_visual - (read.shape[1] - keep.indices.shape[-1])
+            seen[number] = keep_columns(sees, keep)
+        if keys is None:
+            made, which, there = held
+            prompts.append(Prompt.of({number: made}, which, there, left))
+            continue
+        older, recent = apart(held[2], keys.recent)
+        made, which, there = kept(older, *held)
+        prompts.append(Prompt.of({number: made}, which, there, left, keys.indices))
+        seen[number] = jnp.repeat(there[..., None, :], sees.shape[1], axis=-2)
+        if recent is not None:
+            made, which, there = kept(recent, *held)
+            prompts.append(Prompt.of({number: made}, which, there, 0))
     put_away()
     for layer in by_layer(prompts, select):
         rows = seen[layer.layer]
         padding = [(0, 0)] * (rows.ndim - 1) + [(0, layer.block.keys.shape[2] - rows.shape[-1])]
         select(layer.view(layers[layer.layer].queries, jnp.pad(rows, padding)))
     return tuple(prompts)
+
+
+def kept(
+    keep: Keep, made: KeysValues, numbers: Int[Array, "b *n"], valid: Bool[Array, "b *n"]
+) -> tuple[KeysValues, Int[Array, "b *k"], Bool[Array, "b *k"]]:
+    """What is left of a layer's keys and values, and of what says which tokens they are of."""
+
+    def take(array: Array) -> Array:
+        if array.ndim < keep.indices.ndim:  # heads had them in common so far
+            return keep.apply(array)
+        return jnp.take_along_axis(array, keep.indices, axis=-1)
+
+    return made.keep(keep), jnp.where(keep.valid, take(numbers), -1), take(valid) & keep.valid
+
+
+def apart(valid: Bool[Array, "b *n"], recent: int) -> tuple[Keep, Keep | None]:
+    """All but the last valid `recent` entries, and those; None if there are to be none."""
+    size, last = valid.shape[-1], valid.ndim - 1
+    from_last = jnp.cumsum(valid[..., ::-1], axis=last, dtype=jnp.int32)[..., ::-1]
+    is_recent = valid & (from_last <= recent)
+    index = jax.lax.broadcasted_iota(jnp.int32, valid.shape, last)
+
+    def members(is_in: Bool[Array, "b *n"], count: int) -> Keep:
+        empty, indices = jax.lax.sort((~is_in, index), num_keys=2, dimension=last)
+        return Keep(indices=indices[..., :count], valid=~empty[..., :count])
+
+    older = members(valid & ~is_recent, size - recent)
+    return older, members(is_recent, recent) if recent else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +273,7 @@ class Past:
         tail = self.tail.write(new, self.slot)
         reads = [Read(block=tail, seen=self.seen, bias=bias)]
         if self.prompt is not None:
-            reads.insert(0, self.prompt.read(queries))
+            reads = [*self.prompt.reads(queries), *reads]
         return attend_blocks(queries, reads, scale), tail
 
 
@@ -248,8 +303,13 @@ class Tail:
     ) -> "Tail":
         """Room for so many tokens of one row a prompt, in the layers of these."""
         batch, slots = next_position.shape[0], capacity(new_tokens)
+        like = {
+            layer: block
+            for prompt in prompts
+            for layer, block in zip(prompt.layers, prompt.blocks, strict=True)
+        }
         return cls(
-            blocks=tuple(Block.empty(like, slots) for prompt in prompts for like in prompt.blocks),
+            blocks=tuple(Block.empty(block, slots) for block in like.values()),
             positions=jnp.zeros((batch, slots), jnp.int32),
             seen=jnp.zeros((batch, slots), bool),
             next_slot=jnp.zeros(batch, jnp.int32),

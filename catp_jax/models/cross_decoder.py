@@ -13,7 +13,8 @@ before the first image, samples without one). What cross-attention does to them 
 - "meta": nothing, as in Meta's reference implementation.
 - "hf": as in transformers: they attend to every visual token there is, padding included, and only
   the feed-forward branch is dropped. The result then depends on the padding of the batch. Pruning
-  never keeps padding, so with it such rows differ from transformers even at a full budget.
+  at the first cross-attention layer never keeps padding, so with it such rows differ from
+  transformers even at a full budget; a cache has what new tokens read, padding included.
 """
 
 import dataclasses
@@ -112,7 +113,7 @@ class Visual:
             features=keep.apply(self.features),
             slots=self.slots.keep(keep),
             sees=keep_columns(self.sees, keep),
-            tiles=self.tiles,
+            tiles=None if self.tiles is None else self.tiles.pruned(),
         )
 
 
@@ -174,7 +175,7 @@ class CrossAttention(AttentionProjections):
     ) -> Float[Array, "r s d"]:
         queries = self.queries(x)
         if isinstance(visual, PromptLayer):
-            attended = attend_blocks(queries, [visual.read(queries)])
+            attended = attend_blocks(queries, visual.reads(queries))
         else:
             attended = attend(queries, visual.keys, visual.values, mask)
         return self.o_proj(merge_heads(attended))
@@ -297,7 +298,11 @@ class CrossDecoder(nnx.Module):
         Returns the last hidden states and a cache with room for `new_slots` tokens.
         """
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
-        if (keep := select(front.view)) is not None and visual is not None and first is not None:
+        if (
+            (keep := select(front.view).tokens) is not None
+            and visual is not None
+            and first is not None
+        ):
             visual, project = visual.keep(keep), self.layers[self.first_cross].cross_attn.project
             made = project(visual.features) if keep.merges else first.made.keep(keep)
             first = replace(first, made=made)

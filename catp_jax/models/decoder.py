@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
                     valid=slots.valid,
                     sees=mask & slots.valid[:, :, None],
                 )
-                if (keep := select(view)) is not None:
+                if (keep := select(view).tokens) is not None:
                     put_away()
                     num_visual -= x.shape[1] - keep.indices.shape[1]
                     x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)

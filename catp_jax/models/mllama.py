@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site, Tiles, View
+from catp_jax.contract import Keep, Select, Site, Tiles, keep_at
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import (
     CrossCache,
@@ -122,7 +122,7 @@ class Mllama(nnx.Module):
                 valid=jnp.repeat(images.tile_valid, per_tile, axis=1),
             ),
             sees=jnp.repeat(images.tile_seen, per_tile, axis=2),
-            tiles=Tiles(number=tiles, rows=grid, columns=grid, others=per_tile - grid**2),
+            tiles=Tiles(rows=grid, columns=grid, others=per_tile - grid**2),
         )
 
     def front(self, inputs: Inputs) -> Front:
@@ -153,9 +153,6 @@ class Mllama(nnx.Module):
 
     def __call__(self, inputs: Inputs, keep: Keep | None = None) -> Float[Array, "b s vocab"]:
         """Logits of every row, nothing cached: for training and for comparison."""
-
-        def select(view: View | None) -> Keep | None:
-            return keep if view is not None and view.site is Site.CROSS else None
-
+        select = keep_at(Site.CROSS, keep)
         hidden, _ = self.language_model.back(self.front(inputs), select, new_slots=0)
         return self.lm_head(hidden)

@@ -143,7 +143,7 @@ class QueryingModel(nnx.Module):
         """The language model on the kept queries and the text: logits of each prompt's next token,
         and a cache with room for `new_slots` tokens. `select` may prune further inside it.
         """
-        x, slots, numbers = self._sequence(front, select(front.view))
+        x, slots, numbers = self._sequence(front, select(front.view).tokens)
         num_visual = x.shape[1] - front.tokens.shape[1]
         begun = {} if front.begun is None else {"begun": front.begun}  # with a T5
         return self.language_model.prefill(

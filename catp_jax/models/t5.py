@@ -225,7 +225,7 @@ class T5CrossAttention(nnx.Module):
     def step(self, x: Float[Array, "r one d"], encoded: PromptLayer) -> Float[Array, "r one d"]:
         """One new token a row."""
         queries = self.EncDecAttention.queries(self.layer_norm(x))
-        attended = attend_blocks(queries, [encoded.read(queries)], scale=1.0)
+        attended = attend_blocks(queries, encoded.reads(queries), scale=1.0)
         return add(x, self.EncDecAttention.o(merge_heads(attended)))
 
 

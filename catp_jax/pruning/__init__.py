@@ -21,6 +21,7 @@ from catp_jax.pruning.pool import Pool
 from catp_jax.pruning.position import Position
 from catp_jax.pruning.random import Random
 from catp_jax.pruning.self_attention import SelfAttention
+from catp_jax.pruning.think import ThinK
 from catp_jax.pruning.trimmed_llama import TrimmedLlama
 from catp_jax.pruning.uniform import Uniform
 
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "k_norm": KNorm,
     "csp": CSP,
     "elastic_cache": ElasticCache,
+    "think": ThinK,
     "random": Random,
     "uniform": Uniform,
     "pool": Pool,
@@ -93,7 +95,7 @@ def make(
     site = own.get(texts.get("site") or "", first)
     if site is not Site.LAYER:
         types.pop("layer", None)  # nothing there would read it
-    types["site"] = tuple(own) if len(own) > 1 else ()
+    types["site"] = tuple(own)
     values: dict[str, Any] = {"keep": keep}
     for key, text in texts.items():
         known = () if key in NOT_OPTIONS else types.get(key, ())
@@ -125,7 +127,7 @@ def _usage(types: dict[str, tuple[Any, ...]]) -> list[str]:
     return [
         key if kinds == (bool,) else f"{key}=…"
         for key, kinds in types.items()
-        if kinds and key not in NOT_OPTIONS
+        if key not in NOT_OPTIONS and not (key == "site" and len(kinds) == 1)  # no choice
     ]
 
 

@@ -10,10 +10,11 @@ twice: here the next best one takes its place.
       of visual  │ intra        │ inter       │        │     one by each sum
                  └──────────────┴─────────────┴────────┘
 
-The last tenth of the rows looks. A column's sum over rows of its own modality is its intra score,
-that over the other rows its inter score; `ratio` of the budget goes to the best by inter. As many
-of the last columns as there are rows that look stay anyway. Attention is an n-softmax here, which
-need not add up to one: exp(o) / (1 + Σ exp(o)). What the layer itself computes is not touched.
+The last tenth of the rows looks, one row at least. A column's sum over rows of its own modality is
+its intra score, that over the other rows its inter score; `ratio` of the budget goes to the best by
+inter (the code gives each list one at least). As many of the last columns as there are rows that
+look stay anyway. Attention is an n-softmax here, which need not add up to one:
+exp(o) / (1 + Σ exp(o)). What the layer itself computes is not touched.
 
 The budget is `keep` visual tokens and all text, and may be spent on either. Keys of a group of
 query heads are scored by the mean over the group (our reading; the code knows no grouped queries).
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep, Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import evidence_of, grouped_logits
+from catp_jax.pruning.scores import attention_received, evidence_of, last_rows
 from catp_jax.struct import pytree, static
 
 ONE_OF = 10
@@ -85,44 +86,37 @@ class CSP(Pruner[tuple[()]]):
 def scores(
     view: View,
 ) -> tuple[Float[Array, "b kv n"], Float[Array, "b kv n"], Bool[Array, "b n"]]:
-    """Intra and inter scores by head, and which columns are the last ones."""
+    """Intra and inter scores by head, and which columns stay as the last ones."""
     shown = evidence_of(view)
-    rows, looks = last_rows(view.sees.any(axis=2))
+    is_row = view.sees.any(axis=2)
+    number = jnp.maximum(is_row.sum(axis=1, dtype=jnp.int32, keepdims=True) // ONE_OF, 1)
+    rows, looks = last_rows(is_row, number, max(is_row.shape[1] // ONE_OF, 1))
     queries = jnp.take_along_axis(shown.queries, rows[:, :, None, None], axis=1)
     sees = jnp.take_along_axis(view.sees, rows[:, :, None], axis=1) & looks[..., None]
-    weights = n_softmax(grouped_logits(queries, shown.keys), sees[:, None, None]).mean(axis=2)
 
-    text = (
-        view.valid.shape[1] - view.num_visual
-    )  # the last rows are as many: none in cross-attention
+    # a decoder's last rows are those of its text; in cross-attention all rows are of text
+    text = view.valid.shape[1] - view.num_visual
     row_is_visual = (rows < view.sees.shape[1] - text) & (text > 0)
-    is_visual = view.numbers >= 0
-    alike = row_is_visual[:, :, None] == is_visual[:, None]
-    intra = jnp.where(alike[:, None], weights, 0).sum(axis=2)
-    inter = jnp.where(alike[:, None], 0, weights).sum(axis=2)
-    number = looks.sum(axis=1, dtype=jnp.int32, keepdims=True)
+    is_visual = (view.numbers >= 0)[:, None]
+    kv = shown.keys.shape[2]
+
+    def received(is_from: Bool[Array, "b o"]) -> Float[Array, "b kv n"]:
+        some = attention_received(queries, shown.keys, sees & is_from[..., None], n_softmax)
+        return some.reshape(some.shape[0], kv, -1, some.shape[2]).mean(axis=2)
+
+    of_text = received(~row_is_visual)
+    of_visual = received(row_is_visual) if text else jnp.zeros_like(of_text)
     from_last = jnp.cumsum(view.valid[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
-    recent = view.valid & ~is_visual & (from_last <= number)
+    recent = view.valid & (from_last <= number) & (text > 0)
+    intra, inter = (
+        jnp.where(is_visual, *pair) for pair in ((of_visual, of_text), (of_text, of_visual))
+    )
     return intra, inter, recent
 
 
-def last_rows(is_row: Bool[Array, "b s"]) -> tuple[Int[Array, "b o"], Bool[Array, "b o"]]:
-    """The numbers of each sample's last rows, and which of them look: a share of those there are,
-    one at least.
-    """
-    size = is_row.shape[1]
-    number = is_row.sum(axis=1, dtype=jnp.int32, keepdims=True)
-    wanted = jnp.maximum(-(-number // ONE_OF), 1)
-    most = max(-(-size // ONE_OF), 1)
-    in_order = jnp.argsort(~is_row, axis=1, stable=True).astype(jnp.int32)
-    place = number - most + jnp.arange(most, dtype=jnp.int32)[None]
-    looks = (place >= jnp.maximum(number - wanted, 0)) & (place < number)
-    return jnp.take_along_axis(in_order, jnp.clip(place, 0, size - 1), axis=1), looks
-
-
 def n_softmax(
-    logits: Float[Array, "b kv g s n"], sees: Bool[Array, "b one one s n"]
-) -> Float[Array, "b kv g s n"]:
+    logits: Float[Array, "b h s n"], sees: Bool[Array, "b one s n"]
+) -> Float[Array, "b h s n"]:
     """exp(o) / (1 + Σ exp(o)) over what each row sees."""
     logits = jnp.where(sees, logits, -jnp.inf)
     most = jnp.maximum(logits.max(axis=-1, keepdims=True), 0)

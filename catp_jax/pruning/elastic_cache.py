@@ -10,15 +10,17 @@ ratio is the share that is dropped.
 
 The `keep` visual tokens that receive most attention, summed over rows and averaged over heads, are
 anchors; all heads of a layer share them. Every other token goes to the nearest anchor, of two as
-near ones to the earlier. Text is never merged.
+near ones to the earlier.
 
-Where tokens are patches of tiles, buckets end with their tile (our reading), and what a tile
-without an anchor has is evicted. New tokens are all kept, as there is room for them anyway; the
-paper drops one for each once its budget is full.
+Our reading: text is left as it is, where the paper merges all of the prompt but its first and last
+tokens. Where tokens are patches of tiles, buckets end with their tile, and what a tile without an
+anchor has is evicted. Left out: the paper's answers drop an old token for each new one once the
+budget is full; here all new ones stay.
 """
 
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -31,7 +33,7 @@ from catp_jax.struct import pytree, static
 class ElasticCache(Pruner[tuple[()]]):
     """Merges a layer's visual tokens into `keep` of them; `limit` leaves fewer to a sample.
 
-    `merges=False` evicts what is no anchor, the paper's comparison.
+    With `evicts` the others are dropped instead, the paper's comparison.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
@@ -39,7 +41,7 @@ class ElasticCache(Pruner[tuple[()]]):
     site: Site = static(default=Site.CACHE)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
-    merges: bool = static(default=True)
+    evicts: bool = static(default=False)
 
     def start(self, view: View) -> tuple[()]:
         return ()
@@ -49,7 +51,7 @@ class ElasticCache(Pruner[tuple[()]]):
             return Reduction(), state
         shown = evidence_of(view)
         received = attention_received(shown.queries, shown.keys, view.sees).mean(axis=1)
-        if not self.merges:
+        if self.evicts:
             return Reduction(tokens=keep_visual(view, self.keep, received, self.limit)), state
         is_visual = view.valid & (view.numbers >= 0)
         size = min(self.keep, view.num_visual)
@@ -63,15 +65,28 @@ class ElasticCache(Pruner[tuple[()]]):
 
 
 def nearest(view: View, anchors: Keep) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
-    """Which anchor each entry goes to, -1 for none, and how far away it is."""
-    place = jnp.arange(view.valid.shape[1], dtype=jnp.int32)
-    far = view.valid.shape[1]
-    away = jnp.abs(place[None, None] - anchors.indices[:, :, None])
-    goes = anchors.valid[:, :, None]
-    if view.tiles is not None:
-        tile = view.numbers // view.tiles.per_tile
-        goes = goes & (tile[:, None] == anchors.apply(tile)[:, :, None])
-    away = jnp.where(goes, away, far)
-    closest = away.min(axis=1)
-    group = jnp.argmin(away, axis=1).astype(jnp.int32)
-    return jnp.where(closest < far, group, -1), closest
+    """Which anchor each entry goes to, -1 for none, and how far away it is.
+
+    Only the anchor before it and the one after can be.
+    """
+    batch, size = view.valid.shape
+    place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), view.valid.shape)
+    tile = place * 0 if view.tiles is None else view.numbers // view.tiles.per_tile
+    number = jnp.broadcast_to(jnp.arange(anchors.indices.shape[1]), anchors.indices.shape)
+    where = jnp.where(anchors.valid, anchors.indices, size)  # beyond all: dropped
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    which = jnp.full((batch, size), -1, jnp.int32)
+    which = which.at[row, where].set(number.astype(jnp.int32), mode="drop")
+
+    before = jax.lax.cummax(jnp.where(which >= 0, place, -1), axis=1)
+    after = jax.lax.cummin(jnp.where(which >= 0, place, size), axis=1, reverse=True)
+
+    def away(other: Int[Array, "b n"]) -> Int[Array, "b n"]:
+        there = jnp.clip(other, 0, size - 1)
+        is_one = (other == there) & (jnp.take_along_axis(tile, there, axis=1) == tile)
+        return jnp.where(is_one, jnp.abs(place - other), size)
+
+    closest = jnp.minimum(away(before), away(after))
+    chosen = jnp.clip(jnp.where(away(before) <= away(after), before, after), 0, size - 1)
+    group = jnp.take_along_axis(which, chosen, axis=1)
+    return jnp.where(closest < size, group, -1), closest

@@ -4,7 +4,7 @@ Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cac
 arXiv 2406.11430: in trained decoders a low key norm goes with high attention.
 
 - In the cache (site CACHE) as in the paper: every head of every layer keeps tokens of its own,
-  after the prompt was read. The paper also leaves out text; here text stays.
+  after the prompt was read. The paper prunes text too; here text stays.
 - At the first cross-attention layer (site CROSS) one set serves all heads and layers, so norms are
   averaged over the key-value heads (our reading); later layers then project fewer features.
 

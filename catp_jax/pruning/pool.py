@@ -49,9 +49,8 @@ class Pool(Pruner[tuple[()]]):
         budget = jnp.full(view.valid.shape[0], size, jnp.int32)
         if self.limit is not None:
             budget = jnp.minimum(budget, self.limit)
-        tiles = view.tiles
-        if tiles is not None and view.num_visual == tiles.number * tiles.per_tile:
-            groups, off_centre = cells(view.valid, tiles, budget)
+        if view.tiles is not None and view.tiles.is_whole:
+            groups, off_centre = cells(view.valid, view.tiles, budget)
         elif view.site is Site.ENTRY:
             groups, off_centre = neighbours(view.valid, budget)
         else:

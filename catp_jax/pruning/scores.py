@@ -6,6 +6,7 @@ are cut out *before* the product with the keys.
 
 import abc
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,27 @@ LOGITS_AT_ONCE = 2**25
 """Attention weights that exist at one time (128 MiB in float32); results don't depend on it."""
 
 
+Weigh = Callable[[Float[Array, "b h s n"], Bool[Array, "b one s n"]], Float[Array, "b h s n"]]
+"""What makes weights of logits, over what each row sees."""
+
+
+def softmax(
+    logits: Float[Array, "b h s n"], sees: Bool[Array, "b one s n"]
+) -> Float[Array, "b h s n"]:
+    """As the layer weighs."""
+    return jax.nn.softmax(logits, axis=-1, where=sees)
+
+
 def attention(
     queries: Float[Array, "b s h dk"],
     keys: Float[Array, "b n kv dk"],
     sees: Bool[Array, "b s n"],
+    weigh: Weigh = softmax,
 ) -> Float[Array, "b h s n"]:
     """Attention weights over what each row sees; zero throughout in a row that sees nothing."""
     logits = grouped_logits(queries, keys)
     logits = logits.reshape(logits.shape[0], -1, *logits.shape[3:])
-    weights = jax.nn.softmax(logits, axis=-1, where=sees[:, None])
-    return jnp.where(sees[:, None], weights, 0)
+    return jnp.where(sees[:, None], weigh(logits, sees[:, None]), 0)
 
 
 def grouped_logits(
@@ -52,13 +64,14 @@ def attention_received(
     queries: Float[Array, "b s h dk"],
     keys: Float[Array, "b n kv dk"],
     sees: Bool[Array, "b s n"],
+    weigh: Weigh = softmax,
 ) -> Float[Array, "b h n"]:
     """Attention that each column receives, summed over the rows, by head."""
     batch, rows, heads, _ = queries.shape
     columns = keys.shape[1]
     block = max(LOGITS_AT_ONCE // (batch * heads * columns), 1)
     if rows <= block:
-        return attention(queries, keys, sees).sum(axis=2)
+        return attention(queries, keys, sees, weigh).sum(axis=2)
 
     passes = math.ceil(rows / block)
     block = math.ceil(rows / passes)
@@ -69,7 +82,7 @@ def attention_received(
     def add(index: Int[Array, ""], total: Float[Array, "b h n"]) -> Float[Array, "b h n"]:
         some = jax.lax.dynamic_slice_in_dim(queries, index * block, block, axis=1)
         mask = jax.lax.dynamic_slice_in_dim(sees, index * block, block, axis=1)
-        return total + attention(some, keys, mask).sum(axis=2)
+        return total + attention(some, keys, mask, weigh).sum(axis=2)
 
     nothing = jnp.zeros((batch, heads, columns), jnp.float32)
     return jax.lax.fori_loop(0, passes, add, nothing)
@@ -83,6 +96,18 @@ def last_row_attention(view: View) -> Float[Array, "b h n"]:
     queries = jnp.take_along_axis(shown.queries, last[:, None, None, None], axis=1)
     sees = jnp.take_along_axis(view.sees, last[:, None, None], axis=1)
     return attention(queries, shown.keys, sees)[:, :, 0]
+
+
+def last_rows(
+    is_row: Bool[Array, "b s"], wanted: Int[Array, "b one"], most: int
+) -> tuple[Int[Array, "b most"], Bool[Array, "b most"]]:
+    """The numbers of each sample's last rows, and which are among the last `wanted`."""
+    size = is_row.shape[1]
+    number = is_row.sum(axis=1, dtype=jnp.int32, keepdims=True)
+    in_order = jnp.argsort(~is_row, axis=1, stable=True).astype(jnp.int32)
+    place = number - most + jnp.arange(most, dtype=jnp.int32)[None]
+    is_wanted = (place >= jnp.maximum(number - wanted, 0)) & (place < number)
+    return jnp.take_along_axis(in_order, jnp.clip(place, 0, size - 1), axis=1), is_wanted
 
 
 def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:

@@ -40,14 +40,15 @@ class Positions:
 
 
 def positions_of(results: Sequence[Result]) -> list[Positions]:
-    """Those of every setting that selects; several seeds count together. Means are left out: every
-    token is in one.
+    """Those of every setting that selects; several seeds count together. Means are left out, since
+    every token is in one, and what layers keep apart.
     """
     out = []
     for some in drawn(results):
         setting = pool(some).setting
         answers = [answer for result in some for answer in result.answers]
-        selected = [one for one in answers if one.kept is not None and not one.is_merged]
+        selected = [one for one in answers if one.kept is not None and one.cached is None]
+        selected = [one for one in selected if not one.is_merged]
         layouts = Counter((one.grid, one.available) for one in selected)
         if setting.keep is None or not layouts:
             continue

@@ -214,7 +214,7 @@ def _answers(
     network, reader = batches.model.network, batches.model.reader
     for row, (example, text) in enumerate(zip(batch.examples, out.text, strict=False)):
         kept = None if out.kept is None else out.kept[row]
-        is_drawn = kept is not None and first + row in pictured
+        is_drawn = kept is not None and not out.cached and first + row in pictured
         grid = _rounded(reader.kept_map(network, batch.packed, row, kept)) if is_drawn else None
         yield Answer(
             id=example.id,

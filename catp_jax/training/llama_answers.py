@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import convert
-from catp_jax.contract import Keep, Site, View
+from catp_jax.contract import Keep, Site, keep_at
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import Visual
 from catp_jax.models.mllama import Mllama
@@ -42,14 +42,10 @@ def answer_logits(
                 value = getattr(layer, name)[...]
                 setattr(layer, name, nnx.Param(value * is_open.astype(value.dtype)[None]))
         keep = None if kept is None else Keep(indices=kept, valid=jnp.ones_like(kept, bool))
-
-        def select(view: View | None) -> Keep | None:
-            return keep if view is not None and view.site is Site.CROSS else None
-
         numbers = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         text = Slots(positions=jnp.broadcast_to(numbers, tokens.shape), valid=valid)
         front = model.language_model.front(tokens, text, visual, "meta")
-        hidden, _ = model.language_model.back(front, select, new_slots=0)
+        hidden, _ = model.language_model.back(front, keep_at(Site.CROSS, keep), new_slots=0)
         return model.lm_head(hidden)
 
     axes = (1, 1, None if is_first_open is None else 0, None if kept is None else 1)

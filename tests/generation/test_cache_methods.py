@@ -11,12 +11,15 @@ from catp_jax.contract import Site
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import CSP, ElasticCache, KNorm
+from catp_jax.pruning import CSP, ElasticCache, KNorm, ThinK, TrimmedLlama
+from catp_jax.struct import replace
 from tests import random_blip2 as blip2
+from tests import random_mllama as mllama
 from tests.generation.test_cache_sites import (
     BUDGET,
     KINDS,
     NEW,
+    Looks,
     generate,
     inputs_of,
     model_of,
@@ -29,12 +32,14 @@ METHODS = {
     "k_norm": lambda keep: KNorm(keep=keep, site=Site.CACHE),
     "csp": lambda keep: CSP(keep=keep),
     "elastic_cache": lambda keep: ElasticCache(keep=keep),
-    "elastic_cache, evicting": lambda keep: ElasticCache(keep=keep, merges=False),
+    "elastic_cache, evicting": lambda keep: ElasticCache(keep=keep, evicts=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+WITH_CHANNELS = METHODS | {"think": lambda keep: ThinK(keep=keep)}
+with_channels = pytest.mark.parametrize("method", WITH_CHANNELS.values(), ids=WITH_CHANNELS)
 
 
-@every_method
+@with_channels
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_budget_changes_nothing(kind: str, method: Any):
     found, _ = steps(kind, (method(1000),))
@@ -62,18 +67,42 @@ def test_the_arrays_of_the_cache_are_smaller_and_the_prompt_has_seen_everything(
     assert float(jnp.abs(later - steps(kind, ())[0][:, 1:]).max()) > 1e-3
 
 
-@every_method
+@with_channels
 def test_a_prompt_keeps_the_same_alone_as_in_the_batch(method: Any):
     together = generate("opt", (method(BUDGET),))
     for row in range(rows_of("opt")):
-        alone = programs.generate(
-            model_of("opt"),
-            (method(BUDGET),),
-            inputs_of("opt").alone(row),
-            sampling(1),
-            Stop(ends=blip2.NEVER, pad=jnp.asarray(0, jnp.int32), max_new_tokens=NEW),
-        )
+        alone = answer("opt", (method(BUDGET),), inputs_of("opt").alone(row))
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+
+
+@pytest.mark.parametrize(
+    "pruners",
+    [
+        (TrimmedLlama(keep=9, per_head=3), ElasticCache(keep=BUDGET)),
+        (ElasticCache(keep=6), CSP(keep=BUDGET)),
+        (TrimmedLlama(keep=9), ThinK(keep=7)),
+    ],
+    ids=["trimmed, elastic", "elastic, csp", "trimmed, think"],
+)
+def test_one_after_another_each_chooses_of_what_is_left(pruners: tuple[Any, ...]):
+    """And a prompt of a batch, beside other images and text, keeps what it keeps alone."""
+    together = generate("mllama", pruners)
+    for row in (0, 3):
+        alone = answer("mllama", pruners, mllama.packed([row]).inputs)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    left = None if (kept := together.selection.kept) is None else np.asarray(kept.indices)
+    for keep in together.selection.cached.values():
+        chosen, valid = np.asarray(keep.indices), np.asarray(keep.valid)
+        for row in range(rows_of("mllama")):
+            own = {*chosen[row][valid[row]].tolist()}
+            assert left is None or own <= {*left[row].tolist()}
+
+
+def answer(kind: str, pruners: tuple[Any, ...], inputs: Any) -> programs.Generated:
+    """One prompt's."""
+    never = (mllama if kind == "mllama" else blip2).NEVER
+    stop = Stop(ends=never, pad=jnp.asarray(0, jnp.int32), max_new_tokens=NEW)
+    return programs.generate(model_of(kind), pruners, inputs, sampling(1), stop)
 
 
 def test_a_head_may_spend_its_budget_on_text_or_on_what_is_seen():
@@ -88,3 +117,79 @@ def test_a_head_may_spend_its_budget_on_text_or_on_what_is_seen():
         np.testing.assert_array_equal(own, there[..., : own.shape[-1]])
         left |= {int(count) for count in (own >= 0).sum(axis=2).ravel()}
     assert len(left) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_leave_the_arrays_of_keys_and_it_is_as_if_they_were_zero(kind: str):
+    """Keys of the last two words and of new tokens have all channels."""
+    model, inputs = model_of(kind), inputs_of(kind)
+    method = ThinK(keep=3 if kind == "opt" else 60, window=2)
+    whole = programs.prefill(model, (), inputs, new_slots=NEW)
+    thin = programs.prefill(model, (method,), inputs, new_slots=NEW)
+    (every,) = prompts_of(whole.cache)
+    older = {part.layers[0]: part for part in prompts_of(thin.cache)}
+    zeroed = []
+    for layer, block in zip(every.layers, every.blocks, strict=True):
+        (own,) = older[layer].blocks
+        batch, kv, slots, channels = block.keys.shape
+        left = own.keys.shape[3]
+        assert own.channels.shape == (batch, kv, left)
+        assert left < channels
+        recent = 2 if kind == "opt" else 0
+        assert own.keys.shape == (batch, kv, slots - recent, left)
+        assert own.values.shape == (batch, kv, slots - recent, channels)
+        stays = np.zeros((batch, kv, 1, channels), bool)
+        np.put_along_axis(stays, np.asarray(own.channels)[:, :, None], True, axis=3)
+        from_last = np.asarray(every.valid)[:, ::-1].cumsum(axis=1)[:, ::-1]
+        is_recent = np.asarray(every.valid) & (from_last <= recent)
+        stays = stays | is_recent[:, None, :, None]
+        zeroed.append(replace(block, keys=jnp.where(stays, block.keys, 0)))
+    reference = with_blocks(whole.cache, every, tuple(zeroed))
+    token = whole.logits.argmax(axis=1).astype(jnp.int32)
+    expected, _, _ = programs.step(model, (), token, reference)
+    plain, _, _ = programs.step(
+        model, (), token, programs.prefill(model, (), inputs, new_slots=NEW).cache
+    )
+    found, _, _ = programs.step(model, (method,), token, thin.cache, thin.selection.states)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(found - plain).max()) > 1e-4
+
+
+def with_blocks(cache: Any, part: Any, blocks: tuple[Any, ...]) -> Any:
+    """A cache in which the part with visual tokens has other blocks."""
+    name = "cross" if hasattr(cache, "cross") else "prompts"
+    parts = [replace(p, blocks=blocks) if p is part else p for p in getattr(cache, name)]
+    return replace(cache, **{name: tuple(parts)})
+
+
+def test_thinned_keys_go_with_a_selection_of_tokens_in_the_same_cache():
+    pruners = (KNorm(keep=6, site=Site.CACHE), ThinK(keep=5, window=2))
+    start = programs.prefill(model_of("opt"), pruners[::-1], inputs_of("opt"), new_slots=NEW)
+    for part in prompts_of(start.cache):
+        (block,) = part.blocks
+        assert block.channels is not None
+        assert block.keys.shape[2] == block.values.shape[2] < blip2.QUERIES + part.valid.shape[2]
+    found, _ = steps("opt", pruners[::-1])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    ("pruners", "says"),
+    [
+        (
+            (ThinK(keep=6), ThinK(keep=5)),
+            "ThinK chooses key channels, which cannot be at site CACHE, a second",
+        ),
+        (
+            (ThinK(keep=6), Looks()),
+            "Looks works at READ, and cannot where another method leaves out",
+        ),
+        (
+            (KNorm(keep=6, site=Site.CACHE), ThinK(keep=5)),
+            "ThinK cannot follow a method that keeps",
+        ),
+    ],
+)
+def test_what_cannot_go_together_is_refused(pruners: tuple[Any, ...], says: str):
+    with pytest.raises(ValueError, match=says):
+        programs.prefill(model_of("opt"), pruners, inputs_of("opt"), new_slots=NEW)

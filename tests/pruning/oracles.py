@@ -232,7 +232,7 @@ def csp(
     """
     group = queries.shape[1] // keys.shape[1]
     seeing = [row for row in range(len(sees)) if any(sees[row])]
-    observed = max(math.ceil(Fraction(len(seeing), 10)), 1)
+    observed = max(len(seeing) // 10, 1)
     intra, inter = dict.fromkeys((*visual, *text), 0.0), dict.fromkeys((*visual, *text), 0.0)
     for row in seeing[-observed:]:
         for query_head in range(head * group, (head + 1) * group):
@@ -248,7 +248,7 @@ def csp(
             for n, logit in logits.items():
                 alike = (row < rows_of_visual) == (n in visual)
                 (intra if alike else inter)[n] += math.exp(logit) / total / group
-    recent = list(text[-observed:]) if text else []
+    recent = [*visual, *text][-observed:] if text else []
     left = keep + len(text) - len(recent)
     by_inter = math.floor(left * ratio)
     free = [n for n in intra if n not in recent]
@@ -282,3 +282,28 @@ def elastic_cache(
         if own:
             buckets[min(own, key=lambda a: (abs(a - n), a))].append(n)
     return buckets
+
+
+def think(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    sees: np.ndarray,
+    *,
+    head: int,
+    number: int,
+    window: int,
+) -> list[int]:
+    """arXiv 2407.21018 for one key-value head: the channels with the largest product of norms, of
+    the group's last `window` queries that see anything and of all `keys`.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    seeing = [row for row in range(len(sees)) if any(sees[row])][-window:]
+    score = []
+    for channel in range(queries.shape[2]):
+        of_queries = sum(
+            float(queries[row, query_head, channel]) ** 2
+            for row in seeing
+            for query_head in range(head * group, (head + 1) * group)
+        )
+        score.append(of_queries * sum(float(key[head, channel]) ** 2 for key in keys))
+    return sorted(sorted(range(len(score)), key=lambda c: (-score[c], c))[:number])

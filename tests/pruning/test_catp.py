@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import View, run_pruners
+from catp_jax.contract import View
 from catp_jax.pruning import CATP, L2Norm, Position
 from catp_jax.pruning.catp import image_token_weights, votes
 from catp_jax.struct import replace
@@ -17,12 +17,11 @@ from tests.pruning.views import (
     entry,
     entry_view,
     kept,
+    prune,
     random_view,
     run,
     sample_of,
 )
-
-prune = jax.jit(run_pruners)
 
 # Attention of three queries to three image tokens; each query's sums to 1.
 #

@@ -103,8 +103,8 @@ def test_a_full_budget_keeps_everything_and_a_row_of_text_alone_is_left():
 
 
 def test_an_n_softmax_leaves_a_part_to_nothing():
-    logits = jnp.asarray([1.0, -2.0, 90.0]).reshape(1, 1, 1, 1, 3)
-    sees = jnp.asarray([True, True, False]).reshape(1, 1, 1, 1, 3)
+    logits = jnp.asarray([1.0, -2.0, 90.0]).reshape(1, 1, 1, 3)
+    sees = jnp.asarray([True, True, False]).reshape(1, 1, 1, 3)
     total = 1 + math.exp(1) + math.exp(-2)
     expected = [math.exp(1) / total, math.exp(-2) / total, 0]
     np.testing.assert_allclose(n_softmax(logits, sees).ravel(), expected, rtol=1e-6)

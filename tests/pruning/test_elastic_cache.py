@@ -50,7 +50,7 @@ def test_anchors_and_means_are_the_oracles(keep: int, seed: int):
 @pytest.mark.parametrize("keep", [1, 3, 6])
 def test_buckets_end_with_their_tile(keep: int):
     view = replace(random_view(2, columns=12), site=Site.CACHE)
-    check(replace(view, tiles=Tiles(number=3, rows=1, columns=3, others=1)), keep, per_tile=4)
+    check(replace(view, tiles=Tiles(rows=1, columns=3, others=1)), keep, per_tile=4)
 
 
 #       anchors     ▲              ▲
@@ -65,9 +65,9 @@ def test_hand_made_a_token_goes_to_the_nearest_anchor_and_between_two_to_the_ear
 
 def test_eviction_drops_what_is_no_anchor():
     view = view_of_weights(WEIGHTS)
-    assert kept(select(view, 2, merges=False), 0) == [1, 5]
+    assert kept(select(view, 2, evicts=True), 0) == [1, 5]
     np.testing.assert_array_equal(
-        select(view, 2, merges=False).apply(view.values), view.values[:, jnp.asarray([1, 5])]
+        select(view, 2, evicts=True).apply(view.values), view.values[:, jnp.asarray([1, 5])]
     )
 
 

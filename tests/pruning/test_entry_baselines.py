@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import Keep, Site, View, run_pruners
+from catp_jax.contract import Keep, Site, View
 from catp_jax.pruning import CATP, FastV, L2Norm, Position, Random, SelfAttention
 from catp_jax.struct import replace
 from tests.pruning import oracles
@@ -20,12 +20,11 @@ from tests.pruning.views import (
     entry,
     entry_view,
     kept,
+    prune,
     random_view,
     run,
     sample_of,
 )
-
-prune = jax.jit(run_pruners)
 
 METHODS = {
     "catp": lambda keep: CATP(keep=keep),

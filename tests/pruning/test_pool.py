@@ -4,18 +4,15 @@ import functools
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import Keep, Merge, Site, Tiles, View, chain, reduce_view, run_pruners
-from catp_jax.pruning import CATP, FastV, KNorm, L2Norm, Pool, Random
+from catp_jax.contract import Attention, Keep, Merge, Site, Tiles, View, chain, reduce_view
+from catp_jax.pruning import CATP, FastV, KNorm, L2Norm, Pool, Random, TrimmedLlama
 from catp_jax.struct import replace
 from tests.pruning import oracles
-from tests.pruning.views import entry_view, kept, random_view, run
-
-prune = jax.jit(run_pruners)
+from tests.pruning.views import entry_view, kept, prune, random_view, run
 
 TILES = 3
 
@@ -37,7 +34,7 @@ def tiled(rows: int, columns: int, others: int, gone: dict[int, list[int]] | Non
         numbers=jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), (2, number)),
         valid=jnp.asarray(valid),
         sees=jnp.asarray(np.repeat(valid[:, None], 2, axis=1)),
-        tiles=Tiles(number=TILES, rows=rows, columns=columns, others=others),
+        tiles=Tiles(rows=rows, columns=columns, others=others),
     )
 
 
@@ -289,3 +286,20 @@ def test_catp_after_pool_votes_for_the_tokens_that_stand_for_the_means():
 def test_where_patches_have_lost_their_places_pool_is_refused_by_name(other: Any):
     with pytest.raises(ValueError, match="Pool wants all patches in their places"):
         prune((other, Pool(keep=2, site=Site.CROSS)), random_view())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        TrimmedLlama(keep=None, per_head=1),
+        FastV(keep=100, site=Site.CROSS, limit=jnp.asarray([3, 3], jnp.int32)),
+    ],
+)
+def test_a_selection_as_long_as_before_has_moved_patches_too(other: Any):
+    attention = random_view(columns=12).attention
+    view = replace(
+        tiled(1, 3, 1),
+        attention=Attention(queries=attention.queries[:2, :2], keys=attention.keys[:2]),
+    )
+    with pytest.raises(ValueError, match="Pool wants all patches in their places"):
+        prune((other, Pool(keep=3, site=Site.CROSS)), view)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from catp_jax.contract import Attention, Evidence, Keep, Site, View
+from catp_jax.contract import Attention, Evidence, Keep, Pruners, Site, View, run_pruners
 from catp_jax.struct import replace
 
 
@@ -174,6 +174,13 @@ def with_attention(view: View, **changed: Array) -> View:
 
 run = jax.jit(lambda pruner, view: pruner(view, pruner.start(view)))
 """A method on a view, compiled."""
+
+
+@jax.jit
+def prune(pruners: Pruners, view: View) -> tuple[Keep | None, tuple]:
+    """Which entries several methods leave, and their states."""
+    reduction, states = run_pruners(pruners, view)
+    return reduction.tokens, states
 
 
 def kept(keep: Keep, *sample: int) -> list[int]:

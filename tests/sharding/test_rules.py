@@ -107,9 +107,10 @@ def test_axes_are_read_from_the_annotations():
     branches = Branches(attends=x((2, 1), bool), feeds=x((2, 1), bool))
     cache = CrossCache(text=(whole,), cross=(by_head,), branches=branches, tail=tail)
     found = list(named_leaves(cache))
-    keys, slots, heads = ("b", "kv", "slots", "d"), ("b", "slots"), ("b", "kv", "slots")
-    tails = [keys, keys, slots, ("r", "slots"), ("b",), ("r",)]
-    prompts = [keys, keys, slots, slots, keys, keys, heads, heads]
+    keys, values = ("b", "kv", "slots", "c"), ("b", "kv", "slots", "d")
+    slots, heads = ("b", "slots"), ("b", "kv", "slots")
+    tails = [keys, values, slots, ("r", "slots"), ("b",), ("r",)]
+    prompts = [keys, values, slots, slots, keys, values, heads, heads]
     assert [axes for _, axes in found] == [*tails, *prompts, ("r", "s"), ("r", "s")]
     assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(cache)]
 

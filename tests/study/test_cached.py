@@ -1,9 +1,12 @@
 """A study of methods that prune each layer's cache: how many tokens are left there."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import catp_jax
+from catp_jax.contract import Keep
+from catp_jax.study import sweep as sweeping
 from catp_jax.study.records import UNPRUNED, Conditions, Setting
 from catp_jax.study.sweep import sweep
 from catp_jax.training.scene_questions import scenes_task
@@ -34,8 +37,14 @@ def test_what_is_left_is_counted_over_layers_and_heads(answers):
 
 
 def test_the_share_of_what_is_needed_is_that_of_the_caches(answers):
-    """Each query shows a part of everything, so that what is left of the tokens is left of it."""
     shares = [one.needed for one in answers["k_norm"]]
-    assert all(share is None or 0 <= share <= 1 for share in shares)
+    assert all(share is None or 0 < share < 1 for share in shares)
+    assert any(share is not None for share in shares)
     assert {one.needed for one in answers[UNPRUNED]} <= {None, 1.0}
-    assert np.isfinite([one.kl for one in answers["k_norm"]]).all()
+    needed = np.asarray([[0.5, 0.0, 0.25, 0.25]])
+    heads = Keep(
+        indices=jnp.asarray([[[0, 1], [2, 3]]], jnp.int32),
+        valid=jnp.asarray([[[True, True], [True, False]]]),
+    )
+    assert sweeping._share(needed, 0, None, {3: heads}) == 0.375  # a half, and a quarter
+    assert sweeping._mean_number({3: heads}, 0) == 1.5
