@@ -191,12 +191,30 @@ def bed() -> str:
     found = only(read("testbed_mini")["models"].values())["families"]["attribute"]["kept"]
     by: dict[str, list[str]] = {}
     for setting, figures in found.items():
-        mean, low, high = figures["accuracy"]
-        by.setdefault(setting.split(", ")[0], []).append(
-            f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
-        )
-    shares = dict.fromkeys(setting.split(", ")[1] for setting in found)
-    return table(["attribute, %", *shares], ([f"`{name}`", *row] for name, row in by.items()))
+        by.setdefault(setting.split(", ")[0], []).append(share(figures["accuracy"]))
+    kept = dict.fromkeys(setting.split(", ")[1] for setting in found)
+    return table(["attribute, %", *kept], ([f"`{name}`", *row] for name, row in by.items()))
+
+
+def bed_blip2() -> str:
+    """What 8 of 32 queries are worth to both mini BLIP-2s."""
+    models = read("testbed_mini_blip2")["models"]
+    columns = [(name, family) for name in models for family in ("attribute", "reading")]
+    head = [f"{family}, {name.rpartition('-')[2].upper()}" for name, family in columns]
+    by: dict[str, list[str]] = {}
+    for name, family in columns:
+        found = models[name]["families"][family]
+        kept = {key.removesuffix(", 25%"): x for key, x in found["kept"].items() if "25%" in key}
+        for method in dict.fromkeys(["unpruned", *by, *kept]):
+            figures = found["unpruned"] if method == "unpruned" else kept.get(method)
+            by.setdefault(method, []).append(share(figures["accuracy"]) if figures else "")
+    return table(["8 of 32, %", *head], ([f"`{name}`", *row] for name, row in by.items()))
+
+
+def share(figures: tuple[float, float, float]) -> str:
+    """In %, with half its interval."""
+    mean, low, high = figures
+    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
 
 
 def bed_checks() -> str:
@@ -239,6 +257,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "plan": plan,
     "found": found,
     "bed": bed,
+    "bed_blip2": bed_blip2,
     "bed_checks": bed_checks,
     "bed_reversed": bed_reversed,
 }

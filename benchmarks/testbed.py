@@ -128,10 +128,11 @@ def table(title: str, by: By, cell: Callable[[Any], str]) -> Table:
     """Methods by budget."""
     out = Table(title=title)
     out.add_column("kept", no_wrap=True)
-    for share in SHARES:
+    shares = [*dict.fromkeys(share for _, share in by)]
+    for share in shares:
         out.add_column(share, justify="right", no_wrap=True)
     for method in dict.fromkeys(method for method, _ in by):
-        out.add_row(method, *(cell(by[method, share]) for share in SHARES))
+        out.add_row(method, *(cell(by[method, share]) for share in shares))
     return out
 
 
@@ -196,7 +197,14 @@ def checks(families: dict[str, dict[str, Any]]) -> Table:
     return out
 
 
-def study(folder: Path, name: str, task: Task, journals: Path | None, console: Console) -> Any:
+def study(
+    folder: Path,
+    name: str,
+    task: Task,
+    shares: Sequence[str],
+    journals: Path | None,
+    console: Console,
+) -> Any:
     """Prints a model's tables and returns its figures."""
     model = api.load(folder, generation_config=False)
 
@@ -205,13 +213,13 @@ def study(folder: Path, name: str, task: Task, journals: Path | None, console: C
         return answers_of(model, task, examples, settings, path)
 
     methods = [method for method in methods_for(model.sites) if method != RANDOM]
-    pruned = [Setting(m, share) for m in (*methods, *DRAWS, *BOUNDS) for share in SHARES]
+    pruned = [Setting(m, share) for m in (*methods, *DRAWS, *BOUNDS) for share in shares]
     given = answers(task.examples, pruned)
     unpruned = next(iter(given.values()))
     (coarse,) = answers(halved(task.examples), [], "-halved").values()
     (grey,) = answers(blind(task.examples), [], "-blind").values()
-    draws = {share: [given[Setting(draw, share)] for draw in DRAWS] for share in SHARES}
-    by = {(m, share): given[Setting(m, share)] for m in (*methods, *BOUNDS) for share in SHARES}
+    draws = {share: [given[Setting(draw, share)] for draw in DRAWS] for share in shares}
+    by = {(m, share): given[Setting(m, share)] for m in (*methods, *BOUNDS) for share in shares}
     by |= {(RANDOM, share): mean_over(some) for share, some in draws.items()}
 
     right, prior = {one.id: one.answer for one in task.examples}, guessed(task)
@@ -251,12 +259,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--shares", nargs="+", default=SHARES, help=f"{CHECKED} among them")
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     options = parser.parse_args(arguments)
+    if CHECKED not in options.shares:
+        parser.error(f"--shares must have {CHECKED}, at which the bounds are checked")
     names, console = names_of(options.model), Console()
     task = scenes_task(split=options.split, scenes=options.scenes)
     models = {
-        name: study(folder, name, task, options.journals, console) for name, folder in names.items()
+        name: study(folder, name, task, options.shares, options.journals, console)
+        for name, folder in names.items()
     }
     print_record("testbed", task, models=models)
 

@@ -66,11 +66,11 @@ def demo(
 
 
 def minis() -> list[Path]:
-    """The folders of the checkpoints that the demo shows: what was trained on scenes and comes with
-    this package.
+    """The folders of the checkpoints that the demo shows: one of each kind that was trained on
+    scenes and comes with this package.
     """
     assets = Path(str(importlib.resources.files("catp_jax"))) / "assets"
-    return sorted(assets.glob("scenes-*"))
+    return [assets / f"scenes-{kind}" for kind in ("blip2-opt", "llama-vision")]
 
 
 def settings_for(model: "Model") -> "list[Setting]":

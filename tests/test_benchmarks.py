@@ -135,11 +135,10 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_the_testbed_runs_and_two_models_of_one_name_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(testbed, "SHARES", (testbed.CHECKED,))
     monkeypatch.setattr(testbed, "DRAWS", testbed.DRAWS[:2])
     monkeypatch.setattr(testbed, "methods_for", lambda sites: ["random", "fastv"])
     model = shallow("mini-llama-vision")
-    testbed.main([str(model), *SCENES, "--journals", str(tmp_path)])
+    testbed.main([str(model), *SCENES, "--shares", "6%", "--journals", str(tmp_path)])
     record = last_line(capsys)
     (found,) = record["models"].values()
     assert record["task"]["scenes"] == 2

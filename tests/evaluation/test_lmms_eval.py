@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,14 @@ def test_stand_ins_have_the_shape_of_what_they_stand_for():
     assert instances.unwrap_generation_output(instances.GenerationResult(text=pair))[0] == pair
     manifest = [field.name for field in dataclasses.fields(registry.ModelManifest)]
     assert manifest == [field.name for field in dataclasses.fields(stand_ins.ModelManifest)]
+
+
+@needs_lmms_eval
+def test_the_prompt_that_the_page_shows_is_read_as_it_stands():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "studies.md").read_text()
+    (shown,) = re.findall(r"--model_args '([^']*)'", page)
+    found = module("lmms_eval.utils").simple_parse_args_string(shown)
+    assert found["prompt"] == "Question: {question} Short answer:"
 
 
 @needs_lmms_eval
