@@ -248,9 +248,9 @@ def run(
         loaded = api.load(model, **loading.keywords(), generation_config=False)
         _say_unknown_words(loaded, chosen.name, examples)
         settings = settings or all_that_fit(loaded, keep, examples)
-        settings = [*([Setting(HALVED, None)] if half_pixels else []), *settings]
         check_fit(settings, loaded)
-        settings = [*settings, *smaller]
+        coarse = [Setting(HALVED, None)] if half_pixels else []
+        settings = [*coarse, *settings, *smaller]
         with interruptible():
             sweep(
                 loaded,

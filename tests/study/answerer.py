@@ -84,7 +84,7 @@ class Network:
 
     def back(self, front, select, new_slots):
         tokens = front.view.tokens
-        if (keep := select(front.view)) is not None:
+        if (keep := select(front.view).tokens) is not None:
             tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
         cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
         every = jnp.ones((len(tokens), tokens.shape[1]))

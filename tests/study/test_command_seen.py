@@ -69,3 +69,12 @@ def test_a_study_compares_smaller_images_beside_methods(tiny):
     found = [str(row) for row in rows]
     for method, keep in (("image_scale", "0.5"), ("tiles", "1"), ("l2", 4), ("unpruned", None)):
         assert any(repr({"method": method, "keep": keep})[1:-1] in row for row in found)
+
+
+def test_a_study_asks_about_half_the_pixels_too(tiny):
+    words = ["--prune", "l2", "--keep", "4", "--half-pixels"]
+    done = study("model", "--task", "jsonl", "--data", questions(tiny), "--out", "x.jsonl", *words)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in Path("x.jsonl").read_text().splitlines()]
+    methods = {row["setting"]["method"] for row in rows if row["row"] == "result"}
+    assert methods == {"unpruned", "half the pixels", "l2"}
