@@ -211,6 +211,16 @@ def bed_blip2() -> str:
     return table(["8 of 32, %", *head], ([f"`{name}`", *row] for name, row in by.items()))
 
 
+def catp_told() -> str:
+    """Where the CATP paper's findings hold on the mini BLIP-2 with OPT."""
+    return " ".join(read("catp_table_mini")["models"]["scenes-blip2-opt"]["words"])
+
+
+def trimmed_told() -> str:
+    """Where the Trimmed Llama paper's findings hold."""
+    return " ".join(read("trimmed_table_mini")["words"])
+
+
 def share(figures: tuple[float, float, float]) -> str:
     """In %, with half its interval."""
     mean, low, high = figures
@@ -260,6 +270,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bed_blip2": bed_blip2,
     "bed_checks": bed_checks,
     "bed_reversed": bed_reversed,
+    "catp_told": catp_told,
+    "trimmed_told": trimmed_told,
 }
 
 
