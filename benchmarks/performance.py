@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +202,19 @@ def bed_blip2() -> str:
     models = read("testbed_mini_blip2")["models"]
     columns = [(name, family) for name in models for family in ("attribute", "reading")]
     head = [f"{family}, {name.rpartition('-')[2].upper()}" for name, family in columns]
-    by: dict[str, list[str]] = {}
+    cells: dict[str, dict[tuple[str, str], str]] = {}
     for name, family in columns:
         found = models[name]["families"][family]
         kept = {key.removesuffix(", 25%"): x for key, x in found["kept"].items() if "25%" in key}
-        for method in dict.fromkeys(["unpruned", *by, *kept]):
-            figures = found["unpruned"] if method == "unpruned" else kept.get(method)
-            by.setdefault(method, []).append(share(figures["accuracy"]) if figures else "")
-    return table(["8 of 32, %", *head], ([f"`{name}`", *row] for name, row in by.items()))
+        for method, figures in {"unpruned": found["unpruned"], **kept}.items():
+            cells.setdefault(method, {})[name, family] = share(figures["accuracy"])
+    rows = ([f"`{name}`", *(own.get(of, "") for of in columns)] for name, own in cells.items())
+    return table(["8 of 32, %", *head], rows)
 
 
-def catp_told() -> str:
-    """Where the CATP paper's findings hold on the mini BLIP-2 with OPT."""
-    return " ".join(read("catp_table_mini")["models"]["scenes-blip2-opt"]["words"])
+def catp_told(kind: str) -> str:
+    """Where the CATP paper's findings hold on a mini BLIP-2."""
+    return " ".join(read("catp_table_mini")["models"][f"scenes-blip2-{kind}"]["words"])
 
 
 def trimmed_told() -> str:
@@ -270,7 +271,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bed_blip2": bed_blip2,
     "bed_checks": bed_checks,
     "bed_reversed": bed_reversed,
-    "catp_told": catp_told,
+    "catp_told": partial(catp_told, "opt"),
+    "catp_told_t5": partial(catp_told, "t5"),
     "trimmed_told": trimmed_told,
 }
 

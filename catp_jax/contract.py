@@ -237,7 +237,7 @@ class Chained(Keep):
 @pytree
 class Channels:
     """Key channels that stay, of each key-value head: `h` keeps `indices[:, h]`. Keys of the last
-    `recent` entries and of new tokens have all of them.
+    `recent` tokens of text and of new ones have all of them.
     """
 
     recent: int = static()
@@ -378,9 +378,10 @@ def run_pruners(
         reduction, state = pruner(view, pruner.start(view) if states is None else states[number])
         after.append(state)
         if reduction.keys is not None:
-            if view.site is not Site.CACHE or keys is not None:
-                where = view.site.name if keys is None else f"{view.site.name}, a second time"
-                raise ValueError(f"{name} chooses key channels, which cannot be at site {where}")
+            if view.site is not Site.CACHE:
+                raise ValueError(f"{name} chooses key channels, which site {view.site.name} cannot")
+            if keys is not None:
+                raise ValueError(f"{name} chooses key channels, as a method before it does")
             keys = reduction.keys
         if (keep := reduction.tokens) is not None:
             if keep.is_by_head and view.site not in BY_LAYER:

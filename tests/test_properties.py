@@ -34,9 +34,9 @@ from tests.mllama_methods import (
     generate,
     kept_places,
     mixed,
-    prune,
     view_of,
 )
+from tests.pruning.views import prune
 from tests.random_mllama import (
     AVAILABLE,
     CONFIG,

@@ -206,13 +206,15 @@ def cached(
             made, which, there = held
             prompts.append(Prompt.of({number: made}, which, there, left))
             continue
-        older, recent = apart(held[2], keys.recent)
-        made, which, there = kept(older, *held)
-        prompts.append(Prompt.of({number: made}, which, there, left, keys.indices))
-        seen[number] = jnp.repeat(there[..., None, :], sees.shape[1], axis=-2)
-        if recent is not None:
-            made, which, there = kept(recent, *held)
-            prompts.append(Prompt.of({number: made}, which, there, 0))
+        parts = [held]
+        if keys.recent:
+            parts = [kept(part, *held) for part in apart(held[1], held[2], keys.recent)]
+        for (made, which, there), channels in zip(parts, (keys.indices, None), strict=False):
+            own = left if channels is not None else 0
+            prompts.append(Prompt.of({number: made}, which, there, own, channels))
+        there = parts[0][2]
+        nothing = jnp.zeros((*there.shape[:-1], sees.shape[1], there.shape[-1]), bool)
+        seen[number] = nothing  # what is without all its channels shows nothing
     put_away()
     for layer in by_layer(prompts, select):
         rows = seen[layer.layer]
@@ -234,19 +236,19 @@ def kept(
     return made.keep(keep), jnp.where(keep.valid, take(numbers), -1), take(valid) & keep.valid
 
 
-def apart(valid: Bool[Array, "b *n"], recent: int) -> tuple[Keep, Keep | None]:
-    """All but the last valid `recent` entries, and those; None if there are to be none."""
+def apart(numbers: Int[Array, "b *n"], valid: Bool[Array, "b *n"], recent: int) -> list[Keep]:
+    """All but the last `recent` tokens of text, and those."""
     size, last = valid.shape[-1], valid.ndim - 1
-    from_last = jnp.cumsum(valid[..., ::-1], axis=last, dtype=jnp.int32)[..., ::-1]
-    is_recent = valid & (from_last <= recent)
+    is_text = valid & (numbers < 0)
+    from_last = jnp.cumsum(is_text[..., ::-1], axis=last, dtype=jnp.int32)[..., ::-1]
+    is_recent = is_text & (from_last <= recent)
     index = jax.lax.broadcasted_iota(jnp.int32, valid.shape, last)
 
     def members(is_in: Bool[Array, "b *n"], count: int) -> Keep:
         empty, indices = jax.lax.sort((~is_in, index), num_keys=2, dimension=last)
         return Keep(indices=indices[..., :count], valid=~empty[..., :count])
 
-    older = members(valid & ~is_recent, size - recent)
-    return older, members(is_recent, recent) if recent else None
+    return [members(valid & ~is_recent, size - recent), members(is_recent, recent)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 BOUNDS = ("oracle", "anti")
 """Those that must be told what is needed, as a study of a task that knows does."""
 
-NOT_OPTIONS = ("keep", "limit", "needed")
+NOT_OPTIONS = ("keep", "limit", "of", "needed")
 
 
 def site_of(name: str, sites: frozenset[Site]) -> Site | None:
@@ -65,6 +65,7 @@ def make(
     keep: int | None,
     sites: frozenset[Site],
     limit: Int[Array, " b"] | None = None,
+    of: int | None = None,
 ) -> Any:
     """A method from its name and options: `"catp:layers=first"`, `"trimmed_llama:k_ratio=0.25"`.
 
@@ -72,7 +73,8 @@ def make(
     (`"catp:image_weights"`), slashes separate a vector's numbers (`"catp:weights=1/0/0.5"`). A
     method that fits several places of a model takes the first, or as it is told
     (`"k_norm:site=cache"`). `keep` is a count of entries, None for a method whose budget follows
-    from the data; `limit` leaves fewer to some samples.
+    from the data; `limit` leaves fewer to some samples. A method that takes a share is told that
+    `keep` is one `of` so many.
 
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
@@ -108,6 +110,8 @@ def make(
         raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")
     if limit is not None:
         values["limit"] = limit
+    if "of" in types:
+        values["of"] = of
     return method(**{**values, "site": site})
 
 

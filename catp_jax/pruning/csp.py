@@ -68,7 +68,9 @@ class CSP(Pruner[tuple[()]]):
             budget = jnp.minimum(budget, self.limit)
         budget = budget + is_text.sum(axis=1, dtype=jnp.int32)
 
-        left = jnp.maximum(budget - recent.sum(axis=1, dtype=jnp.int32), 0)
+        from_last = jnp.cumsum(recent[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
+        recent &= from_last <= budget[:, None]
+        left = budget - recent.sum(axis=1, dtype=jnp.int32)
         share = left.astype(jnp.float32) * jnp.asarray(self.ratio, jnp.float32)
         by_inter = jnp.floor(share + 1e-4).astype(jnp.int32)  # float32 may lie just below
         candidates = jnp.broadcast_to((view.valid & ~recent)[:, None], intra.shape)

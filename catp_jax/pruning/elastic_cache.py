@@ -71,7 +71,9 @@ def nearest(view: View, anchors: Keep) -> tuple[Int[Array, "b n"], Int[Array, "b
     """
     batch, size = view.valid.shape
     place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), view.valid.shape)
-    tile = place * 0 if view.tiles is None else view.numbers // view.tiles.per_tile
+    tile = jnp.zeros_like(place)
+    if view.tiles is not None:
+        tile = view.numbers // view.tiles.per_tile
     number = jnp.broadcast_to(jnp.arange(anchors.indices.shape[1]), anchors.indices.shape)
     where = jnp.where(anchors.valid, anchors.indices, size)  # beyond all: dropped
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]

@@ -84,7 +84,7 @@ def pruners(
         if capacity and keep == AUTO:
             made.append(make(spec, None, sites))
         elif capacity:
-            capacity = budget.count(keep, capacity)
+            before, capacity = capacity, budget.count(keep, capacity)
             limit = jnp.asarray([counts[number] for counts in per_prompt], jnp.int32)
-            made.append(make(spec, capacity, sites, limit=limit))
+            made.append(make(spec, capacity, sites, limit=limit, of=before))
     return tuple(made)

@@ -8,9 +8,10 @@ A channel's score is the norm of its queries, the last `window` that see anythin
 keys. Keys of the last `window` tokens of text and of new ones keep every channel, and so do all
 values. Logits are divided by the root of all channels, as before.
 
-The budget is one of bytes: as many as with `keep` visual tokens, rounded up to whole eights of
-channels. Values stay, so that keys give up twice that share; eight channels always stay, which is
-a little more than half of the bytes, whatever less is asked for.
+The budget is one of bytes: of what visual tokens take, as many as `keep` of them would, rounded up
+to whole eights of channels (one by one, where a head has fewer than sixteen). Values stay, so that
+keys give up twice that share: with half of the bytes nearly all channels are gone, and less cannot
+be had. Eight (or one) always stay.
 """
 
 from typing import ClassVar
@@ -23,13 +24,14 @@ from catp_jax.pruning.scores import evidence_of, last_rows
 from catp_jax.struct import pytree, static
 
 EIGHTS = 8
-"""Channels leave in eights, where a head has as many; else one by one."""
+"""Channels leave in eights, where a head has two of them at least; else one by one."""
 
 
 @pytree
 class ThinK(Pruner[tuple[()]]):
-    """Leaves each key-value head of each layer so many key channels that its cache is as large as
-    with `keep` visual tokens. All samples keep as many: `limit` is not read.
+    """Leaves each key-value head of each layer so many key channels that visual tokens take as many
+    bytes as `keep` of them, of `of` (None: of those that the layer has room for). All samples have
+    as many channels: `limit` is not read.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
@@ -37,6 +39,7 @@ class ThinK(Pruner[tuple[()]]):
     site: Site = static(default=Site.CACHE)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
+    of: int | None = static(default=None)
     window: int = static(default=32)
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class ThinK(Pruner[tuple[()]]):
         shown = evidence_of(view)
         size, channels = view.valid.shape[1], shown.keys.shape[3]
         recent = min(self.window, size - view.num_visual)
-        number = self.channels(channels, view.num_visual, size - recent)
+        number = self.channels(channels, self.of or view.num_visual)
 
         is_row = view.sees.any(axis=2)
         window = min(self.window, is_row.shape[1])
@@ -69,9 +72,9 @@ class ThinK(Pruner[tuple[()]]):
         keys = Channels(indices=jnp.sort(best, axis=2), recent=recent)
         return Reduction(keys=keys), state
 
-    def channels(self, channels: int, visual: int, thinned: int) -> int:
-        """How many of a head's channels stay, where so many entries are thinned."""
-        dropped = 2 * channels * (visual - min(self.keep, visual)) / thinned
+    def channels(self, channels: int, visual: int) -> int:
+        """How many of a head's channels stay, if there are so many visual tokens."""
+        dropped = 2 * channels * (visual - min(self.keep, visual)) / visual
         unit = EIGHTS if channels >= 2 * EIGHTS else 1
         number = -(-(channels - dropped) // unit) * unit
         return int(min(max(number, unit), channels))

@@ -41,7 +41,7 @@ class Positions:
 
 def positions_of(results: Sequence[Result]) -> list[Positions]:
     """Those of every setting that selects; several seeds count together. Means are left out, since
-    every token is in one, and what layers keep apart.
+    every token is in one, and so is what each layer keeps for itself.
     """
     out = []
     for some in drawn(results):

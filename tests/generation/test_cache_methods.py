@@ -34,6 +34,7 @@ METHODS = {
     "elastic_cache": lambda keep: ElasticCache(keep=keep),
     "elastic_cache, evicting": lambda keep: ElasticCache(keep=keep, evicts=True),
 }
+CROSS = len(mllama.CONFIG.text.cross_attention_layers)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 WITH_CHANNELS = METHODS | {"think": lambda keep: ThinK(keep=keep)}
 with_channels = pytest.mark.parametrize("method", WITH_CHANNELS.values(), ids=WITH_CHANNELS)
@@ -75,6 +76,21 @@ def test_a_prompt_keeps_the_same_alone_as_in_the_batch(method: Any):
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
 
 
+def test_channels_do_not_depend_on_how_far_text_is_padded():
+    inputs, method = inputs_of("opt"), ThinK(keep=6, window=8)
+    wide = jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, 16))), inputs.tokens)
+    there = jnp.pad(inputs.token_valid, ((0, 0), (0, 16)))
+    padded = replace(inputs, tokens=wide, token_valid=there)
+    model, found = model_of("opt"), []
+    for some in (inputs, padded):
+        start = programs.prefill(model, (method,), some, new_slots=NEW)
+        token = start.logits.argmax(axis=1).astype(jnp.int32)
+        found.append(programs.step(model, (method,), token, start.cache, start.selection.states)[0])
+        blocks = [block for part in start.cache.prompts for block in part.blocks]
+        assert {block.keys.shape[3] for block in blocks if block.channels is not None} == {3}
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "pruners",
     [
@@ -84,18 +100,37 @@ def test_a_prompt_keeps_the_same_alone_as_in_the_batch(method: Any):
     ],
     ids=["trimmed, elastic", "elastic, csp", "trimmed, think"],
 )
-def test_one_after_another_each_chooses_of_what_is_left(pruners: tuple[Any, ...]):
-    """And a prompt of a batch, beside other images and text, keeps what it keeps alone."""
+def test_a_prompt_of_several_methods_is_the_same_alone_as_in_the_batch(pruners: tuple[Any, ...]):
     together = generate("mllama", pruners)
     for row in (0, 3):
         alone = answer("mllama", pruners, mllama.packed([row]).inputs)
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
-    left = None if (kept := together.selection.kept) is None else np.asarray(kept.indices)
-    for keep in together.selection.cached.values():
-        chosen, valid = np.asarray(keep.indices), np.asarray(keep.valid)
-        for row in range(rows_of("mllama")):
-            own = {*chosen[row][valid[row]].tolist()}
-            assert left is None or own <= {*left[row].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (TrimmedLlama(keep=9, per_head=3), ElasticCache(keep=BUDGET)),
+        (ElasticCache(keep=6), CSP(keep=BUDGET)),
+    ],
+    ids=["trimmed, elastic", "elastic, csp"],
+)
+def test_one_after_another_the_second_chooses_of_what_is_left(first: Any, then: Any):
+    def left(*pruners: Any) -> list[list[set[int]]]:
+        """By layer and row."""
+        chosen = generate("mllama", pruners).selection
+        layers = chosen.cached.values() if chosen.cached else [chosen.kept] * CROSS
+        rows = range(rows_of("mllama"))
+        arrays = [(np.asarray(keep.indices), np.asarray(keep.valid)) for keep in layers]
+        return [[{*of[row][valid[row]].tolist()} for row in rows] for of, valid in arrays]
+
+    before, after = left(first), left(first, then)
+    assert len(before) == len(after) == CROSS
+    for one, other in zip(before, after, strict=True):
+        for mine, all_there in zip(other, one, strict=True):
+            assert mine <= all_there
+            assert bool(mine) == bool(all_there)
+    assert after != before
 
 
 def answer(kind: str, pruners: tuple[Any, ...], inputs: Any) -> programs.Generated:
@@ -140,8 +175,9 @@ def test_channels_leave_the_arrays_of_keys_and_it_is_as_if_they_were_zero(kind: 
         assert own.values.shape == (batch, kv, slots - recent, channels)
         stays = np.zeros((batch, kv, 1, channels), bool)
         np.put_along_axis(stays, np.asarray(own.channels)[:, :, None], True, axis=3)
-        from_last = np.asarray(every.valid)[:, ::-1].cumsum(axis=1)[:, ::-1]
-        is_recent = np.asarray(every.valid) & (from_last <= recent)
+        is_text = np.asarray(every.valid) & (np.asarray(every.numbers) < 0)
+        from_last = is_text[:, ::-1].cumsum(axis=1)[:, ::-1]
+        is_recent = is_text & (from_last <= recent)
         stays = stays | is_recent[:, None, :, None]
         zeroed.append(replace(block, keys=jnp.where(stays, block.keys, 0)))
     reference = with_blocks(whole.cache, every, tuple(zeroed))
@@ -163,14 +199,29 @@ def with_blocks(cache: Any, part: Any, blocks: tuple[Any, ...]) -> Any:
 
 
 def test_thinned_keys_go_with_a_selection_of_tokens_in_the_same_cache():
-    pruners = (KNorm(keep=6, site=Site.CACHE), ThinK(keep=5, window=2))
-    start = programs.prefill(model_of("opt"), pruners[::-1], inputs_of("opt"), new_slots=NEW)
-    for part in prompts_of(start.cache):
-        (block,) = part.blocks
-        assert block.channels is not None
-        assert block.keys.shape[2] == block.values.shape[2] < blip2.QUERIES + part.valid.shape[2]
-    found, _ = steps("opt", pruners[::-1])
-    assert np.isfinite(found).all()
+    """Each head keeps six of seven tokens, and two of four channels of their keys."""
+    pruners = (ThinK(keep=5, window=2), KNorm(keep=6, site=Site.CACHE))
+    model, inputs = model_of("opt"), inputs_of("opt")
+    start = programs.prefill(model, pruners, inputs, new_slots=NEW)
+    plain = programs.prefill(model, pruners[1:], inputs, new_slots=NEW)
+    zeroed = []
+    for part, whole in zip(prompts_of(start.cache), prompts_of(plain.cache), strict=True):
+        (block,), (old,) = part.blocks, whole.blocks
+        batch, kv, slots, channels = old.keys.shape
+        assert block.keys.shape == (batch, kv, slots - 2, 2)
+        assert block.values.shape == (batch, kv, slots - 2, channels)
+        stays = np.zeros((batch, kv, 1, channels), bool)
+        np.put_along_axis(stays, np.asarray(block.channels)[:, :, None], True, axis=3)
+        is_text = np.asarray(whole.valid) & (np.asarray(whole.numbers) < 0)
+        from_last = is_text[..., ::-1].cumsum(axis=2)[..., ::-1]
+        stays = stays | (is_text & (from_last <= 2))[..., None]
+        zeroed.append(replace(whole, blocks=(replace(old, keys=jnp.where(stays, old.keys, 0)),)))
+    token = plain.logits.argmax(axis=1).astype(jnp.int32)
+    reference = replace(plain.cache, prompts=tuple(zeroed))
+    states = plain.selection.states
+    expected, _, _ = programs.step(model, pruners[1:], token, reference, states)
+    found, _, _ = programs.step(model, pruners, token, start.cache, start.selection.states)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +229,7 @@ def test_thinned_keys_go_with_a_selection_of_tokens_in_the_same_cache():
     [
         (
             (ThinK(keep=6), ThinK(keep=5)),
-            "ThinK chooses key channels, which cannot be at site CACHE, a second",
+            "ThinK chooses key channels, as a method before it does",
         ),
         (
             (ThinK(keep=6), Looks()),

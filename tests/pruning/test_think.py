@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from catp_jax.contract import Attention, Site, View
+from catp_jax.pruning import make
 from catp_jax.pruning.think import ThinK
 from catp_jax.struct import replace
 from tests.pruning import oracles
@@ -15,33 +16,26 @@ def select(view: View, keep: int):
     return run(ThinK(keep=keep), view)[0].keys
 
 
-def narrowed(view: View, number: int, window: int) -> int:
-    """A budget that leaves so many of the four channels."""
-    size = view.valid.shape[1]
-    thinned = size - min(window, size - view.num_visual)
-    return next(
-        keep
-        for keep in range(view.num_visual, 0, -1)
-        if max(-(-(4 - 8 * (view.num_visual - keep) / thinned) // 1), 1) == number
-    )
+VIEWS = {  # with the budgets that leave 4, 3, 2 and 1 of four channels
+    "text too": (cache_view(1, visual=15, text=12), (15, 13, 11, 9)),
+    "visual": (replace(random_view(2), site=Site.CACHE), (13, 11, 9, 8)),
+}
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 @pytest.mark.parametrize("window", [3, 8])
-def test_each_head_keeps_the_oracles_channels(number: int, window: int):
-    for view in (cache_view(1, visual=15, text=12), replace(random_view(2), site=Site.CACHE)):
-        method = ThinK(keep=narrowed(view, number, window), window=window)
-        chosen = run(method, view)[0].keys
-        assert chosen.indices.shape[2] == number
-        assert chosen.recent == min(window, view.valid.shape[1] - view.num_visual)
-        for sample in range(view.valid.shape[0]):
-            queries, keys, sees = shown(view, sample)
-            valid = np.flatnonzero(view.valid[sample])
-            for head in range(3):
-                own = oracles.think(
-                    queries, keys[valid], sees, head=head, number=number, window=window
-                )
-                assert chosen.indices[sample, head].tolist() == own
+@pytest.mark.parametrize("of", VIEWS)
+def test_each_head_keeps_the_oracles_channels(of: str, number: int, window: int):
+    view, budgets = VIEWS[of]
+    chosen = run(ThinK(keep=budgets[4 - number], window=window), view)[0].keys
+    assert chosen.indices.shape[2] == number
+    assert chosen.recent == min(window, view.valid.shape[1] - view.num_visual)
+    for sample in range(view.valid.shape[0]):
+        queries, keys, sees = shown(view, sample)
+        valid = np.flatnonzero(view.valid[sample])
+        for head in range(3):
+            own = oracles.think(queries, keys[valid], sees, head=head, number=number, window=window)
+            assert chosen.indices[sample, head].tolist() == own
 
 
 def test_hand_made_a_channel_counts_by_both_its_queries_and_its_keys():
@@ -66,10 +60,17 @@ def test_hand_made_a_channel_counts_by_both_its_queries_and_its_keys():
 
 def test_channels_leave_in_eights_and_never_more_than_the_budget_asks_for():
     """128 channels of 64 entries: 60 of 64 tokens are worth 16 channels, 61 of them 12."""
-    method = {keep: ThinK(keep=keep).channels(128, 64, 64) for keep in (33, 60, 61, 64, 100)}
+    method = {keep: ThinK(keep=keep).channels(128, 64) for keep in (33, 60, 61, 64, 100)}
     assert method == {33: 8, 60: 112, 61: 120, 64: 128, 100: 128}
-    assert ThinK(keep=51).channels(128, 64, 64) == 80  # the paper's λ = 0.4: 76.8
-    assert ThinK(keep=5).channels(128, 64, 64) == 8  # whatever less is asked for
+    assert ThinK(keep=51).channels(128, 64) == 80  # the paper's λ = 0.4: 76.8
+    assert ThinK(keep=5).channels(128, 64) == 8  # whatever less is asked for
+
+
+def test_a_budget_is_a_share_of_what_there_is_and_not_of_the_room_for_it():
+    """Three tokens in a layer with room for thirteen; all of them are all."""
+    view = replace(random_view(2), site=Site.CACHE)
+    method = make("think", 3, frozenset({Site.CACHE}), of=3)
+    assert run(method, view)[0].keys.indices.shape[2] == 4
 
 
 @pytest.mark.parametrize(
