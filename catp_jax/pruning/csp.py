@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.contract import Keep, Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import attention_received, evidence_of, last_rows
+from catp_jax.pruning.scores import attention_received, check_keep, evidence_of, last_rows
 from catp_jax.struct import pytree, static
 
 ONE_OF = 10
@@ -51,8 +51,7 @@ class CSP(Pruner[tuple[()]]):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, int | float) and not 0 <= self.ratio <= 1:
             raise ValueError(f"CSP wants a ratio between 0 and 1, got {self.ratio}")
-        if self.keep < 1:
-            raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={self.keep}")
+        check_keep(self.keep)
 
     def start(self, view: View) -> tuple[()]:
         return ()

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from catp_jax.contract import Merge, Pruner, Reduction, Site, Tiles, View
+from catp_jax.pruning.scores import check_keep
 from catp_jax.struct import pytree, static
 
 Groups = tuple[Int[Array, "b n"], Int[Array, "b n"]]
@@ -43,8 +44,7 @@ class Pool(Pruner[tuple[()]]):
         return ()
 
     def __call__(self, view: View, state: tuple[()]) -> tuple[Reduction, tuple[()]]:
-        if self.keep < 1:
-            raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={self.keep}")
+        check_keep(self.keep)
         size = min(self.keep, view.num_visual)
         budget = jnp.full(view.valid.shape[0], size, jnp.int32)
         if self.limit is not None:

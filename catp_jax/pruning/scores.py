@@ -116,6 +116,12 @@ def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:
     return jnp.argsort(order, axis=-1, stable=True)
 
 
+def check_keep(keep: int) -> None:
+    """Raises ValueError for a budget that leaves nothing."""
+    if keep < 1:
+        raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={keep}")
+
+
 def keep_best(
     keep: int,
     member: Bool[Array, "b *n"],
@@ -132,8 +138,7 @@ def keep_best(
 
     Raises ValueError if `keep` is below 1.
     """
-    if keep < 1:
-        raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={keep}")
+    check_keep(keep)
     size, last = member.shape[-1], member.ndim - 1
     index = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), member.shape)
     keys = (~member, *(-score for score in scores), index)

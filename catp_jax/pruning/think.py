@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Channels, Pruner, Reduction, Site, View
-from catp_jax.pruning.scores import evidence_of, last_rows
+from catp_jax.pruning.scores import check_keep, evidence_of, last_rows
 from catp_jax.struct import pytree, static
 
 EIGHTS = 8
@@ -43,8 +43,7 @@ class ThinK(Pruner[tuple[()]]):
     window: int = static(default=32)
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"pruning wants to keep at least 1 visual token, got keep={self.keep}")
+        check_keep(self.keep)
         if self.window < 1:
             raise ValueError(f"ThinK wants a window of at least 1, got {self.window}")
 
