@@ -247,11 +247,13 @@ class Channels:
 @pytree
 class Reduction:
     """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`, and
-    `keys` are a matter of CACHE.
+    `keys` are a matter of CACHE. So is `among`: the tokens to which the layer's attention over the
+    prompt, too, is confined (None: none is left out).
     """
 
     tokens: Keep | None = None
     keys: Channels | None = None
+    among: Keep | None = None
 
 
 State = TypeVar("State")
@@ -367,7 +369,7 @@ def run_pruners(
     ValueError for a reduction that cannot be: by head where heads have entries in common or after
     another such, one without the text, or of channels that another method has chosen.
     """
-    kept, keys, after = None, None, []
+    kept, keys, among, after = None, None, None, []
     for number, pruner in enumerate(pruners):
         name = type(pruner).__name__
         if kept is not None and kept.is_by_head:
@@ -383,6 +385,13 @@ def run_pruners(
             if keys is not None:
                 raise ValueError(f"{name} chooses key channels, as a method before it does")
             keys = reduction.keys
+        if reduction.among is not None:
+            among = reduction.among if kept is None else chain(kept, reduction.among)
+            if view.site is not Site.CACHE or among.is_by_head or among.merges:
+                raise ValueError(
+                    f"{name} prunes a layer's attention over the prompt, which wants tokens as "
+                    f"they are, the same for all heads, at CACHE; it is at {view.site.name}"
+                )
         if (keep := reduction.tokens) is not None:
             if keep.is_by_head and view.site not in BY_LAYER:
                 raise ValueError(
@@ -392,7 +401,7 @@ def run_pruners(
                 raise ValueError(f"{name} drops text, which always stays (site {view.site.name})")
             view = view if keep.is_by_head else reduce_view(view, keep)
             kept = keep if kept is None else chain(kept, keep)
-    return Reduction(tokens=kept, keys=keys), tuple(after)
+    return Reduction(tokens=kept, keys=keys, among=among), tuple(after)
 
 
 def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, Select, Site, Tiles, View, keep_columns
+from catp_jax.contract import Attention, Keep, Select, Site, View
 from catp_jax.models.attention import attend_blocks, scaled
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
@@ -141,114 +141,6 @@ def by_layer(prompts: Sequence[Prompt], select: Select) -> list[PromptLayer]:
             else:
                 found[layer] = PromptLayer(prompt, layer, block, select)
     return [*found.values()]
-
-
-@pytree
-class Shown:
-    """One layer of the prompt as it was computed: what a method may look at before it is cached."""
-
-    queries: Float[Array, "b s h d"]
-    made: KeysValues
-
-    @property
-    def attention(self) -> Attention:
-        """The layer's attention, for views."""
-        return Attention(queries=scaled(self.queries), keys=self.made.keys)
-
-
-def cached(
-    layers: Mapping[int, Shown],
-    select: Select,
-    *,
-    num_visual: int,
-    numbers: Int[Array, "b n"],
-    sees: Bool[Array, "b s n"],
-    read: Bool[Array, "b n"],
-    tiles: Tiles | None = None,
-) -> tuple[Prompt, ...]:
-    """The cache of layers over the same tokens, each as `select` prunes it, and then shown as what
-    will be read. New tokens may read `read`; `sees` is what the prompt's rows saw, and `tiles` how
-    visual tokens lie.
-    """
-    prompts: list[Prompt] = []
-    whole: dict[int, KeysValues] = {}
-    seen: dict[int, Array] = {}
-
-    def put_away() -> None:
-        if whole:
-            prompts.append(Prompt.of(whole, numbers, read, num_visual))
-            whole.clear()
-
-    for number, shown in layers.items():
-        held = (shown.made, numbers, read)
-        reduction = select(
-            View(
-                site=Site.CACHE,
-                layer=number,
-                num_visual=num_visual,
-                attention=shown.attention,
-                values=shown.made.values,
-                numbers=numbers,
-                valid=read,
-                sees=sees,
-                tiles=tiles,
-            )
-        )
-        keep, keys, left = reduction.tokens, reduction.keys, num_visual
-        if keep is None and keys is None:
-            whole[number], seen[number] = shown.made, sees
-            continue
-        put_away()
-        if keep is not None:
-            held, left = kept(keep, *held), num_visual - (read.shape[1] - keep.indices.shape[-1])
-            seen[number] = keep_columns(sees, keep)
-        if keys is None:
-            made, which, there = held
-            prompts.append(Prompt.of({number: made}, which, there, left))
-            continue
-        parts = [held]
-        if keys.recent:
-            parts = [kept(part, *held) for part in apart(held[1], held[2], keys.recent)]
-        for (made, which, there), channels in zip(parts, (keys.indices, None), strict=False):
-            own = left if channels is not None else 0
-            prompts.append(Prompt.of({number: made}, which, there, own, channels))
-        there = parts[0][2]
-        nothing = jnp.zeros((*there.shape[:-1], sees.shape[1], there.shape[-1]), bool)
-        seen[number] = nothing  # what is without all its channels shows nothing
-    put_away()
-    for layer in by_layer(prompts, select):
-        rows = seen[layer.layer]
-        padding = [(0, 0)] * (rows.ndim - 1) + [(0, layer.block.keys.shape[2] - rows.shape[-1])]
-        select(layer.view(layers[layer.layer].queries, jnp.pad(rows, padding)))
-    return tuple(prompts)
-
-
-def kept(
-    keep: Keep, made: KeysValues, numbers: Int[Array, "b *n"], valid: Bool[Array, "b *n"]
-) -> tuple[KeysValues, Int[Array, "b *k"], Bool[Array, "b *k"]]:
-    """What is left of a layer's keys and values, and of what says which tokens they are of."""
-
-    def take(array: Array) -> Array:
-        if array.ndim < keep.indices.ndim:  # heads had them in common so far
-            return keep.apply(array)
-        return jnp.take_along_axis(array, keep.indices, axis=-1)
-
-    return made.keep(keep), jnp.where(keep.valid, take(numbers), -1), take(valid) & keep.valid
-
-
-def apart(numbers: Int[Array, "b *n"], valid: Bool[Array, "b *n"], recent: int) -> list[Keep]:
-    """All but the last `recent` tokens of text, and those."""
-    size, last = valid.shape[-1], valid.ndim - 1
-    is_text = valid & (numbers < 0)
-    from_last = jnp.cumsum(is_text[..., ::-1], axis=last, dtype=jnp.int32)[..., ::-1]
-    is_recent = is_text & (from_last <= recent)
-    index = jax.lax.broadcasted_iota(jnp.int32, valid.shape, last)
-
-    def members(is_in: Bool[Array, "b *n"], count: int) -> Keep:
-        empty, indices = jax.lax.sort((~is_in, index), num_keys=2, dimension=last)
-        return Keep(indices=indices[..., :count], valid=~empty[..., :count])
-
-    return [members(valid & ~is_recent, size - recent), members(is_recent, recent)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

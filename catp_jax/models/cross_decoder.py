@@ -25,20 +25,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site, Tiles, View, keep_columns
+from catp_jax.contract import Keep, Reduction, Select, Site, Tiles, View, keep_columns
 from catp_jax.models.attention import attend, attend_blocks
 from catp_jax.models.blocks import KeysValues
 from catp_jax.models.cache import (
     Cache,
     Prompt,
     PromptLayer,
-    Shown,
     Slots,
     Tail,
     by_layer,
-    cached,
     causal_mask,
 )
+from catp_jax.models.caching import Shown, Stretch
 from catp_jax.models.layers import (
     Llama3Scaling,
     RmsNorm,
@@ -306,42 +305,61 @@ class CrossDecoder(nnx.Module):
             visual, project = visual.keep(keep), self.layers[self.first_cross].cross_attn.project
             made = project(visual.features) if keep.merges else first.made.keep(keep)
             first = replace(first, made=made)
-        layers = dict(enumerate(front.before))
-        cross = {} if first is None else {self.first_cross: first}
         rope, mask = self._rope(text.positions), causal_mask(text, text)
-        seen = None if visual is None else cross_mask(visual.sees, visual.slots.valid, front.mode)
+        length = text.valid.sum(axis=1, dtype=jnp.int32)
+        last = jnp.maximum(length - 1, 0)[:, None]
+        layers, cross = dict(enumerate(front.before)), dict[int, Shown]()
+        shrinks: dict[int, Reduction] = {}
+        images, branches = None, None
+        if visual is not None and first is not None:
+            images, branches = self._images(visual, front.mode, last, select)
+            cross[self.first_cross] = first
+            shrinks[self.first_cross] = images.ask(self.first_cross, first)
         for number in range(self.first_cross + 1, len(self.layers)):
             layer = self.layers[number]
             if isinstance(layer, SelfLayer):
                 x, queries, made = layer(x, rope, mask)
                 layers[number] = Shown(queries=queries, made=cast(KeysValues, made))
-            elif visual is not None and seen is not None:
+            elif visual is not None and images is not None and branches is not None:
                 cross[number] = layer.shown(x, visual.features)
-                x = layer(x, cross[number].made, *seen)
-        length = text.valid.sum(axis=1, dtype=jnp.int32)
-        prompt = cached(
-            layers,
-            select,
+                shrinks[number] = images.ask(number, cross[number])
+                made, seen = cross[number].made, images.mask
+                if (among := shrinks[number].among) is not None:
+                    made, seen = made.keep(among), keep_columns(seen, among)
+                x = layer(x, made, seen, branches)
+        of_text = Stretch(
+            select=select,
             num_visual=0,
             numbers=jnp.full_like(text.positions, -1),
+            mask=mask,
             sees=mask & text.valid[:, :, None],
             read=text.valid,
         )
+        shrinks |= {number: of_text.ask(number, shown) for number, shown in layers.items()}
+        prompt = of_text.cached(layers, shrinks)
         cache = CrossCache(tail=Tail.empty(prompt, length, new_slots), text=prompt)
-        if visual is not None and seen is not None:
-            last = jnp.maximum(length - 1, 0)[:, None]
-            images = cached(
-                cross,
-                select,
-                num_visual=visual.features.shape[1],
-                numbers=visual.slots.positions,
-                sees=visual.sees & visual.slots.valid[:, None],
-                read=jnp.take_along_axis(seen[0], last[:, :, None], axis=1)[:, 0],
-                tiles=visual.tiles,
-            )
-            taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, last, axis=1), seen[1])
-            cache = replace(cache, cross=images, branches=taken)
+        if images is not None and branches is not None:
+            taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, last, axis=1), branches)
+            cache = replace(cache, cross=images.cached(cross, shrinks), branches=taken)
         return self.norm(x), cache
+
+    def _images(
+        self, visual: Visual, mode: MaskMode, last: Int[Array, "b one"], select: Select
+    ) -> tuple[Stretch, Branches]:
+        """What cross-attention layers read, and what their rows take of it. New tokens see what the
+        row `last` sees.
+        """
+        mask, branches = cross_mask(visual.sees, visual.slots.valid, mode)
+        stretch = Stretch(
+            select=select,
+            num_visual=visual.features.shape[1],
+            numbers=visual.slots.positions,
+            mask=mask,
+            sees=visual.sees & visual.slots.valid[:, None],
+            read=jnp.take_along_axis(mask, last[:, :, None], axis=1)[:, 0],
+            tiles=visual.tiles,
+        )
+        return stretch, branches
 
     def step(
         self, tokens: Int[Array, " r"], cache: CrossCache, select: Select

@@ -12,18 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Select, Site, View
+from catp_jax.contract import Keep, Reduction, Select, Site, View
 from catp_jax.models.cache import (
     Cache,
     Past,
     Prompt,
-    Shown,
     Slots,
     Tail,
     by_layer,
-    cached,
     causal_mask,
 )
+from catp_jax.models.caching import Among, Shown, Stretch
 from catp_jax.struct import pytree, replace
 
 
@@ -37,7 +36,7 @@ class DecoderCache(Cache):
 @runtime_checkable
 class Layer(Protocol):
     """A layer that knows the positions of its rows: their output, their queries, and their keys
-    and values, or the tail of the past that they join.
+    and values, or the tail of the past that they join. `among` is asked about a prompt's.
     """
 
     def __call__(
@@ -46,6 +45,7 @@ class Layer(Protocol):
         *,
         mask: Bool[Array, "b s n"] | None,
         past: Past | None = None,
+        among: Among | None = None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], Any]: ...
 
 
@@ -88,24 +88,27 @@ class Decoder(nnx.Module):
         """
         next_position = slots.valid.sum(axis=1, dtype=jnp.int32)
         x = self.placed(x, slots.positions)
-        layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
         prompts: list[Prompt] = []
         made: dict[int, Shown] = {}  # since the last pruning
+        shrinks: dict[int, Reduction] = {}
 
-        def put_away() -> None:
-            sees = mask & slots.valid[:, :, None]
-            prompts.extend(
-                cached(
-                    made,
-                    select,
-                    num_visual=num_visual,
-                    numbers=numbers,
-                    sees=sees,
-                    read=slots.valid,
-                )
+        def laid_out() -> tuple[Sequence[Layer], Stretch]:
+            mask = causal_mask(slots, slots)
+            stretch = Stretch(
+                select=select,
+                num_visual=num_visual,
+                numbers=numbers,
+                mask=mask,
+                sees=mask & slots.valid[:, :, None],
+                read=slots.valid,
             )
-            made.clear()
+            return self.layers_at(slots.positions), stretch
 
+        def among(shown: Shown) -> Keep | None:
+            shrinks[number] = stretch.ask(number, shown)
+            return shrinks[number].among
+
+        layers, stretch = laid_out()
         before: Shown | None = None
         for number in range(len(layers)):
             if before is not None:
@@ -118,16 +121,17 @@ class Decoder(nnx.Module):
                     values=before.made.values,
                     numbers=numbers,
                     valid=slots.valid,
-                    sees=mask & slots.valid[:, :, None],
+                    sees=stretch.sees,
                 )
                 if (keep := select(view).tokens) is not None:
-                    put_away()
+                    prompts += stretch.cached(made, shrinks)
+                    made.clear()
                     num_visual -= x.shape[1] - keep.indices.shape[1]
                     x, numbers, slots = keep.apply(x), keep.apply(numbers), slots.keep(keep)
-                    layers, mask = self.layers_at(slots.positions), causal_mask(slots, slots)
-            x, queries, new = layers[number](x, mask=mask)
+                    layers, stretch = laid_out()
+            x, queries, new = layers[number](x, mask=stretch.mask, among=among)
             made[number] = before = Shown(queries=queries, made=new)
-        put_away()
+        prompts += stretch.cached(made, shrinks)
         last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         tail = Tail.empty(prompts, next_position, new_slots)

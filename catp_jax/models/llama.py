@@ -14,9 +14,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.models.attention import attend
 from catp_jax.models.blocks import Block, KeysValues
 from catp_jax.models.cache import Past
+from catp_jax.models.caching import Among, attend_prompt
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
@@ -115,12 +115,13 @@ class SelfAttention(AttentionProjections):
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
         mask: Bool[Array, "b s n"] | None,
         past: Past | None,
+        among: Among | None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         queries = rotate(split_heads(self.q_proj(x), self.heads), *rope)
         keys = rotate(split_heads(self.k_proj(x), self.kv_heads), *rope)
         new = KeysValues(keys=keys, values=split_heads(self.v_proj(x), self.kv_heads))
         if past is None:
-            attended, cache = attend(queries, new.keys, new.values, mask), new
+            attended, cache = attend_prompt(queries, new, mask, among), new
         else:
             attended, cache = past.attend(queries, new)
         return self.o_proj(merge_heads(attended)), queries, cache
@@ -141,11 +142,13 @@ class SelfLayer(nnx.Module):
         rope: tuple[Float[Array, "b s dk"], Float[Array, "b s dk"]],
         mask: Bool[Array, "b s n"] | None,
         past: Past | None = None,
+        among: Among | None = None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         """The layer's output, its queries, and its keys and values: the rows' own, or the past's
         tail with them.
         """
-        attended, queries, cache = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        normed = self.input_layernorm(x)
+        attended, queries, cache = self.self_attn(normed, rope, mask, past, among)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), queries, cache
 

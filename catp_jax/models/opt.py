@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.models.attention import attend
 from catp_jax.models.blocks import Block, KeysValues
 from catp_jax.models.cache import Past
+from catp_jax.models.caching import Among, attend_prompt
 from catp_jax.models.decoder import Decoder, Layer
 from catp_jax.models.layers import (
     ACTIVATIONS,
@@ -75,7 +75,11 @@ class OptAttention(nnx.Module):
         self.out_proj = linear(width, width, ("heads", "embed"), **options)
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"] | None, past: Past | None
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s n"] | None,
+        past: Past | None,
+        among: Among | None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         queries, keys, values = (
             split_heads(project(x), self.heads)
@@ -83,7 +87,7 @@ class OptAttention(nnx.Module):
         )
         new = KeysValues(keys=keys, values=values)
         if past is None:
-            attended, cache = attend(queries, keys, values, mask), new
+            attended, cache = attend_prompt(queries, new, mask, among), new
         else:
             attended, cache = past.attend(queries, new)
         return self.out_proj(merge_heads(attended)), queries, cache
@@ -102,12 +106,16 @@ class OptLayer(nnx.Module):
         self.activation = config.activation_function
 
     def __call__(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s n"] | None, past: Past | None = None
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s n"] | None,
+        past: Past | None = None,
+        among: Among | None = None,
     ) -> tuple[Float[Array, "b s d"], Float[Array, "b s h dk"], KeysValues | Block]:
         """The layer's output, its queries, and its keys and values: the rows' own, or the past's
         tail with them.
         """
-        attended, queries, cache = self.self_attn(self.self_attn_layer_norm(x), mask, past)
+        attended, queries, cache = self.self_attn(self.self_attn_layer_norm(x), mask, past, among)
         x = x + attended
         fed = ACTIVATIONS[self.activation](self.fc1(self.final_layer_norm(x)))
         return x + self.fc2(fed), queries, cache

@@ -24,6 +24,7 @@ from catp_jax.pruning.self_attention import SelfAttention
 from catp_jax.pruning.think import ThinK
 from catp_jax.pruning.trimmed_llama import TrimmedLlama
 from catp_jax.pruning.uniform import Uniform
+from catp_jax.pruning.zipvl import ZipVL
 
 METHODS: dict[str, Callable[..., Any]] = {
     "catp": CATP,
@@ -36,6 +37,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "csp": CSP,
     "elastic_cache": ElasticCache,
     "think": ThinK,
+    "zipvl": ZipVL,
     "random": Random,
     "uniform": Uniform,
     "pool": Pool,

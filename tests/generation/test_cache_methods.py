@@ -11,7 +11,7 @@ from catp_jax.contract import Site
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import CSP, ElasticCache, KNorm, ThinK, TrimmedLlama
+from catp_jax.pruning import CSP, ElasticCache, KNorm, ThinK, TrimmedLlama, ZipVL
 from catp_jax.struct import replace
 from tests import random_blip2 as blip2
 from tests import random_mllama as mllama
@@ -36,7 +36,10 @@ METHODS = {
 }
 CROSS = len(mllama.CONFIG.text.cross_attention_layers)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-WITH_CHANNELS = METHODS | {"think": lambda keep: ThinK(keep=keep)}
+WITH_CHANNELS = METHODS | {
+    "think": lambda keep: ThinK(keep=keep),
+    "zipvl": lambda keep: ZipVL(keep=keep, tau=1.0),
+}
 with_channels = pytest.mark.parametrize("method", WITH_CHANNELS.values(), ids=WITH_CHANNELS)
 
 

@@ -307,3 +307,29 @@ def think(
         )
         score.append(of_queries * sum(float(key[head, channel]) ** 2 for key in keys))
     return sorted(sorted(range(len(score)), key=lambda c: (-score[c], c))[:number])
+
+
+def zipvl(
+    queries: np.ndarray,
+    keys: np.ndarray,
+    sees: np.ndarray,
+    *,
+    visual: Sequence[int],
+    tau: float,
+    room: int,
+) -> tuple[int, list[int]]:
+    """arXiv 2410.08584, version 2, where all rows are probes: how many visual tokens are wanted,
+    and which stay in so much room.
+    """
+    received = dict.fromkeys(visual, 0.0)
+    for row in range(len(queries)):
+        for head in range(queries.shape[1]):
+            weights = attention_row(queries, keys, sees, row, head)
+            for n in visual:
+                received[n] += weights[n]
+    highest = sorted(received.values(), reverse=True)
+    wanted = 1
+    while wanted < len(visual) and sum(highest[:wanted]) < tau * sum(highest):
+        wanted += 1
+    score = {n: received[n] / max(1, sum(map(bool, sees[:, n]))) for n in visual}
+    return wanted, sorted(sorted(visual, key=lambda n: (-score[n], n))[: min(wanted, room)])
