@@ -1,5 +1,5 @@
-"""The command line: `catp-jax generate`, `match`, `study`, `convert`, `plan`, `doctor`,
-`demo`.
+"""The command line: `catp-jax generate`, `match`, `study`, `calibrate`, `convert`, `plan`,
+`doctor`, `demo`.
 
 Bad input ends with one message on stderr and exit code 1 (2 for a call that is itself wrong). What
 takes long to import is imported where it is needed, so that --help and refusals are quick.
@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import catp_jax
-from catp_jax import cli_cluster, cli_demo, cli_generate, cli_study
+from catp_jax import cli_calibrate, cli_cluster, cli_demo, cli_generate, cli_study
 from catp_jax import cli_options as opts
 from catp_jax.cli_sweep import interruptible
 from catp_jax.terminal import printable, say
@@ -156,6 +156,7 @@ def match(
 
 app.command()(cli_demo.demo)
 app.add_typer(cli_study.app, name="study")
+app.command()(cli_calibrate.calibrate)
 
 
 def leave(code: int) -> NoReturn:

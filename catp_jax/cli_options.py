@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
 
 METHODS = (
     "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, csp, elastic_cache, think, "
-    "zipvl, random, uniform, pool"
+    "zipvl, aircache, random, uniform, pool; eigen:DIR and attention_predictor:DIR, see calibrate"
 )
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 

@@ -160,6 +160,14 @@ def run(
     ] = False,
     chat: opts.Chat = False,
     begun: opts.Begun = "",
+    late: Annotated[
+        bool,
+        typer.Option(
+            "--late",
+            help="Read the last token of each prompt from the cache, as answers are: methods that "
+            "prune the cache then count from the first word on.",
+        ),
+    ] = False,
     generation_config: Annotated[
         bool,
         opts.generation_option(
@@ -222,6 +230,7 @@ def run(
         prompt=prompt or chosen.prompt,
         is_chat=chat,
         begun=begun,
+        is_late=late,
         batch=batch_size,
         options=options,
         seed=seed,

@@ -210,6 +210,46 @@ def _members(groups: Int[Array, "b *n"], size: int) -> Bool[Array, "b *kv k n"]:
 
 
 @pytree
+class Replace(Merge):
+    """Other tokens in the place of visual ones, at ENTRY or CROSS: `tokens[:, j]` stands for the
+    group `j`. They need not be its mean, nor anything linear.
+
+    What there is of each head, keys and values, does become means: a layer has made nothing of the
+    new tokens yet when the next pruner looks. In all else it is as a `Merge`.
+    """
+
+    tokens: Float[Array, "b k d"]
+
+    @classmethod
+    def merged(cls, merge: Merge, tokens: Float[Array, "b k d"]) -> "Replace":
+        """The groups of `merge`, with `tokens` instead of means."""
+        return cls(indices=merge.indices, valid=merge.valid, groups=merge.groups, tokens=tokens)
+
+    def apply(self, array: Array) -> Array:
+        """As a selection's, with the new tokens in place of a site's own, in their number type.
+
+        Raises ValueError for an array of so many axes that is not of this width.
+        """
+        if array.ndim != self.tokens.ndim or not jnp.issubdtype(array.dtype, jnp.floating):
+            return super().apply(array)
+        if array.shape[2] != self.tokens.shape[2]:
+            raise ValueError(
+                f"tokens of width {self.tokens.shape[2]} cannot take the place of others of width "
+                f"{array.shape[2]}"
+            )
+        return self.tokens.astype(array.dtype)
+
+    def first(self, size: int) -> "Replace":
+        """The first `size` groups."""
+        return replace(
+            self,
+            indices=self.indices[:, :size],
+            valid=self.valid[:, :size],
+            tokens=self.tokens[:, :size],
+        )
+
+
+@pytree
 class Chained(Keep):
     """`before` and, on its result, `then`, where one of them merges. `indices` and `valid` are of
     both, in terms of the entries that `before` was given.
@@ -243,16 +283,47 @@ class Channels:
     recent: int = static()
     indices: Int[Array, "b kv c"]
 
+    def apply(self, array: Float[Array, "b kv *rest d"]) -> Float[Array, "b kv *rest c"]:
+        """What of keys, or of queries, stays."""
+        shape = (*self.indices.shape[:2], *(1,) * (array.ndim - 3), self.indices.shape[2])
+        return jnp.take_along_axis(array, self.indices.reshape(shape), axis=-1)
+
+
+@pytree
+class Basis:
+    """Directions that keys or values are put down in, of each key-value head: `matrix` has
+    orthonormal columns. Those of new tokens have all of theirs.
+    """
+
+    recent: ClassVar[int] = 0
+
+    matrix: Float[Array, "kv d r"]
+
+    def apply(self, array: Float[Array, "b kv *rest d"]) -> Float[Array, "b kv *rest r"]:
+        """Keys, queries or values in this basis."""
+        return self._product("bk...d,kdr->bk...r", array)
+
+    def back(self, array: Float[Array, "b kv *rest r"]) -> Float[Array, "b kv *rest d"]:
+        """Values out of it."""
+        return self._product("bk...r,kdr->bk...d", array)
+
+    def _product(self, axes: str, array: Array) -> Array:
+        matrix = self.matrix.astype(array.dtype)
+        product = jnp.einsum(axes, array, matrix, preferred_element_type=jnp.float32)
+        return product.astype(array.dtype)
+
 
 @pytree
 class Reduction:
-    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`, and
-    `keys` are a matter of CACHE. So is `among`: the tokens to which the layer's attention over the
-    prompt, too, is confined (None: none is left out).
+    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`.
+
+    The others are a matter of CACHE: the channels or directions of keys and of values, and `among`,
+    the tokens to which the layer's attention over the prompt, too, is confined.
     """
 
     tokens: Keep | None = None
-    keys: Channels | None = None
+    keys: Channels | Basis | None = None
+    values: Basis | None = None
     among: Keep | None = None
 
 
@@ -367,9 +438,9 @@ def run_pruners(
 
     Returns the reduction in terms of `view`'s entries and the new state of every pruner. Raises
     ValueError for a reduction that cannot be: by head where heads have entries in common or after
-    another such, one without the text, or of channels that another method has chosen.
+    another such, one without the text, or of channels where another method has chosen.
     """
-    kept, keys, among, after = None, None, None, []
+    kept, keys, values, among, after = None, None, None, None, []
     for number, pruner in enumerate(pruners):
         name = type(pruner).__name__
         if kept is not None and kept.is_by_head:
@@ -379,12 +450,12 @@ def run_pruners(
             )
         reduction, state = pruner(view, pruner.start(view) if states is None else states[number])
         after.append(state)
-        if reduction.keys is not None:
+        if reduction.keys is not None or reduction.values is not None:
             if view.site is not Site.CACHE:
-                raise ValueError(f"{name} chooses key channels, which site {view.site.name} cannot")
-            if keys is not None:
-                raise ValueError(f"{name} chooses key channels, as a method before it does")
-            keys = reduction.keys
+                raise ValueError(f"{name} chooses channels, which site {view.site.name} cannot")
+            if keys is not None or values is not None:
+                raise ValueError(f"{name} chooses channels, as a method before it does")
+            keys, values = reduction.keys, reduction.values
         if reduction.among is not None:
             among = reduction.among if kept is None else chain(kept, reduction.among)
             if view.site is not Site.CACHE or among.is_by_head or among.merges:
@@ -401,7 +472,7 @@ def run_pruners(
                 raise ValueError(f"{name} drops text, which always stays (site {view.site.name})")
             view = view if keep.is_by_head else reduce_view(view, keep)
             kept = keep if kept is None else chain(kept, keep)
-    return Reduction(tokens=kept, keys=keys, among=among), tuple(after)
+    return Reduction(tokens=kept, keys=keys, values=values, among=among), tuple(after)
 
 
 def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:

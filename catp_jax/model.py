@@ -1,6 +1,7 @@
 """A loaded model: prompts and images in, answers out."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -18,7 +19,7 @@ from catp_jax.answers import (
     likelihoods_of,
     logprobs_of,
 )
-from catp_jax.contract import Keep, Pruners, Site, settle, turn
+from catp_jax.contract import BY_LAYER, Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.generation.decoding import Decoding, Stop
@@ -38,6 +39,7 @@ from catp_jax.readers.seen import Seen
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.rules import shares
+from catp_jax.struct import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,6 @@ class Model:
         """What tells this model from others, for records: its kind, size, number type, a checksum
         over a little of every array, and one of the processor.
         """
-        checksum = hashlib.sha256()
-        for array in self.network.arrays:
-            some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
-            checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
         network = self.network.thaw()
         layers = self.reader.cross_layers
         return {
@@ -92,10 +90,19 @@ class Model:
             "parameters": sum(array.size for array in self.network.arrays),
             "dtype": str(self.dtype),
             **({"weights": narrowed} if (narrowed := narrow_type(self.network.arrays)) else {}),
-            "checksum": checksum.hexdigest()[:16],
+            "checksum": self.checksum,
             "processor": fingerprint(self.reader.processor),
             **self.reader.seen.described(),
         }
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Of the shape and a little of every array."""
+        checksum = hashlib.sha256()
+        for array in self.network.arrays:
+            some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
+            checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
+        return checksum.hexdigest()[:16]
 
     def seeing(self, image_scale: float = 1.0, tiles: int | None = None) -> "Model":
         """The model, to which images are shown with fewer pixels, or of which an image has so many
@@ -123,6 +130,18 @@ class Model:
 
         Raises ValueError for an image that cannot be read or a prompt that doesn't fit its images.
         """
+        return self.pack(self.questions(images, prompts, begun))
+
+    def questions(
+        self,
+        images: Sequence[ImageLike | Sequence[ImageLike] | None] | None,
+        prompts: Sequence[Prompt],
+        begun: Sequence[str] | None = None,
+        *,
+        max_new_tokens: int = 0,
+        cache: ImageCache | None = None,
+    ) -> list[Question[Any]]:
+        """What `prepare` packs: each prompt with its images, as `read` reads it."""
         if isinstance(prompts, NO_LIST) or isinstance(images, NO_LIST):
             raise ValueError("images and prompts are lists, with one entry for each question")
         if not prompts:
@@ -136,15 +155,16 @@ class Model:
         begun = [""] * len(prompts) if begun is None else begun
         if isinstance(begun, NO_LIST) or len(begun) != len(prompts):
             raise ValueError('begun is a list, with a text for each prompt; "" for none')
-        cache: ImageCache = {}
+        cache = {} if cache is None else cache
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache": cache}
         questions = []
         for number, (sources, prompt, text) in enumerate(zip(images, prompts, begun, strict=True)):
             try:
-                questions.append(self.read(sources, prompt, begun=text, cache=cache))
+                questions.append(self.read(sources, prompt, begun=text, **options))
             except ValueError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
-        return self.pack(questions)
+        return questions
 
     def read(
         self,
@@ -179,6 +199,23 @@ class Model:
             inputs = jax.device_put(packed.inputs)  # here, and not again at every call
         begun = tuple(question.begun for question in questions)
         return dataclasses.replace(packed, inputs=inputs, begun=begun if any(begun) else ())
+
+    def late(self, packed: Packed[Any]) -> Packed[Any]:
+        """The batch with each prompt's last token read from the cache, as answers are: what is
+        pruned there counts from an answer's first word on, and answers may be of one word.
+
+        Raises ValueError if this model prunes nothing in its cache.
+        """
+        if not self.sites & {*BY_LAYER}:
+            raise ValueError(
+                "this model prunes nothing in its cache, so it makes no difference what reads it"
+            )
+        tokens, valid = packed.inputs.tokens, packed.inputs.token_valid
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        last = jnp.where(valid, places, -1).max(axis=1, keepdims=True)
+        inputs = replace(packed.inputs, token_valid=valid & (places < last))
+        of_prompt = jnp.take_along_axis(tokens, last, axis=1)[:, 0]
+        return dataclasses.replace(packed, inputs=inputs, last=of_prompt)
 
     def encode(self, packed: Packed[Any]) -> Packed[Any]:
         """The batch with its images encoded, for whoever asks about it more than once."""
@@ -415,7 +452,17 @@ class Model:
         if methods and pruners:
             raise ValueError("give pruners, or methods by name (prune and keep), not both")
         if methods:
-            return pruners_of(methods, packed.available, packed.capacity, self.sites, packed.most)
+            pruners = pruners_of(
+                methods, packed.available, packed.capacity, self.sites, packed.most
+            )
+        for pruner in pruners:
+            if (of := getattr(pruner, "of_model", None)) not in (None, self.checksum):
+                raise ValueError(
+                    f"what {type(pruner).__name__} has learned is of another model (checksum {of}, "
+                    f"and this one has {self.checksum}); calibrate it for this one"
+                )
+        if methods:
+            return pruners
         pruners = settle(pruners, self.sites)
         keeps = [pruner.keep for pruner in sorted(pruners, key=turn)]
         budget.check([keep for keep in keeps if keep is not None], packed.most)

@@ -38,9 +38,10 @@ ROOMS: dict[str, set[str]] = {
             "struct contract lines messages strict_json terminal targets pruning generation readers"
         ),
         # it trains on the study's tasks, and writes what it trained in Hugging Face format
-        "training": "struct contract models readers study convert",
+        "training": "struct contract models pruning readers study convert",
         "answers": "contract generation readers",
-        "model": "contract models pruning sharding generation readers answers",
+        "model": "struct contract models pruning sharding generation readers answers",
+        "guided": "contract pruning generation readers answers model",
         "families": "models generation readers convert",
         "api": "models sharding readers convert families model",
         "matching": "models sharding generation readers convert",
@@ -59,11 +60,14 @@ ROOMS: dict[str, set[str]] = {
             "messages terminal targets sharding readers study training convert families api "
             "cli_options cli_compared cli_sweep"
         ),
+        "cli_calibrate": (
+            "contract terminal pruning generation sharding study training model api cli_options"
+        ),
         "cli_demo": "contract terminal readers study training model api cli_options cli_sweep",
         "cli_cluster": "terminal targets sharding families plan doctor cli_options",
         "cli": (
             "terminal sharding readers convert matching catp_jax cli_options cli_generate "
-            "cli_sweep cli_study cli_cluster cli_demo"
+            "cli_sweep cli_study cli_cluster cli_calibrate cli_demo"
         ),
         "catp_jax": "answers model api matching",
         "__main__": "cli",

@@ -24,7 +24,7 @@ from catp_jax.matching import load_matcher
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.narrow import Weights
 from catp_jax.models.tiled_vit import VisionMode
-from catp_jax.pruning import BOUNDS, METHODS
+from catp_jax.pruning import BOUNDS, METHODS, is_learned
 from catp_jax.sharding.distributed import HEARTBEAT
 from catp_jax.study.records import Conditions
 from catp_jax.targets import GPUS
@@ -400,7 +400,10 @@ def test_one_sentence_says_what_this_is():
 
 
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
-    assert ", ".join(name for name in METHODS if name not in BOUNDS) == cli_options.METHODS
+    plain = [name for name in METHODS if name not in BOUNDS and not is_learned(name)]
+    learned = [f"{name}:DIR" for name in METHODS if is_learned(name)]
+    told = f"{', '.join(plain)}; {' and '.join(learned)}, see calibrate"
+    assert told == cli_options.METHODS
     assert ", ".join(GPUS) == cli_cluster.GPUS
     assert inspect.signature(cli.start).parameters["heartbeat"].default == HEARTBEAT
     script = "import sys; from catp_jax import cli; print({'jax', 'numpy'} & {*sys.modules})"

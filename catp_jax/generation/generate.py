@@ -5,7 +5,8 @@
     first, following   the loop one token at a time, for streaming
     step       token + cache → logits + cache, for the costs of one and whoever has a loop of their
                own; the old cache's memory is reused (donated)
-    encode     what comes before any pruning, once; all the others take it in place of the inputs
+    encode     what comes before any pruning, once; all the others take it in place of the inputs;
+               `Late` inputs have their last token read from the cache
     select_tokens, generate_from   prefill cut in two where the model is first pruned: the first
                scores, the host reads how many tokens were asked for, the second runs at the
                capacity chosen
@@ -53,6 +54,16 @@ class Encoded:
 
 
 @pytree
+class Late:
+    """Inputs, or what is `Encoded` of them, without each prompt's `last` token. A step reads that,
+    as it reads an answer's: what was pruned in the cache then counts from the first new token on.
+    """
+
+    inputs: Any
+    last: Int[Array, " b"]
+
+
+@pytree
 class Prefilled:
     """A prompt's result: logits of the next token, and the cache to go on with, which has room for
     `new_slots` tokens of each row.
@@ -92,17 +103,28 @@ class Generated:
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
     select = Selector(pruners, model.sites)
-    return _prefilled(model, _front(model, inputs), select, new_slots)
+    return _prefilled(model, pruners, _front(model, inputs), select, new_slots)
 
 
 def _front(model: Prefillable, inputs: Any) -> Any:
+    if isinstance(inputs, Late):
+        return replace(inputs, inputs=_front(model, inputs.inputs))
     return inputs.front if isinstance(inputs, Encoded) else model.front(inputs)
 
 
-def _prefilled(model: Prefillable, front: Any, select: Selector, new_slots: int) -> Prefilled:
-    logits, cache = model.back(front, select, new_slots)
-    select.check()
-    return Prefilled(new_slots=new_slots, logits=logits, cache=cache, selection=select.selection)
+def _prefilled(
+    model: Prefillable, pruners: Pruners, front: Any, select: Selector, new_slots: int
+) -> Prefilled:
+    if isinstance(front, Late):
+        start = _prefilled(model, pruners, front.inputs, select, new_slots + 1)
+        selection = start.selection
+        logits, cache, states = step_with(model, pruners, front.last, start.cache, selection.states)
+        selection = replace(selection, states=states)
+    else:
+        logits, cache = model.back(front, select, new_slots)
+        select.check()
+        selection = select.selection
+    return Prefilled(new_slots=new_slots, logits=logits, cache=cache, selection=selection)
 
 
 @pytree
@@ -203,7 +225,9 @@ def generate(
 
 @jax.jit
 def encode(model: Prefillable, inputs: Any) -> Encoded:
-    """What all ways of pruning have in common, with what any of them may ask for."""
+    """What all ways of pruning have in common, with what any of them may ask for; not for `Late`
+    inputs, which are made of it.
+    """
     return Encoded(front=model.front(inputs))
 
 
@@ -253,8 +277,11 @@ def select_tokens(
     that holds `keep.valid.sum(axis=1).max()` entries.
     """
     front, select = _front(model, inputs), Selector(pruners, model.sites)
-    keep = select(front.view).tokens
-    return replace(front, view=None), keep, select.selection
+    first = front.inputs if isinstance(front, Late) else front
+    keep = select(first.view).tokens
+    first = replace(first, view=None)
+    front = replace(front, inputs=first) if isinstance(front, Late) else first
+    return front, keep, select.selection
 
 
 def truncate(keep: Keep, selection: Selection, capacity: int) -> tuple[Keep, Selection]:
@@ -275,7 +302,7 @@ def prefill_from(
 ) -> Prefilled:
     """What `prefill` does after `select_tokens`."""
     select = Selector(pruners, model.sites, selection, keep)
-    return _prefilled(model, front, select, new_slots)
+    return _prefilled(model, pruners, front, select, new_slots)
 
 
 @jax.jit
@@ -290,5 +317,5 @@ def generate_from(
 ) -> Generated:
     """What `generate` does after `select_tokens`; later pruners have their turn here."""
     select = Selector(pruners, model.sites, selection, keep)
-    start = _prefilled(model, front, select, stop.max_new_tokens)
+    start = _prefilled(model, pruners, front, select, stop.max_new_tokens)
     return decode(model, pruners, start, decoding, stop)

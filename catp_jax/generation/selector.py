@@ -80,7 +80,7 @@ class Selector:
             )
         if view.attention is None:
             raise ValueError(
-                f"{name} works at READ, and cannot where another method leaves out key channels; "
+                f"{name} works at READ, and cannot where another method leaves out channels; "
                 "leave one out"
             )
         if not self.is_step:

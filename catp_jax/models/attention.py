@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from catp_jax.models import one_row
-from catp_jax.models.blocks import LOWEST, Read
+from catp_jax.models.blocks import LOWEST, Block, Read
 
 USE_CUDNN = True
 """False, before a program is compiled: XLA computes all attention."""
@@ -230,7 +230,7 @@ def _by_products(
     rows, _, heads, channels = queries.shape
     logits = [_logits(queries, read, factor) for read in reads]
     if len(reads) == 1:  # a softmax that a GPU has in one kernel, which reads the logits once
-        out = _summed(jax.nn.softmax(logits[0], axis=-1), reads[0].block.values)
+        out = _summed(jax.nn.softmax(logits[0], axis=-1), reads[0].block)
         return out.astype(reads[0].block.values.dtype)[:, None]
     largest = [part.max(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads) for part in logits]
     top = jnp.stack(largest).max(axis=0)
@@ -242,21 +242,21 @@ def _by_products(
         highest = top.reshape(batch, each, kv, group).transpose(0, 2, 1, 3)
         weights = jnp.exp(part - highest[..., None])
         total += weights.sum(axis=-1).transpose(0, 2, 1, 3).reshape(rows, heads)
-        out += _summed(weights, read.block.values)
+        out += _summed(weights, read.block)
     return (out / total[..., None]).astype(reads[0].block.values.dtype)[:, None]
 
 
-def _summed(
-    weights: Float[Array, "b kv each group slots"], values: Float[Array, "b kv slots d"]
-) -> Float[Array, "r h d"]:
+def _summed(weights: Float[Array, "b kv each group slots"], block: Block) -> Float[Array, "r h d"]:
     """What rows take of a block's values, in float32."""
     batch, kv, each, group, _ = weights.shape
     summed = jnp.einsum(
         "bkmgn,bknd->bkmgd",
-        weights.astype(values.dtype),
-        values,
+        weights.astype(block.values.dtype),
+        block.values,
         preferred_element_type=jnp.float32,
     )
+    if block.values_in is not None:
+        summed = block.values_in.back(summed)
     return summed.transpose(0, 2, 1, 3, 4).reshape(batch * each, kv * group, -1)
 
 
@@ -265,9 +265,8 @@ def _logits(
 ) -> Float[Array, "b kv each group slots"]:
     (rows, _, heads, channels), (batch, kv, slots, _) = queries.shape, read.block.keys.shape
     grouped = queries.reshape(batch, rows // batch, kv, heads // kv, channels)
-    if read.block.channels is not None:
-        of_head = read.block.channels[:, None, :, None]
-        grouped = jnp.take_along_axis(grouped, of_head, axis=4)
+    if read.block.keys_in is not None:
+        grouped = jnp.swapaxes(read.block.keys_in.apply(jnp.swapaxes(grouped, 1, 2)), 1, 2)
     # the barrier keeps XLA from merging the products of two blocks, for which it transposes both,
     # and from writing out for all layers what they see alike
     grouped, keys, seen = jax.lax.optimization_barrier((grouped, read.block.keys, read.seen))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Basis, Channels, Keep
 from catp_jax.struct import pytree, replace
 
 ALIGNED = 32
@@ -45,16 +45,22 @@ class KeysValues:
 
 @pytree
 class Block:
-    """One attention layer's keys and values as decoding reads them. With `channels`, those alone of
-    each head's keys are there.
+    """One attention layer's keys and values as decoding reads them: all channels, or what `keys_in`
+    and `values_in` leave of them.
     """
 
     keys: Float[Array, "b kv slots c"]
     values: Float[Array, "b kv slots d"]
-    channels: Int[Array, "b kv c"] | None = None
+    keys_in: Channels | Basis | None = None
+    values_in: Basis | None = None
 
     @classmethod
-    def of(cls, made: KeysValues, channels: Int[Array, "b kv c"] | None = None) -> "Block":
+    def of(
+        cls,
+        made: KeysValues,
+        keys_in: Channels | Basis | None = None,
+        values_in: Basis | None = None,
+    ) -> "Block":
         """A prompt's block; slots beyond its tokens are zero."""
 
         def stored(array: Array) -> Array:
@@ -62,15 +68,20 @@ class Block:
             array = jnp.pad(array, ((0, 0), (0, capacity(size) - size), (0, 0), (0, 0)))
             return jnp.swapaxes(array, 1, 2)
 
-        keys = stored(made.keys)
-        if channels is not None:
-            keys = jnp.take_along_axis(keys, channels[:, :, None], axis=3)
-        return cls(keys=keys, values=stored(made.values), channels=channels)
+        keys, values = stored(made.keys), stored(made.values)
+        return cls(
+            keys=keys if keys_in is None else keys_in.apply(keys),
+            values=values if values_in is None else values_in.apply(values),
+            keys_in=keys_in,
+            values_in=values_in,
+        )
 
     @classmethod
     def empty(cls, like: "Block", slots: int) -> "Block":
         """So many slots for new tokens, for the prompts and heads of `like`."""
         batch, kv, _, channels = like.values.shape
+        if like.values_in is not None:
+            channels = like.values_in.matrix.shape[1]
         nothing = jnp.zeros((batch, kv, slots, channels), like.values.dtype)
         return cls(keys=nothing, values=nothing)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Keep, Select, Site, View
+from catp_jax.contract import Attention, Basis, Channels, Keep, Select, Site, View
 from catp_jax.models.attention import attend_blocks, scaled
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
@@ -68,15 +68,16 @@ class Prompt:
         numbers: Int[Array, "b *n"],
         valid: Bool[Array, "b *n"],
         num_visual: int,
-        channels: Int[Array, "b kv c"] | None = None,
+        keys_in: Channels | Basis | None = None,
+        values_in: Basis | None = None,
     ) -> "Prompt":
-        """A prompt's blocks; slots beyond its tokens are empty. `channels`: of the keys."""
+        """A prompt's blocks; slots beyond its tokens are empty."""
         missing = capacity(valid.shape[-1]) - valid.shape[-1]
         padding = [(0, 0)] * (valid.ndim - 1) + [(0, missing)]
         return cls(
             layers=tuple(layers),
             num_visual=num_visual,
-            blocks=tuple(Block.of(layer, channels) for layer in layers.values()),
+            blocks=tuple(Block.of(made, keys_in, values_in) for made in layers.values()),
             numbers=jnp.pad(numbers, padding, constant_values=-1),
             valid=jnp.pad(valid, padding),
         )
@@ -100,17 +101,19 @@ class PromptLayer:
         queries: Float[Array, "b s h d"],
         sees: Bool[Array, "b s slots"] | Bool[Array, "b kv s slots"],
     ) -> View:
-        """What rows of each prompt may read; there is no attention to show without all channels."""
-        attention = None
-        if self.block.channels is None:
+        """What rows of each prompt may read; what is without all its channels is not shown."""
+        attention, values = None, None
+        if self.block.keys_in is None:
             keys = jnp.swapaxes(self.block.keys, 1, 2)
             attention = Attention(queries=scaled(queries), keys=keys)
+        if self.block.values_in is None:
+            values = jnp.swapaxes(self.block.values, 1, 2)
         return View(
             site=Site.READ,
             layer=self.layer,
             num_visual=self.prompt.num_visual,
             attention=attention,
-            values=jnp.swapaxes(self.block.values, 1, 2),
+            values=values,
             numbers=self.prompt.numbers,
             valid=self.prompt.valid,
             sees=sees,

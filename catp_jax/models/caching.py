@@ -103,7 +103,7 @@ class Stretch:
                 whole.clear()
 
         for number, shown in layers.items():
-            if shrinks[number].tokens is None and shrinks[number].keys is None:
+            if not any((shrinks[number].tokens, shrinks[number].keys, shrinks[number].values)):
                 whole[number], seen[number] = shown.made, self.sees
                 continue
             put_away()
@@ -127,14 +127,14 @@ class Stretch:
             left -= self.read.shape[1] - keep.indices.shape[-1]
             held, sees = kept(keep, *held), keep_columns(sees, keep)
         made, numbers, there = held
-        if keys is None:
+        if keys is None and shrinks.values is None:
             return [Prompt.of({number: made}, numbers, there, left)], sees
         recent: list[Prompt] = []
-        if keys.recent:
+        if keys is not None and keys.recent:
             before, last = (kept(part, *held) for part in apart(numbers, there, keys.recent))
             made, numbers, there = before
             recent.append(Prompt.of({number: last[0]}, last[1], last[2], 0))
-        thin = Prompt.of({number: made}, numbers, there, left, keys.indices)
+        thin = Prompt.of({number: made}, numbers, there, left, keys, shrinks.values)
         # what is without all its channels shows nothing
         nothing = jnp.zeros((*there.shape[:-1], sees.shape[-2], there.shape[-1]), bool)
         return [thin, *recent], nothing

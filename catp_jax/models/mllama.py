@@ -26,7 +26,7 @@ from catp_jax.models.cross_decoder import (
 )
 from catp_jax.models.layers import linear
 from catp_jax.models.tiled_vit import TiledVit, TiledVitConfig, VisionMode
-from catp_jax.struct import AnyArray, pytree, static
+from catp_jax.struct import AnyArray, pytree, replace, static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,8 @@ class Mllama(nnx.Module):
             positions=jnp.broadcast_to(numbers, tokens.shape),
             valid=jnp.asarray(inputs.token_valid),
         )
+        if visual is not None:
+            visual = replace(visual, sees=visual.sees & text.valid[:, :, None])
         return self.language_model.front(tokens, text, visual, inputs.mask_mode)
 
     def back(

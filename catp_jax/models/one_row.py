@@ -42,8 +42,8 @@ def refuses(queries: Float[Array, "r one h d"], reads: Sequence[Read]) -> str | 
     """Why the kernel does not compute this attention; None: it does, on a GPU."""
     if not USE_KERNEL:
         return "USE_KERNEL is False"
-    if any(read.block.channels is not None for read in reads):
-        return "it reads all channels of the keys"
+    if any(read.block.keys_in or read.block.values_in for read in reads):
+        return "it reads all channels"
     arrays = [queries, *jax.tree.leaves([read.block for read in reads])]
     dtypes = {str(array.dtype) for array in arrays}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:

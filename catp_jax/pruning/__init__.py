@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from catp_jax.contract import Site
+from catp_jax.pruning import learned
+from catp_jax.pruning.aircache import AirCache
 from catp_jax.pruning.anti import Anti
+from catp_jax.pruning.attention_predictor import AttentionPredictor
 from catp_jax.pruning.catp import CATP
 from catp_jax.pruning.csp import CSP
+from catp_jax.pruning.eigen import EigenAttention
 from catp_jax.pruning.elastic_cache import ElasticCache
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
@@ -38,6 +42,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "elastic_cache": ElasticCache,
     "think": ThinK,
     "zipvl": ZipVL,
+    "aircache": AirCache,
+    "eigen": EigenAttention,
+    "attention_predictor": AttentionPredictor,
     "random": Random,
     "uniform": Uniform,
     "pool": Pool,
@@ -48,7 +55,12 @@ METHODS: dict[str, Callable[..., Any]] = {
 BOUNDS = ("oracle", "anti")
 """Those that must be told what is needed, as a study of a task that knows does."""
 
-NOT_OPTIONS = ("keep", "limit", "of", "needed")
+NOT_OPTIONS = ("keep", "limit", "of", "needed", "of_model")
+
+
+def is_learned(name: str) -> bool:
+    """Whether a method wants a folder that `catp-jax calibrate` made."""
+    return hasattr(METHODS[name], "from_learned")
 
 
 def site_of(name: str, sites: frozenset[Site]) -> Site | None:
@@ -58,8 +70,14 @@ def site_of(name: str, sites: frozenset[Site]) -> Site | None:
 
 
 def methods_for(sites: frozenset[Site]) -> list[str]:
-    """Names of the methods that fit a model with these sites, without the bounds."""
-    return [name for name in METHODS if name not in BOUNDS and site_of(name, sites) is not None]
+    """Names of the methods that fit a model with these sites, without the bounds and those that
+    must learn first.
+    """
+    return [
+        name
+        for name in METHODS
+        if name not in BOUNDS and not is_learned(name) and site_of(name, sites) is not None
+    ]
 
 
 def make(
@@ -74,7 +92,8 @@ def make(
     Options follow the name, each after a colon; a switch goes by its name alone
     (`"catp:image_weights"`), slashes separate a vector's numbers (`"catp:weights=1/0/0.5"`). A
     method that fits several places of a model takes the first, or as it is told
-    (`"k_norm:site=cache"`). `keep` is a count of entries, None for a method whose budget follows
+    (`"k_norm:site=cache"`); one that has to learn wants the folder, first of all (`"eigen:DIR"`,
+    see `learned`). `keep` is a count of entries, None for a method whose budget follows
     from the data; `limit` leaves fewer to some samples. A method that takes a share is told that
     `keep` is one `of` so many.
 
@@ -89,6 +108,7 @@ def make(
     if first is None:
         raise ValueError(f"{name} prunes a place that this model does not have; it takes {fitting}")
     texts: dict[str, str | None] = {}
+    folder = options.pop(0) if is_learned(name) and options else ""
     for option in options:
         key, separator, text = option.partition("=")
         if key in texts:
@@ -101,6 +121,11 @@ def make(
         types.pop("layer", None)  # nothing there would read it
     types["site"] = tuple(own)
     values: dict[str, Any] = {"keep": keep}
+    if is_learned(name):
+        found = learned.read(folder, name)
+        given = method.from_learned(found, keep or 1, of or keep or 1)  # type: ignore[attr-defined]
+        values |= {**given, "of_model": found.model["checksum"]}
+        types = {key: kinds for key, kinds in types.items() if key not in given or key == "keep"}
     for key, text in texts.items():
         known = () if key in NOT_OPTIONS else types.get(key, ())
         if not known or (text is None and known != (bool,)):

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from catp_jax.generation.buckets import IMAGE_COUNTS, TEXT_LENGTHS, round_up
+from catp_jax.generation.generate import Late
 
 Arrays = TypeVar("Arrays", covariant=True)
 
@@ -24,7 +25,8 @@ class Packed(Generic[Arrays]):
     the room that each prompt gets for them, and `most` what a prompt of this model may have (None:
     any number). `longest` is the longest prompt, in tokens of the language model; `begun` are the
     texts that the answers begin with, none if no answer is begun. `encoded` takes the place of
-    `inputs` where images have been encoded already.
+    `inputs` where images have been encoded already. `last` are the prompts' last tokens where the
+    inputs are without them.
     """
 
     inputs: Arrays
@@ -34,11 +36,13 @@ class Packed(Generic[Arrays]):
     longest: int
     begun: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     encoded: Any = dataclasses.field(default=None, kw_only=True)
+    last: Any = dataclasses.field(default=None, kw_only=True)
 
     @property
     def given(self) -> Any:
         """What programs are given."""
-        return self.inputs if self.encoded is None else self.encoded
+        given = self.inputs if self.encoded is None else self.encoded
+        return given if self.last is None else Late(inputs=given, last=self.last)
 
 
 def image_room(number: int, shares: int) -> int:

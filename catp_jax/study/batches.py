@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -29,10 +30,10 @@ class Answerer(Protocol):
 
     `describe` is a fingerprint, as JSON has it. `prepare` gives `inputs`, `available`, the visual
     tokens of each prompt, and `most`, what a prompt of the model may have; `encode` does once what
-    all settings have in common. `generate_packed` takes the fields of `generation.options.Options`
-    and gives `text`, `logits` of the first new token, and `kept`, None or one entry a prompt, whose
-    `number` counts visual tokens before pruning, whether it `is_merged`, and what is `cached` by
-    layer.
+    all settings have in common, and `late` has the prompts' last tokens read from the cache.
+    `generate_packed` takes the fields of `generation.options.Options` and gives `text`, `logits` of
+    the first new token, and `kept`, None or one entry a prompt, whose `number` counts visual tokens
+    before pruning, whether it `is_merged`, and what is `cached` by layer.
     `seeing` is the model to which smaller images are shown. Of its `reader` a study asks for the
     image as the model sees it and where in it visual tokens lie: `picture`, `framed`, `grid`,
     `needed` and `kept_map` of `readers.reading.Reader`.
@@ -49,6 +50,7 @@ class Answerer(Protocol):
     def describe(self) -> dict[str, Any]: ...
     def seeing(self, image_scale: float = ..., tiles: int | None = ...) -> Any: ...
     def prepare(self, images: Any, prompts: Any, begun: Any) -> Any: ...
+    def late(self, packed: Any) -> Any: ...
     def encode(self, packed: Any) -> Any: ...
     def generate_packed(self, packed: Any, pruners: Any, **options: Any) -> Any: ...
 
@@ -113,6 +115,7 @@ class Batches:
             examples = halved(examples)
         model = self.model.seeing(**setting.seen) if setting.seen else self.model
         packed = self._prepare(number, examples, model)
+        packed = model.late(packed) if self.conditions.is_late else packed
         shapes = str(jax.tree.map(jnp.shape, packed.inputs))
         if self.is_timed and shapes not in self._encoded:
             jax.block_until_ready(model.encode(packed).encoded)  # compiles
@@ -254,4 +257,9 @@ def _mixed(*seeds: int) -> int:
 def _as_json(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.name
+    if isinstance(value, dict) or dataclasses.is_dataclass(value):  # learned arrays
+        checksum = hashlib.sha256()
+        for array in jax.tree.leaves(value):
+            checksum.update(np.asarray(array).tobytes())
+        return checksum.hexdigest()[:16]
     return np.asarray(value).tolist() if hasattr(value, "shape") else value

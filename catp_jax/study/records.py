@@ -50,8 +50,9 @@ class Conditions:
 
     `source` says where the questions of the `task` come from, and `left_out` how many of them could
     not be used, by the reason. `prompt` has "{question}" where the question goes; `is_chat` puts it
-    through the model's chat template, and the answer goes on from what is `begun`. `loading` is how
-    the model was loaded, as far as its own description does not tell.
+    through the model's chat template, and the answer goes on from what is `begun`. If it `is_late`,
+    the prompt's last token is read from the cache. `loading` is how the model was loaded, as far as
+    its own description does not tell.
 
     `seed` draws the bootstrap and, with a question's number, sampled answers and what random
     methods keep.
@@ -63,6 +64,7 @@ class Conditions:
     prompt: str = QUESTION
     is_chat: bool = False
     begun: str = ""
+    is_late: bool = False
     batch: int = 32
     options: Options = Options(max_new_tokens=10)  # noqa: RUF009 it is frozen
     seed: int = 42

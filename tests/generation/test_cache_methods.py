@@ -7,11 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax import pruning
 from catp_jax.contract import Site
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
-from catp_jax.pruning import CSP, ElasticCache, KNorm, ThinK, TrimmedLlama, ZipVL
+from catp_jax.pruning import (
+    CSP,
+    AirCache,
+    ElasticCache,
+    KNorm,
+    ThinK,
+    TrimmedLlama,
+    ZipVL,
+    methods_for,
+)
 from catp_jax.struct import replace
 from tests import random_blip2 as blip2
 from tests import random_mllama as mllama
@@ -32,6 +42,7 @@ METHODS = {
     "k_norm": lambda keep: KNorm(keep=keep, site=Site.CACHE),
     "csp": lambda keep: CSP(keep=keep),
     "elastic_cache": lambda keep: ElasticCache(keep=keep),
+    "aircache": lambda keep: AirCache(keep=keep),
     "elastic_cache, evicting": lambda keep: ElasticCache(keep=keep, evicts=True),
 }
 CROSS = len(mllama.CONFIG.text.cross_attention_layers)
@@ -41,6 +52,13 @@ WITH_CHANNELS = METHODS | {
     "zipvl": lambda keep: ZipVL(keep=keep, tau=1.0),
 }
 with_channels = pytest.mark.parametrize("method", WITH_CHANNELS.values(), ids=WITH_CHANNELS)
+
+
+def test_every_method_that_prunes_a_cache_is_tested_here():
+    """Those that learn first have tests of their own."""
+    tested = {type(method(3)) for method in WITH_CHANNELS.values()}
+    there = methods_for(frozenset({Site.CACHE}))
+    assert tested == {pruning.METHODS[name] for name in there}
 
 
 @with_channels
@@ -90,7 +108,7 @@ def test_channels_do_not_depend_on_how_far_text_is_padded():
         token = start.logits.argmax(axis=1).astype(jnp.int32)
         found.append(programs.step(model, (method,), token, start.cache, start.selection.states)[0])
         blocks = [block for part in start.cache.prompts for block in part.blocks]
-        assert {block.keys.shape[3] for block in blocks if block.channels is not None} == {3}
+        assert {block.keys.shape[3] for block in blocks if block.keys_in is not None} == {3}
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
@@ -171,13 +189,13 @@ def test_channels_leave_the_arrays_of_keys_and_it_is_as_if_they_were_zero(kind: 
         (own,) = older[layer].blocks
         batch, kv, slots, channels = block.keys.shape
         left = own.keys.shape[3]
-        assert own.channels.shape == (batch, kv, left)
+        assert own.keys_in.indices.shape == (batch, kv, left)
         assert left < channels
         recent = 2 if kind == "opt" else 0
         assert own.keys.shape == (batch, kv, slots - recent, left)
         assert own.values.shape == (batch, kv, slots - recent, channels)
         stays = np.zeros((batch, kv, 1, channels), bool)
-        np.put_along_axis(stays, np.asarray(own.channels)[:, :, None], True, axis=3)
+        np.put_along_axis(stays, np.asarray(own.keys_in.indices)[:, :, None], True, axis=3)
         is_text = np.asarray(every.valid) & (np.asarray(every.numbers) < 0)
         from_last = is_text[:, ::-1].cumsum(axis=1)[:, ::-1]
         is_recent = is_text & (from_last <= recent)
@@ -214,7 +232,7 @@ def test_thinned_keys_go_with_a_selection_of_tokens_in_the_same_cache():
         assert block.keys.shape == (batch, kv, slots - 2, 2)
         assert block.values.shape == (batch, kv, slots - 2, channels)
         stays = np.zeros((batch, kv, 1, channels), bool)
-        np.put_along_axis(stays, np.asarray(block.channels)[:, :, None], True, axis=3)
+        np.put_along_axis(stays, np.asarray(block.keys_in.indices)[:, :, None], True, axis=3)
         is_text = np.asarray(whole.valid) & (np.asarray(whole.numbers) < 0)
         from_last = is_text[..., ::-1].cumsum(axis=2)[..., ::-1]
         stays = stays | (is_text & (from_last <= 2))[..., None]
@@ -232,7 +250,7 @@ def test_thinned_keys_go_with_a_selection_of_tokens_in_the_same_cache():
     [
         (
             (ThinK(keep=6), ThinK(keep=5)),
-            "ThinK chooses key channels, as a method before it does",
+            "ThinK chooses channels, as a method before it does",
         ),
         (
             (ThinK(keep=6), Looks()),

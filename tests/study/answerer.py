@@ -139,6 +139,9 @@ class Tiny:
             inputs=jnp.asarray(np.stack(tokens)),
         )
 
+    def late(self, packed: Any) -> Any:
+        raise NotImplementedError
+
     def encode(self, packed):
         self.encodings.append(packed.prompts)
         encoded = programs.encode(self.network, packed.inputs)
