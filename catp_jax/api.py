@@ -12,6 +12,7 @@ from typing import Any
 
 import convert
 from catp_jax.families import family_of
+from catp_jax.generation.contrast import check_contrast
 from catp_jax.model import Model
 from catp_jax.models.cross_decoder import MaskMode
 from catp_jax.models.frozen import freeze
@@ -39,6 +40,8 @@ def load(
     processor: str | Path | None = None,
     image_scale: float = 1.0,
     tiles: int | None = None,
+    contrast: float | None = None,
+    plausible: float | None = None,
     fetch: Fetch | None = None,
 ) -> Model:
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
@@ -56,8 +59,9 @@ def load(
 
     `processor` is another folder or name to take tokenizer and image processor from. `image_scale`
     makes images smaller before the model sees them, and `tiles` is how many an image has at most;
-    a loaded model's `seeing` changes both, see `readers.seen`. `fetch`
-    brings images at web addresses: it takes the address and returns bytes, or another image.
+    a loaded model's `seeing` changes both, see `readers.seen`. `contrast` and `plausible` are alpha
+    and beta of `contrasting`. `fetch` brings images at web addresses: it takes the address and
+    returns bytes, or another image.
 
     Raises ValueError if the folder is not a checkpoint that is supported, with all reasons.
     """
@@ -71,6 +75,8 @@ def load(
     defaults, note = family.defaults(folder, generation_config)
     seen = Seen(image_scale, tiles)
     seen.check(config)
+    numbers = {"alpha": contrast, **({} if plausible is None else {"beta": plausible})}
+    check_contrast(**numbers)
     modes = {"vision_mode": vision_mode, "mask_mode": mask_mode}
     whole: Any = family.load_reader(processor_folder, config, modes)
     reader = replace(whole, seen=seen)
@@ -87,7 +93,7 @@ def load(
     if pad is None:
         pad = reader.tokenizer.pad_token_id
     frozen = freeze(network)
-    return Model(
+    model = Model(
         network=frozen if mesh is None else place.sharded(frozen),
         reader=reader,
         end_tokens=ends,
@@ -96,6 +102,7 @@ def load(
         note=note,
         fetch=fetch,
     )
+    return model if contrast is None else model.contrasting(**numbers)
 
 
 def _spread(mesh: MeshLike, model: Any) -> Any:

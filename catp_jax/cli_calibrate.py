@@ -24,7 +24,8 @@ def calibrate(
     model: opts.ModelFolder,
     loading: opts.Loading,
     method: Annotated[
-        Literal["eigen", "attention_predictor"], typer.Option(help="The method that is to learn.")
+        Literal["eigen", "attention_predictor", "vistog_grouping"],
+        typer.Option(help="The method that is to learn."),
     ],
     out: Annotated[Path, opts.file_option("The folder to make; it must not exist yet.")],
     task: Annotated[
@@ -38,8 +39,9 @@ def calibrate(
     data: Annotated[Path | None, opts.file_option("jsonl: the file of questions.")] = None,
     samples: Annotated[int, typer.Option(help="How many images.", min=HELD_OUT)] = 128,
     steps: Annotated[
-        int, typer.Option(help="attention_predictor: steps of training.", min=1)
+        int, typer.Option(help="Steps of training, of all methods but eigen.", min=1)
     ] = 600,
+    groups: Annotated[int, typer.Option(help="vistog_grouping: how many.", min=1)] = 16,
     block: Annotated[
         int, typer.Option(help="attention_predictor: visual tokens of a block.", min=1)
     ] = 16,
@@ -55,6 +57,8 @@ def calibrate(
     if any(mark in str(out) for mark in ":,"):
         raise typer.BadParameter(f"--out has a colon or a comma, which --prune cuts at: {out}")
     check_new(out)
+    if method == "vistog_grouping" and (task != "scenes" or data is not None):
+        raise typer.BadParameter("vistog_grouping learns from --task scenes, without dials")
     prompts, digest = _prompts(task, data, samples)
     loaded = api.load(model, **loading.keywords(), generation_config=False)
     _check_fits(loaded, method)
@@ -64,13 +68,16 @@ def calibrate(
     if method == "eigen":
         shaping: dict[str, Any] = {}
         arrays, figures = _eigen(loaded, prompts)
+    elif method == "vistog_grouping":
+        shaping, settings = {}, settings | {"steps": steps, "groups": groups}
+        arrays, figures = _grouping(loaded, settings, work)
     else:
         shaping = {"block": block, "rows": rows}
         settings |= {"steps": steps}
         arrays, figures = _predictor(loaded, prompts, settings | shaping, work)
     record = {"learned_from": settings, "figures": figures}
     Learned(method, loaded.describe(), shaping, arrays, record).write(out)
-    if method == "attention_predictor":
+    if method != "eigen":
         shutil.rmtree(work, ignore_errors=True)
     for name, value in figures.items():
         print(one_line(f"{name}: {value}"))
@@ -247,4 +254,42 @@ def _predictor(
     return arrays, {
         f"foreseen of {name}": rate
         for name, rate in hit_rates(network, held, rows=rows, seed=seed).items()
+    }
+
+
+def _grouping(
+    model: "Model", settings: dict[str, Any], work: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    import numpy as np
+
+    from catp_jax.pruning import NearestCentroid, Pool, VisToGGrouping
+    from catp_jax.training.scene_questions import questions_of
+    from catp_jax.training.scenes import make_scene
+    from catp_jax.training.scoring import check_options
+    from catp_jax.training.vistog_grouping import compare, make_bank, train_grouping
+
+    check_options({**settings, "model": model.checksum}, work)
+    network, tokenizer = model.network.thaw(), model.reader.tokenizer
+    scenes = [make_scene("train", number) for number in range(settings["samples"])]
+    number = settings["groups"]
+    grouping = train_grouping(
+        network,
+        make_bank(network, tokenizer, scenes),
+        number,
+        work / "grouping",
+        steps=settings["steps"],
+        seed=settings["seed"],
+    )
+    held = questions_of("validation", max(settings["samples"] // HELD_OUT, 1), each=2)
+    bank = make_bank(network, tokenizer, [scene for scene, _ in held])
+    methods = {
+        "unpruned": None,
+        "vistog_grouping": VisToGGrouping(keep=number, grouping=grouping),
+        "nearest_centroid": NearestCentroid(keep=number),
+        "pool": Pool(keep=number),
+    }
+    figures = compare(network, bank, [asked for _, asked in held], methods)
+    return {name: np.asarray(array) for name, array in vars(grouping).items()}, {
+        f"right answers with {name}": {kind: x for kind, x in found.items() if "," not in kind}
+        for name, found in figures.items()
     }

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
 
 METHODS = (
     "catp, l2, self_attention, position, trimmed_llama, fastv, k_norm, csp, elastic_cache, think, "
-    "zipvl, aircache, random, uniform, pool; eigen:DIR and attention_predictor:DIR, see calibrate"
+    "zipvl, aircache, random, uniform, nearest_centroid, pool; eigen:DIR, attention_predictor:DIR "
+    "and vistog_grouping:DIR, see calibrate"
 )
 MODEL_PANEL, GENERATION_PANEL = "Model", "Generation"
 
@@ -157,8 +158,26 @@ class Loading:
         ),
     ] = None
 
+    contrast: Annotated[
+        float | None,
+        model_option(
+            "MINT: answer by what the visual tokens say that --prune keeps, in contrast to all of "
+            "them, so strongly (1); it takes twice the time."
+        ),
+    ] = None
+    plausible: Annotated[
+        float | None,
+        model_option(
+            "In a --contrast, leave out tokens less likely than this share of the likeliest (0.1)."
+        ),
+    ] = None
+
     def keywords(self) -> dict[str, Any]:
-        """Those of `api.load`."""
+        """Those of `api.load`. Raises BadParameter."""
+        from catp_jax.generation.contrast import check_contrast
+
+        with wrong_call():
+            check_contrast(self.contrast, self.plausible)
         return vars(self) | {"ignore_config": tuple(self.ignore_config or ())}
 
     def settings(self, of_folder: Callable[[Path], Any]) -> dict[str, Any]:

@@ -315,7 +315,8 @@ class Basis:
 
 @pytree
 class Reduction:
-    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`.
+    """How the axes of a site shrink; None leaves an axis as it is. `tokens` may be a `Merge`, at
+    ENTRY and CROSS a `Replace`.
 
     The others are a matter of CACHE: the channels or directions of keys and of values, and `among`,
     the tokens to which the layer's attention over the prompt, too, is confined.

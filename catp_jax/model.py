@@ -22,6 +22,7 @@ from catp_jax.answers import (
 from catp_jax.contract import BY_LAYER, Keep, Pruners, Site, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
+from catp_jax.generation.contrast import Contrasted, contrasted
 from catp_jax.generation.decoding import Decoding, Stop
 from catp_jax.generation.forcing import Forcing
 from catp_jax.generation.options import Options
@@ -51,7 +52,7 @@ class Model:
     `readers.generation_config`.
     """
 
-    network: Frozen | place.Sharded
+    network: Frozen | Contrasted | place.Sharded
     reader: Reader
     end_tokens: tuple[int, ...]
     pad_token: int
@@ -115,6 +116,18 @@ class Model:
         seen.check(self.config)
         reader: Any = self.reader
         return dataclasses.replace(self, reader=dataclasses.replace(reader, seen=seen))
+
+    def contrasting(self, alpha: float = 1.0, beta: float = 0.1) -> "Model":
+        """The model, whose answers are what it says of the visual tokens that are kept in contrast
+        to what it says of all of them; see `generation.contrast` (MINT), also for the errors. It
+        takes twice the time and two caches.
+        """
+        if not isinstance(self.network, place.Sharded):
+            return dataclasses.replace(self, network=contrasted(self.network, alpha, beta))
+        mesh, inner = self.network.mesh, contrasted(self.network.frozen, alpha, beta)
+        numbers = place.replicate({"alpha": inner.alpha, "beta": inner.beta}, mesh)
+        inner = dataclasses.replace(inner, **numbers)
+        return dataclasses.replace(self, network=place.Sharded(mesh=mesh, frozen=inner))
 
     def prepare(
         self,

@@ -12,7 +12,17 @@ from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
-from catp_jax.pruning import CATP, FastV, L2Norm, Pool, Position, Random, SelfAttention, Uniform
+from catp_jax.pruning import (
+    CATP,
+    FastV,
+    L2Norm,
+    NearestCentroid,
+    Pool,
+    Position,
+    Random,
+    SelfAttention,
+    Uniform,
+)
 from catp_jax.readers.packing import Packed
 from catp_jax.struct import replace
 from tests.pruning import oracles
@@ -32,6 +42,7 @@ AT_ENTRY = {
     "position": lambda keep: Position(keep=keep),
     "random": lambda keep: Random(keep=keep, site=Site.ENTRY, seed=3),
     "uniform": lambda keep: Uniform(keep=keep, site=Site.ENTRY),
+    "nearest_centroid": lambda keep: NearestCentroid(keep=keep, site=Site.ENTRY),
     "pool": lambda keep: Pool(keep=keep, site=Site.ENTRY),
 }
 

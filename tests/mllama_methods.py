@@ -16,7 +16,7 @@ from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.cross_decoder import Branches, CrossLayer
 from catp_jax.models.mllama import Inputs, Mllama
-from catp_jax.pruning import FastV, KNorm, Pool, Random, TrimmedLlama, Uniform
+from catp_jax.pruning import FastV, KNorm, NearestCentroid, Pool, Random, TrimmedLlama, Uniform
 from catp_jax.readers.mllama_packing import MllamaPacked, locate
 from tests.pruning import oracles
 from tests.pruning.views import shown
@@ -33,18 +33,17 @@ METHODS = {
     "k_norm": lambda keep: KNorm(keep=keep),
     "random": lambda keep: Random(keep=keep, seed=3),
     "uniform": lambda keep: Uniform(keep=keep),
+    "nearest_centroid": lambda keep: NearestCentroid(keep=keep),
     "pool": lambda keep: Pool(keep=keep),
 }
+MERGES = ("nearest_centroid", "pool")
 FULL = {
-    **{
-        name: METHODS[name](ROOM)
-        for name in ("trimmed_llama", "fastv", "k_norm", "random", "uniform", "pool")
-    },
+    **{name: method(ROOM) for name, method in METHODS.items() if "," not in name},
     "trimmed_llama, union": TrimmedLlama(keep=ROOM, per_head=ROOM),
     "trimmed_llama, ratio": TrimmedLlama(keep=ROOM, k_ratio=1.0),
 }
 CASES = [
-    *((method, "meta") for method in METHODS if method != "pool"),  # no selection
+    *((method, "meta") for method in METHODS if method not in MERGES),
     *((method, "hf") for method in ("trimmed_llama, union", "k_norm")),
 ]
 

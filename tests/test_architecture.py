@@ -43,14 +43,14 @@ ROOMS: dict[str, set[str]] = {
         "model": "struct contract models pruning sharding generation readers answers",
         "guided": "contract pruning generation readers answers model",
         "families": "models generation readers convert",
-        "api": "models sharding readers convert families model",
+        "api": "models sharding generation readers convert families model",
         "matching": "models sharding generation readers convert",
         "batch": "lines sharding generation readers answers model",
         # their models, as others' harnesses ask them
         "evaluation": "pruning generation readers study answers api batch",
         "plan": "leaves terminal targets models pruning sharding generation convert families",
         "doctor": "models pruning sharding convert families plan",
-        "cli_options": "pruning readers",
+        "cli_options": "pruning generation readers",
         "cli_generate": (
             "terminal sharding generation readers convert families model api batch cli_options"
         ),

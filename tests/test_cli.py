@@ -402,7 +402,8 @@ def test_one_sentence_says_what_this_is():
 def test_help_names_every_method_and_gpu_and_imports_nothing_heavy():
     plain = [name for name in METHODS if name not in BOUNDS and not is_learned(name)]
     learned = [f"{name}:DIR" for name in METHODS if is_learned(name)]
-    told = f"{', '.join(plain)}; {' and '.join(learned)}, see calibrate"
+    learned = f"{', '.join(learned[:-1])} and {learned[-1]}"
+    told = f"{', '.join(plain)}; {learned}, see calibrate"
     assert told == cli_options.METHODS
     assert ", ".join(GPUS) == cli_cluster.GPUS
     assert inspect.signature(cli.start).parameters["heartbeat"].default == HEARTBEAT

@@ -20,6 +20,7 @@ from catp_jax.pruning.elastic_cache import ElasticCache
 from catp_jax.pruning.fastv import FastV
 from catp_jax.pruning.k_norm import KNorm
 from catp_jax.pruning.l2 import L2Norm
+from catp_jax.pruning.nearest_centroid import NearestCentroid
 from catp_jax.pruning.oracle import Oracle
 from catp_jax.pruning.pool import Pool
 from catp_jax.pruning.position import Position
@@ -28,6 +29,7 @@ from catp_jax.pruning.self_attention import SelfAttention
 from catp_jax.pruning.think import ThinK
 from catp_jax.pruning.trimmed_llama import TrimmedLlama
 from catp_jax.pruning.uniform import Uniform
+from catp_jax.pruning.vistog_grouping import VisToGGrouping
 from catp_jax.pruning.zipvl import ZipVL
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -45,8 +47,10 @@ METHODS: dict[str, Callable[..., Any]] = {
     "aircache": AirCache,
     "eigen": EigenAttention,
     "attention_predictor": AttentionPredictor,
+    "vistog_grouping": VisToGGrouping,
     "random": Random,
     "uniform": Uniform,
+    "nearest_centroid": NearestCentroid,
     "pool": Pool,
     "oracle": Oracle,
     "anti": Anti,

@@ -89,7 +89,8 @@ def _read(folder: Path, method: str, _: int) -> Learned:
             found[key] for key in ("format", "method", "model", "settings")
         )
         checksum = model["checksum"]
-        with np.load(folder / ARRAYS, allow_pickle=False) as file:
+        # NumPy leaves a file open in which it finds no arrays
+        with (folder / ARRAYS).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except DAMAGES as error:
         raise ValueError(

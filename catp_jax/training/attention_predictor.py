@@ -33,9 +33,6 @@ class Sequences:
     real: Bool[np.ndarray, "n blocks"]
     length: Int[np.ndarray, " n"]
 
-    def __getitem__(self, some: slice) -> "Sequences":
-        return jax.tree.map(lambda array: array[some], self)
-
 
 @pytree
 class Histories:

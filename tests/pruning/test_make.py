@@ -26,6 +26,7 @@ from catp_jax.struct import pytree, static
 
 CROSS = frozenset({Site.CROSS})
 ENTRY = frozenset({Site.ENTRY})
+BASELINES = ("random", "uniform", "nearest_centroid", "pool")
 
 
 @pytest.mark.parametrize(
@@ -121,12 +122,8 @@ def test_a_method_goes_to_the_first_of_its_places_that_the_model_has():
     assert make("random", 8, CROSS).site is Site.CROSS
     assert make("fastv", 8, CROSS).site is Site.CROSS
     assert make("fastv", 8, OPT | CROSS).site is Site.LAYER
-    assert methods_for(ENTRY) == [
-        *("catp", "l2", "self_attention", "position", "random", "uniform", "pool")
-    ]
-    assert methods_for(OPT) == [
-        *("catp", "l2", "self_attention", "position", "fastv", "random", "uniform", "pool")
-    ]
+    assert methods_for(ENTRY) == [*("catp", "l2", "self_attention", "position", *BASELINES)]
+    assert methods_for(OPT) == [*("catp", "l2", "self_attention", "position", "fastv", *BASELINES)]
 
 
 def test_a_method_goes_to_another_of_its_places_if_it_is_told():
@@ -147,7 +144,7 @@ def test_every_method_is_listed_once_and_has_its_own_file():
     for name, method in METHODS.items():
         assert dataclasses.is_dataclass(method)
         assert method.__module__ == f"catp_jax.pruning.{name}"
-    assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", "random", "uniform", "pool"]
+    assert methods_for(CROSS) == ["trimmed_llama", "fastv", "k_norm", *BASELINES]
 
 
 def test_an_unknown_name_without_a_model_is_answered_with_all():
