@@ -25,7 +25,7 @@ from catp_jax.contract import BY_LAYER, Site
 from catp_jax.pruning import BOUNDS, METHODS, is_learned, methods_for, site_of
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Conditions, Setting
-from catp_jax.study.results import RANDOM, Estimate, Result, estimates, pooled
+from catp_jax.study.results import RANDOM, Estimate, Result, difference, estimates, families, pooled
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import Task
 from catp_jax.training.scene_questions import scenes_task
@@ -96,6 +96,15 @@ def study(
     for method, by in cells.items():
         table.add_row(method, *(by[share] for share in shares))
     console.print(table)
+    by_setting = {(label(one.setting.method), one.setting.keep): one.answers for one in results}
+    for method, share in by_setting:
+        base = method.split(":")[0]
+        if method in FORMS and (base, share) in by_setting:
+            mine, other = by_setting[method, share], by_setting[base, share]
+            rows[f"{method}, {share}"] |= {f"against {base}": difference(mine, other)}
+            for family, numbers in families(mine).items():
+                apart = difference(*([some[n] for n in numbers] for some in (mine, other)))
+                rows[f"{method}, {share}"] |= {f"against {base}, {family}": apart}
     return {"checksum": model.checksum, "late": late, "rows": rows}
 
 

@@ -18,18 +18,29 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import testbed
+from benchmarks import fidelity, testbed
+from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
 from catp_jax.plan import Plan, Work
 from catp_jax.plan import table as plan_table
+from catp_jax.study.records import UNPRUNED
 from catp_jax.targets import Floor
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/performance.md", "docs/clusters.md", "docs/studies.md", "README.md")
+PAGES = (
+    "docs/performance.md",
+    "docs/clusters.md",
+    "docs/studies.md",
+    "docs/methods.md",
+    "docs/fidelity.md",
+    "README.md",
+)
 FILES = tuple(ROOT / page for page in PAGES)
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FUSED = ", one kernel"
+READS = ("attention_predictor",)
+"""Methods that leave the cache as it is."""
 
 Row = Mapping[str, Any]
 
@@ -253,6 +264,70 @@ def bed_reversed() -> str:
     return f"With {first} and {last} of the tokens the oracle answers right {', '.join(told)}."
 
 
+def methods(name: str) -> str:
+    """Right answers about attributes, by method and share of the bytes; a dash where a method takes
+    more.
+    """
+    rows = only(read(f"methods_table_{name}")["models"].values())["rows"]
+    by: dict[str, dict[str, str]] = {}
+    for setting, figures in rows.items():
+        if setting != UNPRUNED:
+            method, _, kept = setting.rpartition(", ")
+            fits = figures["cache"] <= OVER * rows[f"uniform, {kept}"]["cache"]
+            cell = share(figures["accuracy, attribute"]) if fits or method in READS else "–"
+            by.setdefault(method, {})[kept] = cell
+    shares = list(dict.fromkeys(kept for own in by.values() for kept in own))
+    whole = share(rows[UNPRUNED]["accuracy, attribute"])
+    lines = [[f"`{UNPRUNED}`", *[whole] * len(shares)]]
+    lines += [[f"`{method}`", *(own[kept] for kept in shares)] for method, own in by.items()]
+    return table(["attribute, %", *shares], lines)
+
+
+def methods_at(name: str, kept: str = "25%") -> str:
+    """What a study says of each method at one budget."""
+    rows = only(read(f"methods_table_{name}")["models"].values())["rows"]
+    head = ("all questions", "right, %", "− random", "− unpruned", "KL, nats", "needed, %")
+    lines = []
+    for setting, figures in rows.items():
+        method, _, own = setting.rpartition(", ")
+        if own != kept:
+            continue
+        apart = [figures.get(f"against {other}") for other in ("random", UNPRUNED)]
+        lines.append(
+            (
+                f"`{method}`",
+                share(figures["accuracy"]),
+                *("" if gain is None else points(gain) for gain in apart),
+                f"{figures['KL, nats'][0]:.2f}",
+                f"{100 * figures['needed, kept'][0]:.0f}" if "needed, kept" in figures else "",
+                f"{100 * figures['cache']:.0f}",
+                f"{100 * figures['prefill']:.0f}",
+            )
+        )
+    return table((*head, "bytes, %", "prefill, %"), lines)
+
+
+def pairs_told() -> str:
+    """Whether the best pair of methods beats the best one alone."""
+    told = []
+    for budget, own in read("pairs_llama")["budgets"].items():
+        best, rows = own["best"], own["rows"]
+        pairs = sum(" and " in name for name in rows)
+        _, low, high = gain = rows[best["pair"]]["to best"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse"
+        told.append(
+            f"With {budget} of the bytes `{best['alone']}` is the best alone, and of {pairs} pairs "
+            f"{best['pair']}; on the other images the pair is {verdict}: {points(gain)} points."
+        )
+    return " ".join(told)
+
+
+def points(figures: tuple[float, float, float]) -> str:
+    """A difference in points, with its interval."""
+    mean, low, high = (f"{round(100 * figure):+d}" for figure in figures)
+    return f"{mean} [{low}, {high}]"
+
+
 def only(some: Iterable[Any]) -> Any:
     """The one there is."""
     (one,) = some
@@ -274,6 +349,15 @@ PARTS: dict[str, Callable[[], str]] = {
     "catp_told": partial(catp_told, "opt"),
     "catp_told_t5": partial(catp_told, "t5"),
     "trimmed_told": trimmed_told,
+    "fidelity": lambda: table(("method", "the paper", "model", "points", ""), fidelity.rows()),
+    "foreseen": lambda: table(
+        ("blocks", "the network", "the row before", "chance"), fidelity.foreseen()
+    ),
+    "pairs_told": pairs_told,
+    "methods_llama": partial(methods, "llama"),
+    "methods_llama_at": partial(methods_at, "llama"),
+    "methods_opt": partial(methods, "opt"),
+    "methods_opt_at": partial(methods_at, "opt"),
 }
 
 

@@ -8,12 +8,13 @@ Prompts have 64 text tokens and an image, with Llama of four tiles; 64 tokens ar
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from catp_jax.contract import Basis
 from catp_jax.families import PRESETS
 from catp_jax.generation import generate as programs
 from catp_jax.generation.options import Options
@@ -22,6 +23,8 @@ from catp_jax.models import one_row
 from catp_jax.models.narrow import Weights, with_scales
 from catp_jax.plan import abstract_model, inputs_of
 from catp_jax.pruning import make
+from catp_jax.pruning.attention_predictor import AttentionPredictor, Network
+from catp_jax.pruning.eigen import EigenAttention
 
 TEXT, NEW = 64, 64
 LLAMA, OPT, T5, VICUNA = (
@@ -38,8 +41,9 @@ class Case:
     last new token; `generate`: all in one.
 
     `largest` is `generate` at the largest batch that should fit. `percent` of the visual tokens are
-    kept. `model` is one of `plan.PRESETS`, its weights narrowed as `weights` says. `fused`: new
-    tokens attend in one kernel (`models.one_row`).
+    kept, by `method`, one of `pruning.METHODS` or of `LEARNED`. `model` is one of `plan.PRESETS`,
+    its weights narrowed as `weights` says. `fused`: new tokens attend in one kernel
+    (`models.one_row`).
     """
 
     model: str
@@ -49,6 +53,7 @@ class Case:
     beams: int = 1
     weights: Weights | None = None
     fused: bool = False
+    method: str = "k_norm"
 
     @property
     def name(self) -> str:
@@ -60,6 +65,7 @@ class Case:
             "" if self.beams == 1 else f"{self.beams} beams",
             self.weights or "",
             "one kernel" if self.fused else "",
+            "" if self.method == "k_norm" else self.method,
         ]
         return ", ".join(part for part in parts if part)
 
@@ -223,12 +229,41 @@ def kernel(is_used: bool) -> Iterator[None]:
         one_row.USE_KERNEL = before
 
 
+def _eigen(kept: int, visual: int, config: Any) -> EigenAttention:
+    """Of Llama; directions of no meaning, as many as leave so many bytes."""
+    text = config.text
+    rank = text.head_dim * kept // visual // 8 * 8
+    basis = Basis(matrix=jnp.ones((text.num_key_value_heads, text.head_dim, rank), jnp.float32))
+    layers = text.cross_attention_layers
+    return EigenAttention(keep=kept, bases=dict.fromkeys(layers, (basis, basis)))
+
+
+def _attention_predictor(kept: int, visual: int, config: Any) -> AttentionPredictor:
+    """A network that has learned nothing."""
+    network = Network.start(jax.random.key(0))
+    return AttentionPredictor(keep=kept // 16 * 16, network=network)
+
+
+LEARNED: Mapping[str, Callable[[int, int, Any], Any]] = {
+    "eigen": _eigen,
+    "attention_predictor": _attention_predictor,
+}
+"""Methods that learn first, as if they had."""
+
+
+def pruner_of(method: str, kept: int, visual: int, model: Any) -> Any:
+    """A method for so many of the visual tokens."""
+    if method in LEARNED:
+        return LEARNED[method](kept, visual, model.config)
+    return make(method, kept, model.sites, of=visual)
+
+
 def program_of(case: Case, network: Any, config: Any) -> Program:
     """The program of a case, for a frozen model that may be abstract."""
     inputs, visual = inputs_of(config, case.batch, None, TEXT)
     kept = visual * case.percent // 100
     model = network.thaw()
-    pruners = () if case.percent == 100 else (make("k_norm", kept, model.sites),)
+    pruners = () if case.percent == 100 else (pruner_of(case.method, kept, visual, model),)
     options = Options(max_new_tokens=NEW, num_beams=case.beams)
     decoding, stop = options.decoding(case.batch), options.stop((-1,), 0)
 

@@ -265,16 +265,15 @@ def _grouping(
     from catp_jax.pruning import NearestCentroid, Pool, VisToGGrouping
     from catp_jax.training.scene_questions import questions_of
     from catp_jax.training.scenes import make_scene
-    from catp_jax.training.scoring import check_options
     from catp_jax.training.vistog_grouping import compare, make_bank, train_grouping
 
-    check_options({**settings, "model": model.checksum}, work)
     network, tokenizer = model.network.thaw(), model.reader.tokenizer
     scenes = [make_scene("train", number) for number in range(settings["samples"])]
-    number = settings["groups"]
+    bank, number = make_bank(network, tokenizer, scenes), settings["groups"]
+    _check_work(work, settings | {"model": model.checksum})
     grouping = train_grouping(
         network,
-        make_bank(network, tokenizer, scenes),
+        bank,
         number,
         work / "grouping",
         steps=settings["steps"],

@@ -25,6 +25,7 @@ BATCH_SIZE = 8  # lines of a file
 def generate(
     model: opts.ModelFolder,
     loading: opts.Loading,
+    contrast: opts.Contrast,
     generation: opts.Generation,
     seeing: opts.Seeing,
     prompt: Annotated[
@@ -119,7 +120,7 @@ def generate(
         raise typer.BadParameter(f"{'--out' if out else '--batch-size'} is for a --batch file")
     if out and json_output:
         raise typer.BadParameter("--out writes answers as JSON, and --json prints them; give one")
-    chosen = opts.methods(prune, keep)
+    chosen, contrasted = opts.methods(prune, keep), contrast.checked()
     from catp_jax.readers.images import read_image
 
     for picture in image or []:
@@ -153,7 +154,7 @@ def generate(
         file.begin(
             {
                 "model": batches.fingerprint(model),
-                "load": loading.settings(batches.fingerprint) | seen,
+                "load": loading.settings(batches.fingerprint) | seen | contrasted,
                 "prune": chosen,
                 "chat": chat,
                 **dataclasses.asdict(options),
@@ -164,7 +165,7 @@ def generate(
             return
     from catp_jax import api
 
-    keywords = loading.keywords() | seen
+    keywords = loading.keywords() | seen | contrasted
     loaded = api.load(model, **keywords, generation_config=False)  # options have it
     if note:
         say(note)

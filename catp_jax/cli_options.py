@@ -158,6 +158,25 @@ class Loading:
         ),
     ] = None
 
+    def keywords(self) -> dict[str, Any]:
+        """Those of `api.load`."""
+        return vars(self) | {"ignore_config": tuple(self.ignore_config or ())}
+
+    def settings(self, of_folder: Callable[[Path], Any]) -> dict[str, Any]:
+        """What was given and answers depend on, for records; a folder is what `of_folder` makes of
+        it.
+        """
+        return {
+            name: of_folder(value) if isinstance(value, Path) else value
+            for name, value in given(self.keywords()).items()
+            if name != "mesh"
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Whether answers are contrasted: keywords of `api.load`."""
+
     contrast: Annotated[
         float | None,
         model_option(
@@ -172,23 +191,13 @@ class Loading:
         ),
     ] = None
 
-    def keywords(self) -> dict[str, Any]:
-        """Those of `api.load`. Raises BadParameter."""
+    def checked(self) -> dict[str, Any]:
+        """What was given. Raises BadParameter."""
         from catp_jax.generation.contrast import check_contrast
 
         with wrong_call():
             check_contrast(self.contrast, self.plausible)
-        return vars(self) | {"ignore_config": tuple(self.ignore_config or ())}
-
-    def settings(self, of_folder: Callable[[Path], Any]) -> dict[str, Any]:
-        """What was given and answers depend on, for records; a folder is what `of_folder` makes of
-        it.
-        """
-        return {
-            name: of_folder(value) if isinstance(value, Path) else value
-            for name, value in given(self.keywords()).items()
-            if name != "mesh"
-        }
+        return given(vars(self))
 
 
 IMAGE_SCALE = (

@@ -58,6 +58,7 @@ app = typer.Typer(
 def run(
     model: opts.ModelFolder,
     loading: opts.Loading,
+    contrast: opts.Contrast,
     generation: opts.Generation,
     task: Annotated[
         str,
@@ -204,6 +205,7 @@ def run(
         image_scale, tiles = baselines(image_scale, tiles, config)
     family, smaller = family_of(config, model), smaller_images(image_scale, tiles, config)
     defaults, note = family.defaults(model, generation_config)
+    contrasted = contrast.checked()
     given = {"max_new_tokens": Conditions().options.max_new_tokens} | generation.given()
     with opts.wrong_call():
         options = defaults.over(**given, num_return_sequences=1)
@@ -238,7 +240,8 @@ def run(
             name: value
             for name, value in loading.settings(name_of).items()
             if name not in ("dtype", "weights")  # the model's own description says them
-        },
+        }
+        | contrasted,
     )
     journal.check(**known_parts(conditions, examples))
 
@@ -254,7 +257,8 @@ def run(
             )
         if note:
             say(note)
-        loaded = api.load(model, **loading.keywords(), generation_config=False)
+        keywords = loading.keywords() | contrasted
+        loaded = api.load(model, **keywords, generation_config=False)
         _say_unknown_words(loaded, chosen.name, examples)
         settings = settings or all_that_fit(loaded, keep, examples)
         check_fit(settings, loaded)

@@ -297,19 +297,19 @@ class Basis:
 
     recent: ClassVar[int] = 0
 
-    matrix: Float[Array, "kv d r"]
+    matrix: Float[Array, "kv d rank"]
 
     def apply(self, array: Float[Array, "b kv *rest d"]) -> Float[Array, "b kv *rest r"]:
         """Keys, queries or values in this basis."""
-        return self._product("bk...d,kdr->bk...r", array)
+        return self._product("kdr,bk...d->bk...r", array)
 
     def back(self, array: Float[Array, "b kv *rest r"]) -> Float[Array, "b kv *rest d"]:
         """Values out of it."""
-        return self._product("bk...r,kdr->bk...d", array)
+        return self._product("kdr,bk...r->bk...d", array)
 
     def _product(self, axes: str, array: Array) -> Array:
-        matrix = self.matrix.astype(array.dtype)
-        product = jnp.einsum(axes, array, matrix, preferred_element_type=jnp.float32)
+        matrix = self.matrix.astype(array.dtype)  # first: else a CPU lacks it in 16 bits
+        product = jnp.einsum(axes, matrix, array, preferred_element_type=jnp.float32)
         return product.astype(array.dtype)
 
 
@@ -319,7 +319,8 @@ class Reduction:
     ENTRY and CROSS a `Replace`.
 
     The others are a matter of CACHE: the channels or directions of keys and of values, and `among`,
-    the tokens to which the layer's attention over the prompt, too, is confined.
+    the tokens to which the layer's attention over the prompt, too, is confined, where it is yet to
+    be computed: a model may have read everything in a layer where it is first pruned.
     """
 
     tokens: Keep | None = None
@@ -348,7 +349,8 @@ class Pruner(Protocol[State]):
     At LAYER, its field `layer` is the number of the decoder layer that it works in front of."""
 
     keep: Any
-    """Entries that stay, a static count. None: the data decide; the selection is then as long as
+    """Entries that stay, a static count; where a class says that it `keeps_all`, as many as take
+    the bytes that are left. None: the data decide; the selection is then as long as
     the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache."""
 
     def start(self, view: View) -> State:

@@ -94,6 +94,7 @@ class Model:
             "checksum": self.checksum,
             "processor": fingerprint(self.reader.processor),
             **self.reader.seen.described(),
+            **self._contrast,
         }
 
     @functools.cached_property
@@ -104,6 +105,15 @@ class Model:
             some = place.fetch(array[(0,) * (array.ndim - 1)][:16] if array.ndim else array)
             checksum.update(repr(array.shape).encode() + np.asarray(some, np.float32).tobytes())
         return checksum.hexdigest()[:16]
+
+    @property
+    def _contrast(self) -> dict[str, Any]:
+        """Of a contrasted model, for records."""
+        network = self.network
+        inner = network.frozen if isinstance(network, place.Sharded) else network
+        if not isinstance(inner, Contrasted):
+            return {}
+        return {"contrast": [float(place.fetch(one)) for one in (inner.alpha, inner.beta)]}
 
     def seeing(self, image_scale: float = 1.0, tiles: int | None = None) -> "Model":
         """The model, to which images are shown with fewer pixels, or of which an image has so many
@@ -122,6 +132,8 @@ class Model:
         to what it says of all of them; see `generation.contrast` (MINT), also for the errors. It
         takes twice the time and two caches.
         """
+        if self._contrast:
+            raise ValueError("this model is contrasted already; begin with the model itself")
         if not isinstance(self.network, place.Sharded):
             return dataclasses.replace(self, network=contrasted(self.network, alpha, beta))
         mesh, inner = self.network.mesh, contrasted(self.network.frozen, alpha, beta)
@@ -217,8 +229,12 @@ class Model:
         """The batch with each prompt's last token read from the cache, as answers are: what is
         pruned there counts from an answer's first word on, and answers may be of one word.
 
-        Raises ValueError if this model prunes nothing in its cache.
+        Raises ValueError if this model prunes nothing in its cache, for a prompt of one token or
+        one that ends with an image, which the last token alone would see; and for a batch that is
+        encoded or late already.
         """
+        if packed.encoded is not None or packed.last is not None:
+            raise ValueError("late wants a batch as prepare gives it, before encode")
         if not self.sites & {*BY_LAYER}:
             raise ValueError(
                 "this model prunes nothing in its cache, so it makes no difference what reads it"
@@ -226,8 +242,16 @@ class Model:
         tokens, valid = packed.inputs.tokens, packed.inputs.token_valid
         places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         last = jnp.where(valid, places, -1).max(axis=1, keepdims=True)
-        inputs = replace(packed.inputs, token_valid=valid & (places < last))
         of_prompt = jnp.take_along_axis(tokens, last, axis=1)[:, 0]
+        is_image = np.asarray(place.fetch(of_prompt)) == self.config.image_token_index
+        is_short = np.asarray(place.fetch(valid)).sum(axis=1) < 2
+        if (is_image | is_short).any():
+            row = int((is_image | is_short).argmax())
+            raise ValueError(
+                f"prompt {row} ends with an image or is a single token; to read its last token "
+                "from the cache there must be text behind the image"
+            )
+        inputs = replace(packed.inputs, token_valid=valid & (places < last))
         return dataclasses.replace(packed, inputs=inputs, last=of_prompt)
 
     def encode(self, packed: Packed[Any]) -> Packed[Any]:
@@ -472,12 +496,14 @@ class Model:
             if (of := getattr(pruner, "of_model", None)) not in (None, self.checksum):
                 raise ValueError(
                     f"what {type(pruner).__name__} has learned is of another model (checksum {of}, "
-                    f"and this one has {self.checksum}); calibrate it for this one"
+                    f"and this one has {self.checksum}); calibrate it for this one, loaded as it "
+                    "is now"
                 )
         if methods:
             return pruners
         pruners = settle(pruners, self.sites)
-        keeps = [pruner.keep for pruner in sorted(pruners, key=turn)]
+        some = [pruner for pruner in pruners if not getattr(pruner, "keeps_all", False)]
+        keeps = [pruner.keep for pruner in sorted(some, key=turn)]
         budget.check([keep for keep in keeps if keep is not None], packed.most)
         return pruners
 

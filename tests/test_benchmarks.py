@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import catp_table, testbed, trimmed_table
+from benchmarks import catp_table, fidelity, methods_table, pairs, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
+from catp_jax.contract import Site
 from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
 from tests.shallow import shallow
@@ -312,3 +313,79 @@ def test_what_is_guessed_is_the_commonest_answer():
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35
     assert known["reading"] < 0.35
+
+
+def test_the_table_of_methods_has_every_form_and_what_a_study_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(methods_table, "DRAWS", testbed.DRAWS[:2])
+    monkeypatch.setattr(methods_table, "methods_for", lambda sites: ["random", "fastv", "csp"])
+    monkeypatch.setattr(methods_table, "FORMS", {"elastic_cache:evicts": {Site.CACHE}})
+    model = shallow("mini-llama-vision")
+    methods_table.main([str(model), *SCENES, "--shares", "25%", "--prune", "think"])
+    (found,) = last_line(capsys)["models"].values()
+    named = ("fastv", "csp", "elastic_cache:evicts", "think", "oracle", "anti")
+    assert {*found["rows"]} == {
+        "unpruned",
+        "random, 2 seeds, 25%",
+        *(f"{name}, 25%" for name in named),
+    }
+    assert found["late"]
+    row = found["rows"]["csp, 25%"]
+    assert row["cache"] < 0.6
+    assert {"accuracy", "accuracy, attribute", "against random", "against unpruned"} <= {*row}
+
+
+def test_learned_methods_are_called_without_their_folder():
+    assert methods_table.label("eigen:/some/where") == "eigen"
+    assert methods_table.label("attention_predictor:runs/a:refresh=3") == (
+        "attention_predictor:refresh=3"
+    )
+    assert methods_table.label("fastv:rows=all") == "fastv:rows=all"
+
+
+def test_pairs_are_held_against_the_best_single_method_on_other_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pairs, "TOKENS", ("csp",))
+    monkeypatch.setattr(pairs, "BUDGETS", {"25%": {"think": ("75%", "33.3%")}})
+    pairs.main([str(shallow("mini-llama-vision")), *SCENES])
+    found = last_line(capsys)["budgets"]["25%"]
+    assert {*found["rows"]} == {"csp", "csp and think"}  # which take the same, as far as can be
+    assert found["too large"] == ["think"]
+    assert found["best"] == {"alone": "csp", "pair": "csp and think"}
+    assert found["rows"]["csp"]["to best"] == [0, 0, 0]
+    left, right = pairs.halves(result([1, 0, 1, 0, 1]).answers)
+    assert [one.image for one in left] == [0, 2, 4]
+    assert [one.image for one in right] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("gain", "better", "kept"),
+    [
+        ((0.1, 0.02, 0.2), "agrees", "agrees"),
+        ((-0.005, -0.02, 0.01), "undecided", "agrees"),
+        ((0.0, 0.0, 0.0), "the same", "agrees"),
+        ((0.01, 0.0, 0.02), "undecided", "agrees"),
+        ((-0.03, -0.05, 0.01), "undecided", "undecided"),
+        ((-0.03, -0.05, -0.01), "disagrees", "undecided"),
+        ((-0.1, -0.2, -0.05), "disagrees", "disagrees"),
+    ],
+)
+def test_a_claim_is_judged_by_the_whole_interval(
+    gain: tuple[float, float, float], better: str, kept: str
+):
+    claim = fidelity.Claim("m", "says", "m, 25%", "random")
+    assert claim.verdict(gain) == better
+    whole = dataclasses.replace(claim, is_kept=True)
+    assert whole.verdict(gain) == kept
+    harsher = dataclasses.replace(whole, is_harsher=True).verdict(gain)
+    assert harsher == ("undecided" if kept == "disagrees" else kept)
+
+
+def test_a_claim_for_the_other_way_is_turned_around():
+    rows = {"m, 25%": {"against n": [0.2, 0.1, 0.3], "against n, count": [-0.2, -0.3, -0.1]}}
+    claim = fidelity.Claim("m", "n is better", "m, 25%", "n", is_reversed=True)
+    assert claim.found(rows) == (-0.2, -0.3, -0.1)
+    assert dataclasses.replace(claim, family="count").found(rows) == (0.2, 0.1, 0.3)
+    assert claim.found({}) is None

@@ -53,3 +53,8 @@ def test_numbers_out_of_range_are_a_wrong_call(words: list[str], says: str):
     run = command("generate", str(shallow("mini-blip2-opt")), "--prompt", "what?", *words)
     assert run.returncode == 2
     assert says in " ".join(run.stderr.replace("│", " ").split())
+
+
+def test_a_contrasted_model_is_not_contrasted_again(model: Model):
+    with pytest.raises(ValueError, match="contrasted already"):
+        model.contrasting().contrasting()

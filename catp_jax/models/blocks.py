@@ -69,6 +69,10 @@ class Block:
             return jnp.swapaxes(array, 1, 2)
 
         keys, values = stored(made.keys), stored(made.values)
+        if isinstance(keys_in, Basis):
+            keys_in = replace(keys_in, matrix=keys_in.matrix.astype(keys.dtype))
+        if values_in is not None:
+            values_in = replace(values_in, matrix=values_in.matrix.astype(values.dtype))
         return cls(
             keys=keys if keys_in is None else keys_in.apply(keys),
             values=values if values_in is None else values_in.apply(values),

@@ -36,7 +36,7 @@ class DecoderCache(Cache):
 @runtime_checkable
 class Layer(Protocol):
     """A layer that knows the positions of its rows: their output, their queries, and their keys
-    and values, or the tail of the past that they join. `among` is asked about a prompt's.
+    and values, or the tail of the past that they join. `among` is asked once about a prompt's.
     """
 
     def __call__(

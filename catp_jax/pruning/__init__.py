@@ -127,7 +127,10 @@ def make(
     values: dict[str, Any] = {"keep": keep}
     if is_learned(name):
         found = learned.read(folder, name)
-        given = method.from_learned(found, keep or 1, of or keep or 1)  # type: ignore[attr-defined]
+        try:
+            given = method.from_learned(found, keep or 1, of or keep or 1)  # type: ignore[attr-defined]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{folder} lacks {error.args[0]!r}; calibrate anew") from None
         values |= {**given, "of_model": found.model["checksum"]}
         types = {key: kinds for key, kinds in types.items() if key not in given or key == "keep"}
     for key, text in texts.items():

@@ -116,7 +116,7 @@ class Network:
 class State:
     """A layer's `history`, its last row the latest, and how many `steps` are in it."""
 
-    history: Float[Array, "b kv rows blocks"]
+    history: Float[Array, "b kv seen blocks"]
     steps: Int[Array, " b"]
 
 
@@ -131,6 +131,7 @@ class AttentionPredictor(Pruner[State]):
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.READ,)
+    keeps_all: ClassVar[bool] = True
 
     site: Site = static(default=Site.READ)
     keep: int = static()

@@ -12,7 +12,8 @@ singular vectors are its directions (`Directions`). A layer's rank is how many o
 until they hold the share ε of the sum of singular values, of the head that needs most, in whole
 eights (one by one, where a head has fewer than 64 channels). In the paper ε falls, layer by
 layer, as long as the layer's output stays near (`Near`); here one ε holds for all, the largest that
-fits the budget, which is one of bytes: of what visual tokens take, as many as `keep` of them would.
+fits the budget, which is one of bytes: of what visual tokens take, as many as `keep` of them would;
+the directions themselves come on top, once a batch.
 
 Our reading: the prompt is read as it is, and then put down; new tokens keep all channels (the paper
 folds the directions into the weights, which is the same where no norm stands between, and saves
@@ -38,6 +39,8 @@ EIGHTS, WIDE = 8, 64
 PARTS = ("keys", "values")
 Ranks = tuple[int, int]
 """Of keys and of values."""
+Bases = tuple[Basis | None, ...]
+"""Of keys and of values; None leaves them as they are."""
 
 
 @pytree
@@ -151,15 +154,20 @@ class Directions:
             low, high = (middle + 1, high) if fits else (low, middle)
         return self.ranks(np.nextafter(known[low - 1], 2.0) if low else 0.0)
 
-    def bases(self, ranks: Mapping[int, Ranks]) -> dict[int, tuple[Basis, Basis]]:
-        """The first directions of keys and of values, as many as these."""
+    def basis(self, layer: int, name: str, rank: int) -> Basis:
+        """The first directions of a layer's keys or values, as many as this."""
+        return Basis(matrix=jnp.asarray(self.arrays[f"{layer}.{name}"][:, :, :rank]))
 
-        def basis(layer: int, name: str, rank: int) -> Basis:
-            return Basis(matrix=jnp.asarray(self.arrays[f"{layer}.{name}"][:, :, :rank]))
-
+    def bases(self, ranks: Mapping[int, Ranks]) -> dict[int, Bases]:
+        """Those of all layers; None for all there are, which would turn keys and values for
+        nothing.
+        """
         return {
-            layer: (basis(layer, "keys", keys), basis(layer, "values", values))
-            for layer, (keys, values) in ranks.items()
+            layer: tuple(
+                None if rank == self.channels else self.basis(layer, name, rank)
+                for name, rank in zip(PARTS, pair, strict=True)
+            )
+            for layer, pair in ranks.items()
         }
 
     def _held(self, layer: int, name: str) -> Float[np.ndarray, "kv d"]:
@@ -226,7 +234,10 @@ def search(
     of itself. `errors` says by how much it is, in some bases.
     """
     chosen = directions.ranks(2.0)
-    whole = directions.bases(chosen)
+    whole = {
+        layer: tuple(directions.basis(layer, name, directions.channels) for name in PARTS)
+        for layer in directions.layers
+    }
     going, share = set(directions.layers), 1.0
     while going and share > 0:
         ranks = directions.ranks(share)
@@ -252,12 +263,13 @@ class EigenAttention(Pruner[tuple[()]]):
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
+    keeps_all: ClassVar[bool] = True
 
     site: Site = static(default=Site.CACHE)
     keep: int = static()
     limit: Int[Array, " b"] | None = None
     of_model: str | None = static(default=None)
-    bases: dict[int, tuple[Basis, Basis]]
+    bases: dict[int, Bases]
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from catp_jax.contract import Site
-from catp_jax.pruning import budget, make
+from catp_jax.pruning import METHODS, budget, make
 
 AUTO = "auto"
 """The budget of a method that finds its own number."""
@@ -55,13 +55,20 @@ def split(words: Any) -> list[Any]:
 
 
 def limits(methods: Named, available: int) -> list[int]:
-    """How many of its visual tokens a prompt keeps, by each method in turn."""
+    """How many of its visual tokens a prompt keeps, by each method in turn; of one that keeps all,
+    how many take the bytes that it leaves.
+    """
     found = []
-    for _, keep in methods:
-        if keep != AUTO:
-            available = budget.count(keep, available)
-        found.append(available)
+    for spec, keep in methods:
+        left = available if keep == AUTO else budget.count(keep, available)
+        found.append(left)
+        available = available if keeps_all(spec) else left
     return found
+
+
+def keeps_all(spec: str) -> bool:
+    """Whether a method's budget is one of bytes alone, and all tokens stay."""
+    return getattr(METHODS[spec.partition(":")[0]], "keeps_all", False)
 
 
 def pruners(
@@ -77,14 +84,19 @@ def pruners(
     count what it has, if that is less. Raises ValueError for a count that no prompt can fill, which
     may have `most`.
     """
-    budget.check([keep for _, keep in methods if keep != AUTO], most)
+    counted = [(spec, keep) for spec, keep in methods if keep != AUTO]
+    budget.check([keep for spec, keep in counted if not keeps_all(spec)], most)
+    for spec, keep in counted:
+        if keeps_all(spec):
+            budget.check([keep], most)
     per_prompt = [limits(methods, count) for count in available]
     made = []
     for number, (spec, keep) in enumerate(methods):
         if capacity and keep == AUTO:
             made.append(make(spec, None, sites))
         elif capacity:
-            before, capacity = capacity, budget.count(keep, capacity)
+            left = budget.count(keep, capacity)
             limit = jnp.asarray([counts[number] for counts in per_prompt], jnp.int32)
-            made.append(make(spec, capacity, sites, limit=limit, of=before))
+            made.append(make(spec, left, sites, limit=limit, of=capacity))
+            capacity = capacity if keeps_all(spec) else left
     return tuple(made)

@@ -35,6 +35,7 @@ class ThinK(Pruner[tuple[()]]):
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
+    keeps_all: ClassVar[bool] = True
 
     site: Site = static(default=Site.CACHE)
     keep: int = static()

@@ -12,10 +12,11 @@ many tokens stay follows from the attention received, summed over probes and hea
 sum over the number of probes that can see the token. The layer's attention over the prompt is then
 computed among these, and they alone are cached.
 
-Our reading: text stays, whatever its score; tokens that are left out get nothing from the layer's
-attention. `keep` is how many there is room for: where more would be needed, the best of them stay,
-and `Found` says so. Llama 3.2 Vision's first cross-attention layer has read everything before it is
-asked: there the cache alone is pruned.
+Our reading: text stays, whatever its score, and `tau` is a share of what visual tokens receive; in
+the paper text is pruned alike. With `tau` below 1 tokens leave at any budget. Those that are left
+out get nothing from the layer's attention. `keep` is how many there is room for: where more would
+be needed, the best of them stay, and `Found` says so. Llama 3.2 Vision's first cross-attention
+layer has read everything before it is asked: there the cache alone is pruned.
 """
 
 from typing import ClassVar

@@ -184,9 +184,12 @@ def remember(cache: ImageCache, source: ImageLike, process: Callable[[ImageLike]
 
 
 def prompts_of(packed: Packed[Any]) -> list[list[int]]:
-    """The tokens of each prompt, without padding."""
+    """The tokens of each prompt, without padding, and with one that is read late."""
     tokens, valid = place.fetch((packed.inputs.tokens, packed.inputs.token_valid))
-    return [row[is_valid].tolist() for row, is_valid in zip(tokens, valid, strict=True)]
+    found = [row[is_valid].tolist() for row, is_valid in zip(tokens, valid, strict=True)]
+    if packed.last is None:
+        return found
+    return [[*row, int(last)] for row, last in zip(found, place.fetch(packed.last), strict=True)]
 
 
 def arrange(

@@ -102,15 +102,15 @@ def divisors(number: int) -> str:
 def named_leaves(
     tree: Any, axes: Sequence[tuple[str, ...]] = ()
 ) -> Iterator[tuple[Any, tuple[str, ...] | None]]:
-    """Every leaf of a tree of dataclasses and tuples with its axes, None where no annotation says
-    them; in JAX's order.
+    """Every leaf of a tree of dataclasses, dictionaries and tuples with its axes, None where no
+    annotation says them; in JAX's order.
     """
     if dataclasses.is_dataclass(tree):
         for field in dataclasses.fields(tree):
             if not field.metadata.get("static"):
                 yield from named_leaves(getattr(tree, field.name), axes_of(field.type))
-    elif isinstance(tree, tuple | list):
-        for part in tree:
+    elif isinstance(tree, tuple | list | dict):
+        for part in [tree[key] for key in sorted(tree)] if isinstance(tree, dict) else tree:
             yield from named_leaves(part, axes)
     elif tree is not None:
         yield tree, next((own for own in axes if len(own) == len(tree.shape)), None)

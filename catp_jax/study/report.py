@@ -301,6 +301,6 @@ def _others(conditions: Conditions) -> str:
         if name not in described and value != plain[name]
     }
     others |= {"begun": conditions.begun} if conditions.begun else {}
-    others |= {"the prompt's last token": "from the cache"} if conditions.is_late else {}
     others |= conditions.loading
-    return "".join(f", {name} {shown(value)}" for name, value in others.items())
+    late = ", the last token of each prompt read from the cache" if conditions.is_late else ""
+    return late + "".join(f", {name} {shown(value)}" for name, value in others.items())

@@ -385,7 +385,8 @@ def test_a_loaded_model_answers_streams_and_weighs_answers():
     both = dataclasses.replace(model, network=contrasted(model.network, ALPHA, BETA))
     assert both.sites == model.sites
     assert both.dtype == model.dtype
-    assert both.describe() == model.describe()
+    contrast = {"contrast": [pytest.approx(float(ALPHA)), pytest.approx(float(BETA))]}
+    assert both.describe() == model.describe() | contrast
     assert "alpha 2, beta 0.1" in repr(both)
     circle, prompt = ASSETS / "blue-circle.png", "what color is the shape?"
     asked: dict[str, Any] = {"prune": "fastv", "keep": "25%", "max_new_tokens": 8}

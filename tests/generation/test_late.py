@@ -98,3 +98,23 @@ def test_a_model_that_prunes_nothing_in_its_cache_refuses():
     t5 = catp_jax.load(shallow("mini-blip2-t5"))
     with pytest.raises(ValueError, match="prunes nothing in its cache"):
         t5.late(t5.prepare(PICTURES, QUESTIONS))
+
+
+def test_rules_about_the_prompt_hold_for_all_of_it(model: Model):
+    options = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    early, late = asked(model, (), late=False, **options), asked(model, (), late=True, **options)
+    assert late.tokens == early.tokens
+
+
+def test_what_is_late_or_encoded_already_is_refused(model: Model):
+    packed = model.prepare(PICTURES, QUESTIONS)
+    for one in (model.late(packed), model.encode(packed)):
+        with pytest.raises(ValueError, match="before encode"):
+            model.late(one)
+
+
+def test_a_prompt_that_ends_with_its_image_is_refused():
+    llama = catp_jax.load(shallow("mini-llama-vision"))
+    packed = llama.prepare(PICTURES, [QUESTIONS[0], "what is this? <|image|>"])
+    with pytest.raises(ValueError, match="prompt 1 ends with an image or is a single token"):
+        llama.late(packed)

@@ -21,7 +21,7 @@ from catp_jax.pruning import (
     make,
     methods_for,
 )
-from catp_jax.pruning.named import named
+from catp_jax.pruning.named import named, pruners
 from catp_jax.struct import pytree, static
 
 CROSS = frozenset({Site.CROSS})
@@ -245,3 +245,25 @@ def test_trimmed_llama_without_a_budget_is_asked_for_what_its_heads_want():
 def test_a_limit_of_each_sample_is_handed_on():
     limit = jnp.asarray([3, 5])
     assert make("k_norm", 8, CROSS, limit=limit).limit is limit
+
+
+def test_what_follows_a_method_that_keeps_all_tokens_has_all_of_them():
+    """Half of the keys' bytes, and of the tokens a quarter: not a quarter of a half."""
+    sites = CROSS | {Site.CACHE}
+    for spec, budgets in (("think,csp", "50%,25%"), ("csp,think", "25%,50%")):
+        found = {
+            type(one).__name__: one
+            for one in pruners(named(spec, budgets), [260, 130], 260, sites, 260)
+        }
+        assert found["CSP"].keep == 65
+        assert found["CSP"].limit.tolist() == [65, 33]
+        think = found["ThinK"]
+        assert (think.keep, think.of) == ((130, 260) if spec == "think,csp" else (33, 65))
+
+
+def test_counts_after_a_method_that_keeps_all_tokens_are_counts_of_them():
+    sites = CROSS | {Site.CACHE}
+    _, csp = pruners(named("think,csp", "50%,200"), [260], 260, sites, 260)
+    assert csp.keep == 200
+    with pytest.raises(ValueError, match="keep is 300, but there are only 260"):
+        pruners(named("think,csp", "300,200"), [260], 260, sites, 260)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from catp_jax.contract import Basis
 from catp_jax.generation import generate as programs
 from catp_jax.generation.beam import beams
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
 from catp_jax.models.frozen import freeze
-from catp_jax.pruning import make
+from catp_jax.pruning import AttentionPredictor, EigenAttention, make
+from catp_jax.pruning.attention_predictor import Network
 from catp_jax.sharding.mesh import make_mesh
 from catp_jax.sharding.place import fetch, kv_heads, place_inputs, replicate
 from tests.sharding.cases import CASES, SITES, SIZES, name_of
@@ -71,6 +73,37 @@ def test_tokens_are_those_of_one_device(sizes, case):
     mesh = make_mesh(name_of(sizes), kv_heads(model(kind)), jax.devices()[: math.prod(sizes)])
     ours = run(on_mesh(kind, mesh), place_inputs(inputs(kind), mesh), kind, method, mesh)
     same(ours, alone(kind)[method])
+
+
+def learned_methods(kind):
+    """Methods that learn first, with arrays of no meaning: by layer, by step, at the entry."""
+    config = CONFIGS[kind].text
+    kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    channels = config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "cross_attention_layers", range(config.num_hidden_layers))
+    rng = np.random.default_rng(0)
+    turned = np.linalg.qr(rng.normal(size=(kv, channels, channels)))[0].astype(np.float32)
+    basis = Basis(matrix=jnp.asarray(turned[:, :, : channels // 2]))
+    network = Network.start(jax.random.key(0))
+    return {
+        "eigen": EigenAttention(keep=4, bases=dict.fromkeys(layers, (basis, basis))),
+        "attention_predictor": AttentionPredictor(keep=4, network=network, block=2, rows=8),
+    }
+
+
+@pytest.mark.parametrize("method", ["eigen", "attention_predictor"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("mllama", "data=2,fsdp=2,tensor=2"), ("opt", "data=4,tensor=2")]
+)
+def test_methods_that_learn_first_too(kind, sizes, method):
+    pruners = (learned_methods(kind)[method],)
+    mesh = make_mesh(sizes, kv_heads(model(kind)))
+    pruned = replicate(pruners, mesh)
+    how = replicate((sampling(8), STOP), mesh)
+    batch = place_inputs(inputs(kind), mesh)
+    ours = fetch(programs.generate(on_mesh(kind, mesh), pruned, batch, *how))
+    alone = programs.generate(freeze(model(kind)), pruners, inputs(kind), sampling(8), STOP)
+    same(ours, fetch(alone))
 
 
 def test_every_case_is_among_them():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
@@ -119,3 +120,11 @@ def test_other_annotations_name_no_axes():
     assert axes_of(Float[Array, "*rows d"]) == []
     assert axes_of(int) == []
     assert axes_of(Bool[Array, "b n"] | None) == [("b", "n")]
+
+
+def test_a_dictionarys_leaves_come_in_the_order_of_its_keys():
+    """As states by layer are; without axes, since none are annotated."""
+    tree = ({3: np.zeros(3), 1: (np.ones(2), np.ones(1))}, np.zeros(4))
+    found = list(named_leaves(tree))
+    assert [leaf.shape for leaf, _ in found] == [leaf.shape for leaf in jax.tree.leaves(tree)]
+    assert {axes for _, axes in found} == {None}

@@ -1,0 +1,160 @@
+"""What of the papers' claims holds here: the rows of docs/fidelity.md, from benchmarks/results/.
+
+That one way beats another agrees if the whole 95 % interval of the paired difference lies above
+zero, disagrees if it lies below, and is undecided else; "the same" means that not one answer
+differs. That nothing is lost agrees if no more than two points are within the interval, disagrees
+if more are all through it, and is undecided else.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LITTLE = 0.02
+"""What may be lost where a paper says that nothing is."""
+MODELS = {"llama": "Llama mini", "opt": "BLIP-2 OPT mini"}
+
+Gain = tuple[float, float, float]
+"""A paired difference and its interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a paper says of a method, and where `methods_table` has the figure: how much better
+    `setting` is than `other`, on the questions of a `family` (None: on all). `is_reversed`: the
+    paper says that the other one is better; `is_kept`: that nothing is lost. `is_harsher`: less is
+    left here than the paper speaks of, so that a loss says nothing against it.
+    """
+
+    method: str
+    says: str
+    setting: str
+    other: str
+    family: str | None = None
+    is_reversed: bool = False
+    is_kept: bool = False
+    is_harsher: bool = False
+
+    def found(self, rows: dict[str, Any]) -> Gain | None:
+        """The figure; None if this model has none."""
+        name = f"against {self.other}" + ("" if self.family is None else f", {self.family}")
+        gain = rows.get(self.setting, {}).get(name)
+        if gain is None:
+            return None
+        mean, low, high = gain
+        return (-mean, -high, -low) if self.is_reversed else (mean, low, high)
+
+    def verdict(self, gain: Gain) -> str:
+        """Whether the figure agrees with the paper."""
+        _, low, high = gain
+        if low == high == 0 and not self.is_kept:
+            return "the same"
+        most = -LITTLE if self.is_kept else 0.0
+        if low >= most and (self.is_kept or low > 0):
+            return "agrees"
+        return "disagrees" if high < most and not self.is_harsher else "undecided"
+
+
+CLAIMS = (
+    Claim(
+        "Trimmed Llama",
+        "half of the features do as well as all",
+        "trimmed_llama, 50%",
+        "unpruned",
+        is_kept=True,
+    ),
+    Claim(
+        "Trimmed Llama",
+        "the same, attributes",
+        "trimmed_llama, 50%",
+        "unpruned",
+        "attribute",
+        is_kept=True,
+    ),
+    Claim("FastV", "better than random tokens", "fastv, 25%", "random"),
+    Claim("FastV", "the same, attributes", "fastv, 25%", "random", "attribute"),
+    Claim(
+        "FastV",
+        "the last row's attention does as well as that of all rows",
+        "fastv:rows=all, 25%",
+        "fastv",
+    ),
+    Claim("FastV", "half of the tokens do as well as all", "fastv, 50%", "unpruned", is_kept=True),
+    Claim(
+        "K-norm",
+        "each head's short keys are better than random tokens",
+        "k_norm:site=cache, 25%",
+        "random",
+    ),
+    Claim(
+        "CSP",
+        "an even split (r = 0.5) is better than r = 0.1",
+        "csp:ratio=0.1, 25%",
+        "csp",
+        is_reversed=True,
+    ),
+    Claim(
+        "CSP", "an even split is better than r = 0.9", "csp:ratio=0.9, 25%", "csp", is_reversed=True
+    ),
+    Claim(
+        "Elastic Cache",
+        "merging is better than evicting",
+        "elastic_cache:evicts, 25%",
+        "elastic_cache",
+        is_reversed=True,
+    ),
+    Claim("ZipVL", "half of the tokens do as well as all", "zipvl, 50%", "unpruned", is_kept=True),
+    Claim("ZipVL", "the same, attributes", "zipvl, 50%", "unpruned", "attribute", is_kept=True),
+    Claim(
+        "AirCache",
+        "a tenth of the tokens loses next to nothing (here an eighth)",
+        "aircache, 12.5%",
+        "unpruned",
+        is_kept=True,
+    ),
+    Claim(
+        "ThinK",
+        "40 % of the key channels can go (here half of 16)",
+        "think, 75%",
+        "unpruned",
+        is_kept=True,
+        is_harsher=True,
+    ),
+    Claim(
+        "Eigen Attention",
+        "40 % of the bytes can go (here 50 %)",
+        "eigen, 50%",
+        "unpruned",
+        is_kept=True,
+        is_harsher=True,
+    ),
+    Claim("Eigen Attention", "the same, with 25 % gone", "eigen, 75%", "unpruned", is_kept=True),
+)
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """Method, claim, model, what was found, whether it agrees."""
+    tables = {}
+    for name, model in MODELS.items():
+        found = json.loads((RESULTS / f"methods_table_{name}.json").read_text())["models"]
+        (tables[model],) = (one["rows"] for one in found.values())
+    for claim in CLAIMS:
+        for model, table in tables.items():
+            if (gain := claim.found(table)) is not None:
+                mean, low, high = (f"{round(100 * figure):+d}" for figure in gain)
+                told = f"{mean} [{low}, {high}]"
+                yield claim.method, claim.says, model, told, claim.verdict(gain)
+
+
+def foreseen() -> Iterator[tuple[str, ...]]:
+    """What AttentionPredictor's network foresees of the blocks with most attention, by share."""
+    figures = json.loads((RESULTS / "attention_predictor_mini.json").read_text())["figures"]
+    shares: dict[str, list[str]] = {}
+    for name, rate in figures.items():
+        share, _, _ = name.removeprefix("foreseen of ").partition(" of the blocks")
+        shares.setdefault(share, []).append(f"{100 * rate:.0f} %")
+    for share, rates in shares.items():
+        yield share, *rates
