@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from catp_jax.study.records import UNPRUNED
+from catp_jax.study.results import RANDOM
+
 RESULTS = Path(__file__).resolve().parent / "results"
 LITTLE = 0.02
 """What may be lost where a paper says that nothing is."""
-MODELS = {"llama": "Llama mini", "opt": "BLIP-2 OPT mini"}
+LLAMA, OPT = "Llama mini", "BLIP-2 OPT mini"
+MODELS = {"llama": LLAMA, "opt": OPT}
 
 Gain = tuple[float, float, float]
 """A paired difference and its interval."""
@@ -26,7 +30,8 @@ class Claim:
     """What a paper says of a method, and where `methods_table` has the figure: how much better
     `setting` is than `other`, on the questions of a `family` (None: on all). `is_reversed`: the
     paper says that the other one is better; `is_kept`: that nothing is lost. `is_harsher`: less is
-    left here than the paper speaks of, so that a loss says nothing against it.
+    left here than the paper speaks of, so that a loss says nothing against it. `model`: the one
+    alone that it can be told of.
     """
 
     method: str
@@ -37,6 +42,7 @@ class Claim:
     is_reversed: bool = False
     is_kept: bool = False
     is_harsher: bool = False
+    model: str | None = None
 
     def found(self, rows: dict[str, Any]) -> Gain | None:
         """The figure; None if this model has none."""
@@ -63,31 +69,34 @@ CLAIMS = (
         "Trimmed Llama",
         "half of the features do as well as all",
         "trimmed_llama, 50%",
-        "unpruned",
+        UNPRUNED,
         is_kept=True,
     ),
     Claim(
         "Trimmed Llama",
         "the same, attributes",
         "trimmed_llama, 50%",
-        "unpruned",
+        UNPRUNED,
         "attribute",
         is_kept=True,
     ),
-    Claim("FastV", "better than random tokens", "fastv, 25%", "random"),
-    Claim("FastV", "the same, attributes", "fastv, 25%", "random", "attribute"),
+    Claim("FastV", "better than random tokens", "fastv, 25%", RANDOM, model=LLAMA),
+    Claim("FastV", "the same, attributes", "fastv, 25%", RANDOM, "attribute", model=LLAMA),
     Claim(
         "FastV",
-        "the last row's attention does as well as that of all rows",
+        "the last row's attention (the code) does as well as that of all rows (the text)",
         "fastv:rows=all, 25%",
         "fastv",
+        is_reversed=True,
+        is_kept=True,
     ),
-    Claim("FastV", "half of the tokens do as well as all", "fastv, 50%", "unpruned", is_kept=True),
+    Claim("FastV", "half of the tokens do as well as all", "fastv, 50%", UNPRUNED, is_kept=True),
     Claim(
         "K-norm",
         "each head's short keys are better than random tokens",
         "k_norm:site=cache, 25%",
-        "random",
+        RANDOM,
+        model=LLAMA,
     ),
     Claim(
         "CSP",
@@ -95,9 +104,15 @@ CLAIMS = (
         "csp:ratio=0.1, 25%",
         "csp",
         is_reversed=True,
+        model=OPT,
     ),
     Claim(
-        "CSP", "an even split is better than r = 0.9", "csp:ratio=0.9, 25%", "csp", is_reversed=True
+        "CSP",
+        "an even split is better than r = 0.9",
+        "csp:ratio=0.9, 25%",
+        "csp",
+        is_reversed=True,
+        model=OPT,
     ),
     Claim(
         "Elastic Cache",
@@ -106,32 +121,32 @@ CLAIMS = (
         "elastic_cache",
         is_reversed=True,
     ),
-    Claim("ZipVL", "half of the tokens do as well as all", "zipvl, 50%", "unpruned", is_kept=True),
-    Claim("ZipVL", "the same, attributes", "zipvl, 50%", "unpruned", "attribute", is_kept=True),
+    Claim("ZipVL", "half of the tokens do as well as all", "zipvl, 50%", UNPRUNED, is_kept=True),
+    Claim("ZipVL", "the same, attributes", "zipvl, 50%", UNPRUNED, "attribute", is_kept=True),
     Claim(
         "AirCache",
         "a tenth of the tokens loses next to nothing (here an eighth)",
         "aircache, 12.5%",
-        "unpruned",
+        UNPRUNED,
         is_kept=True,
     ),
     Claim(
         "ThinK",
         "40 % of the key channels can go (here half of 16)",
         "think, 75%",
-        "unpruned",
+        UNPRUNED,
         is_kept=True,
         is_harsher=True,
     ),
     Claim(
         "Eigen Attention",
-        "40 % of the bytes can go (here 50 %)",
+        "40 % of the bytes can go (here half)",
         "eigen, 50%",
-        "unpruned",
+        UNPRUNED,
         is_kept=True,
         is_harsher=True,
     ),
-    Claim("Eigen Attention", "the same, with 25 % gone", "eigen, 75%", "unpruned", is_kept=True),
+    Claim("Eigen Attention", "the same, with a quarter gone", "eigen, 75%", UNPRUNED, is_kept=True),
 )
 
 
@@ -143,8 +158,9 @@ def rows() -> Iterator[tuple[str, ...]]:
         (tables[model],) = (one["rows"] for one in found.values())
     for claim in CLAIMS:
         for model, table in tables.items():
-            if (gain := claim.found(table)) is not None:
-                mean, low, high = (f"{round(100 * figure):+d}" for figure in gain)
+            gain = claim.found(table) if claim.model in (None, model) else None
+            if gain is not None:
+                mean, low, high = (f"{100 * figure + 0.0:+.1f}" for figure in gain)
                 told = f"{mean} [{low}, {high}]"
                 yield claim.method, claim.says, model, told, claim.verdict(gain)
 

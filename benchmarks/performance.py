@@ -307,6 +307,18 @@ def methods_at(name: str, kept: str = "25%") -> str:
     return table((*head, "bytes, %", "prefill, %"), lines)
 
 
+def claims() -> str:
+    """What the papers say, and whether it holds."""
+    head = ("method", "what its paper says", "model", "difference, points", "here")
+    return table(head, fidelity.rows())
+
+
+def foreseen() -> str:
+    """What AttentionPredictor's network foresees."""
+    head = ("blocks chosen", "hit by the network", "by the row before", "by chance")
+    return table(head, fidelity.foreseen())
+
+
 def pairs_told() -> str:
     """Whether the best pair of methods beats the best one alone."""
     told = []
@@ -314,10 +326,13 @@ def pairs_told() -> str:
         best, rows = own["best"], own["rows"]
         pairs = sum(" and " in name for name in rows)
         _, low, high = gain = rows[best["pair"]]["to best"]
-        verdict = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse"
+        verdict = "is better" if low > 0 else "is worse" if high < 0 else "cannot be told from it"
+        out = sum(" and " in name for name in own["too large"])
+        first, second = best["pair"].split(" and ")
         told.append(
-            f"With {budget} of the bytes `{best['alone']}` is the best alone, and of {pairs} pairs "
-            f"{best['pair']}; on the other images the pair is {verdict}: {points(gain)} points."
+            f"With {budget} of the bytes half of the images chose `{best['alone']}` of the single "
+            f"methods, and of {pairs} pairs `{first}` with `{second}` ({out} more take too many "
+            f"bytes). On the other half that pair {verdict}: {points(gain)} points."
         )
     return " ".join(told)
 
@@ -349,10 +364,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "catp_told": partial(catp_told, "opt"),
     "catp_told_t5": partial(catp_told, "t5"),
     "trimmed_told": trimmed_told,
-    "fidelity": lambda: table(("method", "the paper", "model", "points", ""), fidelity.rows()),
-    "foreseen": lambda: table(
-        ("blocks", "the network", "the row before", "chance"), fidelity.foreseen()
-    ),
+    "fidelity": claims,
+    "foreseen": foreseen,
     "pairs_told": pairs_told,
     "methods_llama": partial(methods, "llama"),
     "methods_llama_at": partial(methods_at, "llama"),

@@ -40,7 +40,6 @@ from catp_jax.readers.seen import Seen
 from catp_jax.readers.token_text import pieces, spellings, stop_machine, texts_of
 from catp_jax.sharding import place
 from catp_jax.sharding.rules import shares
-from catp_jax.struct import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +250,7 @@ class Model:
                 f"prompt {row} ends with an image or is a single token; to read its last token "
                 "from the cache there must be text behind the image"
             )
-        inputs = replace(packed.inputs, token_valid=valid & (places < last))
-        return dataclasses.replace(packed, inputs=inputs, last=of_prompt)
+        return dataclasses.replace(packed, inputs=packed.inputs.before(last), last=of_prompt)
 
     def encode(self, packed: Packed[Any]) -> Packed[Any]:
         """The batch with its images encoded, for whoever asks about it more than once."""

@@ -13,7 +13,7 @@ import pytest
 
 from catp_jax.contract import Keep
 from catp_jax.generation import generate as programs
-from catp_jax.models import opt, qformer, t5, vit
+from catp_jax.models import caching, qformer, t5, vit
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
 from catp_jax.pruning import CATP, L2Norm, Position, SelfAttention
 from catp_jax.struct import replace
@@ -120,7 +120,7 @@ def test_pruning_costs_less_than_not_pruning(kind: Kind):
 
 
 def test_only_the_layers_that_vote_are_computed_beside_the_models_own(monkeypatch):
-    for module in (vit, qformer, opt, t5):
+    for module in (vit, qformer, caching, t5):
         monkeypatch.setattr(module, "attend", lambda queries, *rest, **options: queries)
 
     def weights(pruner: Any) -> list[tuple[int, ...]]:

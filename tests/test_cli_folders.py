@@ -44,6 +44,7 @@ COMMANDS = {
     "convert": ["convert", "MODEL", "~/converted"],
     "plan": ["plan", "MODEL"],
     "doctor": ["doctor", "MODEL"],
+    "calibrate": ["calibrate", "MODEL", "--method", "eigen", "--samples", "4", "--out=~/learned"],
     "demo": ["demo", "--model", "MODEL", "--out=~/figures"],
 }
 

@@ -1,5 +1,6 @@
 """A small model that guides a large one; here most models guide themselves."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Untouched(Model):
         raise AssertionError("the large model was called")
 
 
+def untouched(model: Model) -> Untouched:
+    fields = dataclasses.fields(model)
+    return Untouched(**{field.name: getattr(model, field.name) for field in fields})
+
+
 def itself(model: Model, images: Any = None, prompts: Any = None, **options: Any) -> Any:
     """The model guided by itself."""
     images, prompts = images or PICTURES, prompts or PROMPTS
@@ -92,7 +98,7 @@ def test_a_prompt_is_answered_the_same_alone_as_in_the_batch(model: Model):
 
 def test_at_threshold_0_the_guide_answers_and_the_large_model_never_runs(model: Model):
     out = guided(
-        Untouched(**vars(model)), model, PICTURES, PROMPTS, keep=4, threshold=0, max_new_tokens=NEW
+        untouched(model), model, PICTURES, PROMPTS, keep=4, threshold=0, max_new_tokens=NEW
     )
     assert out.text == plain(model).text
     assert out.is_guides == [True] * 3
@@ -207,8 +213,8 @@ def test_a_decoders_layer_is_told(blip2: Model):
 def refused(model: Model, guide: Model, says: str, **options: Any) -> None:
     with pytest.raises(ValueError, match=says):
         guided(
-            Untouched(**vars(model)),
-            Untouched(**vars(guide)),
+            untouched(model),
+            untouched(guide),
             PICTURES,
             PROMPTS,
             **dict[str, Any](keep=4) | options,

@@ -79,6 +79,14 @@ class Inputs:
     token_valid: Bool[AnyArray, "b s"]
     images: Images | None
 
+    def before(self, place: Int[Array, "b one"]) -> "Inputs":
+        """The prompts up to this place, which is not among them, and sees nothing."""
+        is_before = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None] < place
+        images = self.images
+        if images is not None:
+            images = replace(images, tile_seen=images.tile_seen & is_before[:, :, None])
+        return replace(self, token_valid=self.token_valid & is_before, images=images)
+
 
 class Mllama(nnx.Module):
     """`MllamaForConditionalGeneration`."""
@@ -134,8 +142,6 @@ class Mllama(nnx.Module):
             positions=jnp.broadcast_to(numbers, tokens.shape),
             valid=jnp.asarray(inputs.token_valid),
         )
-        if visual is not None:
-            visual = replace(visual, sees=visual.sees & text.valid[:, :, None])
         return self.language_model.front(tokens, text, visual, inputs.mask_mode)
 
     def back(

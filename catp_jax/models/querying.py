@@ -64,6 +64,11 @@ class QueryingInputs:
     token_valid: Bool[AnyArray, "b s"]
     begun: Int[AnyArray, "b begun"] | None = None
 
+    def before(self, place: Int[Array, "b one"]) -> Any:
+        """The prompts up to this place, which is not among them."""
+        places = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
+        return replace(self, token_valid=self.token_valid & (places < place))
+
     def alone(self, row: int) -> Any:
         """One prompt and its image."""
         prompt = jax.tree.map(lambda array: array[row : row + 1], self)
