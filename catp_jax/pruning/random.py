@@ -2,12 +2,10 @@
 
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from catp_jax.contract import Site, View
-from catp_jax.pruning.scores import Scored
+from catp_jax.pruning.scores import Scored, Seed, drawn
 from catp_jax.struct import pytree, static
 
 
@@ -23,16 +21,11 @@ class Random(Scored):
     sites: ClassVar[tuple[Site, ...]] = (Site.ENTRY, Site.CROSS)
 
     site: Site | None = static(default=None)
-    seed: int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**31:
             raise ValueError(f"Random wants a seed between 0 and 2**31 - 1, got {self.seed}")
 
     def score(self, view: View) -> Float[Array, "b n"]:
-        seeds = jnp.broadcast_to(jnp.asarray(self.seed, jnp.uint32), view.numbers.shape[:1])
-
-        def draw(seed: UInt32[Array, ""], which: Int[Array, ""]) -> Float[Array, ""]:
-            return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), which))
-
-        return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, view.numbers)
+        return drawn(self.seed, view.numbers)

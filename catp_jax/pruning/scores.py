@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from catp_jax.contract import Attention, Keep, Pruner, Reduction, View
 from catp_jax.struct import pytree, static
@@ -108,6 +108,20 @@ def last_rows(
     place = number - most + jnp.arange(most, dtype=jnp.int32)[None]
     is_wanted = (place >= jnp.maximum(number - wanted, 0)) & (place < number)
     return jnp.take_along_axis(in_order, jnp.clip(place, 0, size - 1), axis=1), is_wanted
+
+
+Seed = int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"]
+"""What draws: one for all samples, or one for each."""
+
+
+def drawn(seed: Seed, numbers: Int[Array, "b n"]) -> Float[Array, "b n"]:
+    """A number between 0 and 1 for each entry, which depends on the seed and on its own alone."""
+    seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), numbers.shape[:1])
+
+    def draw(seed: UInt32[Array, ""], which: Int[Array, ""]) -> Float[Array, ""]:
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), which))
+
+    return jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, numbers)
 
 
 def rank(scores: Float[Array, "... n"]) -> Int[Array, "... n"]:

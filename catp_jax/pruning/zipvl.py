@@ -21,14 +21,15 @@ layer has read everything before it is asked: there the cache alone is pruned.
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from catp_jax.contract import Pruner, Reduction, Site, View
 from catp_jax.pruning.scores import (
+    Seed,
     attention_received,
     check_keep,
+    drawn,
     evidence_of,
     keep_visual,
 )
@@ -57,7 +58,7 @@ class ZipVL(Pruner[Found]):
     limit: Int[Array, " b"] | None = None
     tau: float = 0.975
     probes: int = static(default=64)
-    seed: int | Int[Array, ""] | UInt32[Array, ""] | UInt32[Array, " b"] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -93,16 +94,10 @@ class ZipVL(Pruner[Found]):
     def rows(self, view: View) -> Int[Array, "b probes"]:
         """The rows that tokens are judged by; where there are too few, some that see nothing."""
         is_row = view.sees.any(axis=2)
-        batch, size = is_row.shape
+        size = is_row.shape[1]
         from_last = jnp.cumsum(is_row[:, ::-1], axis=1, dtype=jnp.int32)[:, ::-1]
-        # by its distance to the last row a draw depends on no padding
-        seeds = jnp.broadcast_to(jnp.asarray(self.seed, jnp.uint32), (batch,))
-
-        def draw(seed: UInt32[Array, ""], which: Int[Array, ""]) -> Float[Array, ""]:
-            return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), which))
-
-        drawn = jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(seeds, from_last)
-        order = jnp.where(is_row, jnp.where(from_last <= self.probes, 2.0, drawn), -1.0)
+        others = drawn(self.seed, from_last)  # by the distance to the last row: of no padding
+        order = jnp.where(is_row, jnp.where(from_last <= self.probes, 2.0, others), -1.0)
         best = jnp.argsort(-order, axis=1, stable=True)[:, : min(2 * self.probes, size)]
         return best.astype(jnp.int32)
 

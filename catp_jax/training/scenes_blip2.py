@@ -32,6 +32,7 @@ import typer
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from catp_jax.contract import Keep
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.opt import Opt, OptConfig
 from catp_jax.models.querying import QueryingFront
@@ -266,22 +267,29 @@ def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
     return rows
 
 
-def answer_logits(model: Blip2, batch: SceneBatch) -> Float[Array, "i q rows vocab"]:
-    """Logits of the rows that the targets speak of."""
+def answer_logits(
+    model: Blip2, batch: SceneBatch, keep: Keep | None = None
+) -> Float[Array, "i q rows vocab"]:
+    """Logits of the rows that the targets speak of; each image's questions read what is left of its
+    tokens (None: all).
+    """
     rows, each = batch.rows, batch.rows.tokens.shape[1]
 
     def flat(array: Array) -> Array:
         return array.reshape(-1, array.shape[-1])
 
+    def repeated(tree: Any) -> Any:
+        return jax.tree.map(lambda array: jnp.repeat(array, each, axis=0), tree)
+
     front = QueryingFront(
-        visual=jnp.repeat(batch.features, each, axis=0),
+        visual=repeated(batch.features),
         tokens=flat(rows.tokens),
         token_valid=flat(rows.token_valid),
         begun=None,
         view=None,
     )
     decoder = None if rows.decoder_tokens is None else flat(rows.decoder_tokens)
-    logits = model.rows(front, None, decoder)[:, -rows.targets.shape[-1] :]
+    logits = model.rows(front, repeated(keep), decoder)[:, -rows.targets.shape[-1] :]
     return logits.reshape(*rows.targets.shape, -1)
 
 

@@ -17,16 +17,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from catp_jax.contract import Keep, Site, View, run_pruners
+from catp_jax.contract import Site, View, run_pruners
 from catp_jax.models.blip2 import Blip2
-from catp_jax.models.querying import QueryingFront
 from catp_jax.pruning.vistog_grouping import Grouping, VisToGGrouping
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text
 from catp_jax.training.scene_bank import Bank, SceneBatch, evaluate
 from catp_jax.training.scene_questions import Asked
 from catp_jax.training.scenes import Scene
-from catp_jax.training.scenes_blip2 import pixels_of, rows_of
+from catp_jax.training.scenes_blip2 import answer_logits, pixels_of, rows_of
 from catp_jax.training.scoring import answer_loss, check_options, is_answered
 
 PEAK = 2e-3  # the highest rate of learning
@@ -126,32 +125,6 @@ def shown(features: Float[Array, "i n d"]) -> View:
         valid=jnp.ones((images, tokens), bool),
         sees=jnp.ones((images, 1, tokens), bool),
     )
-
-
-def answer_logits(
-    model: Blip2, batch: SceneBatch, keep: Keep | None
-) -> Float[Array, "i q rows vocab"]:
-    """Logits of the rows that the targets speak of; each image's questions read what is left of its
-    tokens (None: all).
-    """
-    rows, each = batch.rows, batch.rows.tokens.shape[1]
-
-    def flat(array: Array) -> Array:
-        return array.reshape(-1, array.shape[-1])
-
-    def repeated(tree: Any) -> Any:
-        return jax.tree.map(lambda array: jnp.repeat(array, each, axis=0), tree)
-
-    front = QueryingFront(
-        visual=repeated(batch.features),
-        tokens=flat(rows.tokens),
-        token_valid=flat(rows.token_valid),
-        begun=None,
-        view=None,
-    )
-    decoder = None if rows.decoder_tokens is None else flat(rows.decoder_tokens)
-    logits = model.rows(front, repeated(keep), decoder)[:, -rows.targets.shape[-1] :]
-    return logits.reshape(*rows.targets.shape, -1)
 
 
 def answered(model: Blip2, method: Any) -> Callable[[SceneBatch], Float[Array, "i q"]]:
