@@ -41,7 +41,8 @@ ROOMS: dict[str, set[str]] = {
         # it trains on the study's tasks, and writes what it trained in Hugging Face format
         "training": "struct contract models pruning readers study convert",
         "answers": "contract generation readers",
-        "model": "contract models pruning sharding generation readers answers",
+        "loaded": "contract models sharding generation readers",
+        "model": "contract pruning sharding generation readers answers loaded",
         "guided": "contract pruning generation readers answers model",
         "families": "models generation readers convert",
         "api": "models sharding generation readers convert families model",
