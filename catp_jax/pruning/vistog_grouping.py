@@ -45,11 +45,6 @@ class Grouping:
     w_o: Float[Array, "d d"]
 
     @classmethod
-    def start(cls, key: PRNGKeyArray, m: int, d: int) -> "Grouping":
-        """One that has learned nothing yet: groups in random directions."""
-        return cls.around(jax.random.normal(key, (m, d)))
-
-    @classmethod
     def around(cls, centres: Float[Array, "m d"]) -> "Grouping":
         """One that groups what lies in the same direction as one of these. A group begins as the
         mean of its tokens and a little of its own, so a model can read it before any training.

@@ -211,7 +211,9 @@ def test_tokens_of_another_width_are_refused():
 
 def test_before_any_training_a_group_is_nearly_the_mean_of_its_tokens():
     view = entry_view(1)
-    method = method_of(3, grouping=Grouping.start(jax.random.key(0), 3, WIDTH))
+    method = method_of(
+        3, grouping=Grouping.around(jax.random.normal(jax.random.key(0), (3, WIDTH)))
+    )
     keep = run(method, view)[0].tokens
     means = Merge.apply(keep, view.tokens)
     there = np.asarray(keep.valid)
