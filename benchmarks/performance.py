@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks import fidelity, testbed
 from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
+from benchmarks.testbed import plus_minus, points
 from catp_jax.plan import Plan, Work
 from catp_jax.plan import table as plan_table
 from catp_jax.study.records import UNPRUNED
@@ -203,7 +204,7 @@ def bed() -> str:
     found = only(read("testbed_mini")["models"].values())["families"]["attribute"]["kept"]
     by: dict[str, list[str]] = {}
     for setting, figures in found.items():
-        by.setdefault(setting.split(", ")[0], []).append(share(figures["accuracy"]))
+        by.setdefault(setting.split(", ")[0], []).append(plus_minus(figures["accuracy"]))
     kept = dict.fromkeys(setting.split(", ")[1] for setting in found)
     return table(["attribute, %", *kept], ([f"`{name}`", *row] for name, row in by.items()))
 
@@ -218,7 +219,7 @@ def bed_blip2() -> str:
         found = models[name]["families"][family]
         kept = {key.removesuffix(", 25%"): x for key, x in found["kept"].items() if "25%" in key}
         for method, figures in {"unpruned": found["unpruned"], **kept}.items():
-            cells.setdefault(method, {})[name, family] = share(figures["accuracy"])
+            cells.setdefault(method, {})[name, family] = plus_minus(figures["accuracy"])
     rows = ([f"`{name}`", *(own.get(of, "") for of in columns)] for name, own in cells.items())
     return table(["8 of 32, %", *head], rows)
 
@@ -233,21 +234,14 @@ def trimmed_told() -> str:
     return " ".join(read("trimmed_table_mini")["words"])
 
 
-def share(figures: tuple[float, float, float]) -> str:
-    """In %, with half its interval."""
-    mean, low, high = figures
-    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
-
-
 def bed_checks() -> str:
     """What a bed must show."""
     found = only(read("testbed_mini")["models"].values())["families"]
     head = ["points", *(column.replace("\n", " ") for column in testbed.CHECKS), "blind − guessed"]
     rows = []
     for family, figures in found.items():
-        cells = [[100 * number for number in pick(figures)] for pick in testbed.CHECKS.values()]
+        told = [points(pick(figures)) for pick in testbed.CHECKS.values()]
         apart = 100 * (figures["blind"]["accuracy"][0] - figures["guessed"])
-        told = [f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]" for mean, low, high in cells]
         rows.append([family, *told, f"{apart:+.0f}"])
     return table(head, rows)
 
@@ -264,6 +258,22 @@ def bed_reversed() -> str:
     return f"With {first} and {last} of the tokens the oracle answers right {', '.join(told)}."
 
 
+def bed_filled() -> str:
+    """What an oracle is worth among copies of a background token."""
+    found = only(read("filled_up_mini")["models"].values())["families"]
+    shares = [key.partition(", ")[2] for key in found["count"] if key.startswith("oracle")]
+    head = ["oracle alone → with copies, %", "unpruned", *shares]
+    rows = []
+    for family, figures in found.items():
+        cells = [
+            f"{plus_minus(figures[f'oracle, {kept}']['accuracy'])} → "
+            f"{plus_minus(figures[f'filled, {kept}']['accuracy'])}"
+            for kept in shares
+        ]
+        rows.append([family, plus_minus(figures[UNPRUNED]["accuracy"]), *cells])
+    return table(head, rows)
+
+
 def methods(name: str) -> str:
     """Right answers about attributes, by method and share of the bytes; a dash where a method takes
     more.
@@ -274,10 +284,10 @@ def methods(name: str) -> str:
         if setting != UNPRUNED:
             method, _, kept = setting.rpartition(", ")
             fits = figures["cache"] <= OVER * rows[f"uniform, {kept}"]["cache"]
-            cell = share(figures["accuracy, attribute"]) if fits or method in READS else "–"
+            cell = plus_minus(figures["accuracy, attribute"]) if fits or method in READS else "–"
             by.setdefault(method, {})[kept] = cell
     shares = list(dict.fromkeys(kept for own in by.values() for kept in own))
-    whole = share(rows[UNPRUNED]["accuracy, attribute"])
+    whole = plus_minus(rows[UNPRUNED]["accuracy, attribute"])
     lines = [[f"`{UNPRUNED}`", *[whole] * len(shares)]]
     lines += [[f"`{method}`", *(own[kept] for kept in shares)] for method, own in by.items()]
     return table(["attribute, %", *shares], lines)
@@ -296,7 +306,7 @@ def methods_at(name: str, kept: str = "25%") -> str:
         lines.append(
             (
                 f"`{method}`",
-                share(figures["accuracy"]),
+                plus_minus(figures["accuracy"]),
                 *("" if gain is None else points(gain) for gain in apart),
                 f"{figures['KL, nats'][0]:.2f}",
                 f"{100 * figures['needed, kept'][0]:.0f}" if "needed, kept" in figures else "",
@@ -337,12 +347,6 @@ def pairs_told() -> str:
     return " ".join(told)
 
 
-def points(figures: tuple[float, float, float]) -> str:
-    """A difference in points, with its interval."""
-    mean, low, high = (f"{round(100 * figure):+d}" for figure in figures)
-    return f"{mean} [{low}, {high}]"
-
-
 def only(some: Iterable[Any]) -> Any:
     """The one there is."""
     (one,) = some
@@ -360,6 +364,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bed": bed,
     "bed_blip2": bed_blip2,
     "bed_checks": bed_checks,
+    "bed_filled": bed_filled,
     "bed_reversed": bed_reversed,
     "catp_told": partial(catp_told, "opt"),
     "catp_told_t5": partial(catp_told, "t5"),
