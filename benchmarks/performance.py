@@ -8,6 +8,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`.
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import re
 import sys
@@ -19,11 +20,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import fidelity, testbed
+from benchmarks.catp_table import rank_correlation
 from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
 from benchmarks.testbed import plus_minus, points
+from catp_jax.contract import BY_LAYER, Site
 from catp_jax.plan import Plan, Work
 from catp_jax.plan import table as plan_table
+from catp_jax.pruning import BOUNDS, site_of
 from catp_jax.study.records import UNPRUNED
 from catp_jax.targets import Floor
 
@@ -258,6 +262,48 @@ def bed_reversed() -> str:
     return f"With {first} and {last} of the tokens the oracle answers right {', '.join(told)}."
 
 
+def _seeds() -> tuple[list[Row], dict[str, dict[str, list[tuple[float, float, float]]]]]:
+    """Attributes of models of several seeds: figures of each, and accuracy by what is kept and
+    method, of methods that prune before the prompt is read.
+    """
+    models = read("testbed_seeds_mini")["models"]
+    attributes = [found["families"]["attribute"] for found in models.values()]
+    by: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for setting in attributes[0]["kept"]:
+        method, _, kept = setting.partition(", ")
+        if site_of(method, frozenset({Site.CROSS, *BY_LAYER})) is Site.CROSS:
+            found = [one["kept"][setting]["accuracy"] for one in attributes]
+            by.setdefault(kept, {})[method] = found
+    return attributes, by
+
+
+def bed_seeds() -> str:
+    """What methods are worth in models of several seeds."""
+    attributes, by = _seeds()
+    head = [f"{kept}, seed {seed}" for kept in by for seed in range(len(attributes))]
+    whole = [plus_minus(one["unpruned"]["accuracy"]) for one in attributes]
+    rows = [[f"`{UNPRUNED}`", *whole * len(by)]]
+    for method in next(iter(by.values())):
+        cells = [plus_minus(one) for found in by.values() for one in found[method]]
+        rows.append([f"`{method}`", *cells])
+    return table(["attribute, %", *head], rows)
+
+
+def bed_order() -> str:
+    """Whether methods stand in the same order in models of several seeds."""
+    attributes, by = _seeds()
+    told = []
+    for kept, found in by.items():
+        methods = [some for name, some in found.items() if name not in BOUNDS]
+        orders = [[some[seed][0] for some in methods] for seed in range(len(attributes))]
+        alike = [rank_correlation(*pair) for pair in itertools.combinations(orders, 2)]
+        told.append(f"{', '.join(f'{one:+.2f}' for one in alike)} with {kept}")
+    return (
+        "The order of methods, without the bounds, correlates between each two seeds by "
+        f"{' and '.join(told)} of the tokens (Spearman)."
+    )
+
+
 def bed_filled() -> str:
     """What an oracle is worth among copies of a background token."""
     found = only(read("filled_up_mini")["models"].values())["families"]
@@ -365,6 +411,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bed_blip2": bed_blip2,
     "bed_checks": bed_checks,
     "bed_filled": bed_filled,
+    "bed_seeds": bed_seeds,
+    "bed_order": bed_order,
     "bed_reversed": bed_reversed,
     "catp_told": partial(catp_told, "opt"),
     "catp_told_t5": partial(catp_told, "t5"),
