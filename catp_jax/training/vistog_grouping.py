@@ -22,10 +22,11 @@ from catp_jax.models.blip2 import Blip2
 from catp_jax.pruning.vistog_grouping import Grouping, VisToGGrouping
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text
+from catp_jax.training.scene_answers import answer_logits, rows_of
 from catp_jax.training.scene_bank import Bank, SceneBatch, evaluate
 from catp_jax.training.scene_questions import Asked
 from catp_jax.training.scenes import Scene
-from catp_jax.training.scenes_blip2 import answer_logits, pixels_of, rows_of
+from catp_jax.training.scenes_blip2 import pixels_of
 from catp_jax.training.scoring import answer_loss, check_options, is_answered
 
 PEAK = 2e-3  # the highest rate of learning
