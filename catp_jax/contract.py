@@ -145,7 +145,10 @@ class Pruner(Protocol[State]):
     keep: Any
     """Entries that stay, a static count; where a class says that it `keeps_all`, as many as take
     the bytes that are left. None: the data decide; the selection is then as long as
-    the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache."""
+    the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache.
+
+    A pruner may also say how many new tokens a cache holds, whatever its site: `tail`, `point`, see
+    `Room`."""
 
     def start(self, view: View) -> State:
         """The state before the first call."""
@@ -158,6 +161,61 @@ class Pruner(Protocol[State]):
 
 Pruners = tuple[Any, ...]
 """Pruners in the order in which they apply, each on what the one before left."""
+
+
+@pytree
+class Room:
+    """How many `new` tokens of a row come to a cache, and how many of them it holds: all, or `tail`
+    of them. Then the first `point` stay, and each further one takes the place of the oldest of the
+    others.
+
+        tail 4, point 1      0 · · ·   0 1 2 3   0 4 2 3   0 4 5 3   0 4 5 6   0 7 5 6
+    """
+
+    new: int = static()
+    tail: int | None = static(default=None)
+    point: int = static(default=0)
+
+    @classmethod
+    def of(cls, pruners: Pruners, new: int) -> "Room":
+        """Room for so many, as a pruner says that has the static fields `tail` and `point`.
+
+        Raises ValueError if two do.
+        """
+        saying = [pruner for pruner in pruners if getattr(pruner, "tail", None) is not None]
+        if not saying:
+            return cls(new=new)
+        if len(saying) > 1:
+            names = " and ".join(type(pruner).__name__ for pruner in saying)
+            raise ValueError(f"{names} both say how many new tokens a cache holds; let one do it")
+        (pruner,) = saying
+        return cls(new=new, tail=pruner.tail, point=pruner.point)
+
+    @property
+    def held(self) -> int:
+        """How many are there at most."""
+        return self.new if self.tail is None else min(self.new, self.tail)
+
+    @property
+    def whole(self) -> "Room":
+        """Room for all."""
+        return Room(new=self.new)
+
+    def after(self, before: int) -> "Room":
+        """With room for so many that come before them, and stay."""
+        tail = None if self.tail is None else self.tail + before
+        return Room(new=self.new + before, tail=tail, point=self.point + before)
+
+
+def check_tail(name: str, tail: int | None, point: int) -> None:
+    """Raises ValueError for a tail and a point that cannot be a `Room`'s."""
+    if tail is None and point:
+        raise ValueError(f"{name}'s point says which new tokens of a tail stay; give tail, too")
+    if tail is not None and not 0 <= point < tail:
+        raise ValueError(
+            f"{name} wants a tail of at least 1 and a point from 0 to below it, got tail {tail} "
+            f"and point {point}"
+        )
 
 
 def reduce_view(view: View, keep: Keep) -> View:
