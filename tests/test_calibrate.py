@@ -11,6 +11,7 @@ from PIL import Image
 
 import catp_jax as package
 from catp_jax import cli_calibrate
+from catp_jax.pruning.eigen import Gather
 from catp_jax.training import attention_predictor as training
 from tests.command import catp_jax
 from tests.random_instructblip import save_random
@@ -99,6 +100,19 @@ def test_a_model_answers_with_the_directions_it_has_learned(eigen: tuple[Any, Pa
     assert full.tokens == whole.tokens
     assert half.kept is None
     assert np.isfinite(half.logits).all()
+
+
+def test_every_prompt_is_learned_from_once():
+    """The last batch is not full."""
+    model = package.load(shallow("mini-blip2-opt"))
+    prompts = [(Image.new("RGB", (64, 64), (20 * n, 9, 9)), QUESTIONS[n % 3]) for n in range(10)]
+    batches = list(cli_calibrate._states(model, prompts, Gather()))
+    keys = np.concatenate([states[0].keys for states in batches])
+    assert len(keys) == 10
+    for number in (0, 7, 9):
+        (alone,) = cli_calibrate._states(model, [prompts[number]], Gather())
+        np.testing.assert_allclose(keys[number], alone[0].keys[0], rtol=1e-4, atol=1e-3)
+    assert not np.allclose(keys[9], keys[8], rtol=1e-2)
 
 
 def test_a_predictor_learns_and_says_what_it_foresees(predictor: tuple[Any, Path]):
@@ -293,5 +307,5 @@ def test_a_grouping_is_for_scenes_and_a_blip2(tmp_path: Path):
     done = calibrate(ASSETS / "scenes-blip2-opt", *words, "--task", "easy-vqa", cwd=tmp_path)
     refused(done, "vistog_grouping learns from --task scenes, without dials")
     done = calibrate(ASSETS / "scenes-llama-vision", *words, cwd=tmp_path)
-    refused(done, "a grouping is trained for a BLIP-2, not for")
+    refused(done, "vistog_grouping groups the queries of a BLIP-2", "this is Mllama")
     assert not list(tmp_path.iterdir())
