@@ -198,12 +198,12 @@ def _eigen(model: "Model", prompts: list[tuple[Any, str]]) -> tuple[dict[str, An
 
     ranks = search(directions, errors)
     figures = {
-        "ranks of keys and of values by layer, output within 2.5 %": {
+        "ranks of keys and of values by layer, output within 2.5 % (--keep auto)": {
             str(layer): list(pair) for layer, pair in ranks.items()
         },
         "share of the bytes that they leave": round(directions.left(ranks), 4),
     }
-    return directions.arrays, figures
+    return directions.with_ranks(ranks).arrays, figures
 
 
 def _check_work(work: Path, options: dict[str, Any]) -> None:

@@ -144,8 +144,10 @@ class Pruner(Protocol[State]):
 
     keep: Any
     """Entries that stay, a static count; where a class says that it `keeps_all`, as many as take
-    the bytes that are left. None: the data decide; the selection is then as long as
-    the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache.
+    the bytes that are left: of each token's own, the same share for all, where it says that it
+    `is_by_bytes`. None: the data decide (`finds_number`); the selection is
+    then as long as the axis, and a caller that can wait for the host cuts it to what is used. Not
+    in a cache, where it is what a method that keeps all has learned.
 
     A pruner may also say how many new tokens a cache holds, whatever its site: `tail`, `point`, see
     `Room`."""
@@ -258,6 +260,11 @@ def keep_at(site: Site, keep: Keep | None) -> Select:
     return select
 
 
+def finds_number(pruner: Any) -> bool:
+    """Whether the data decide how many entries a pruner leaves, so that the host has to read it."""
+    return pruner.keep is None and not getattr(pruner, "keeps_all", False)
+
+
 def is_at(pruner: Any, view: View) -> bool:
     """Whether a pruner works on this view."""
     return pruner.site is view.site and (
@@ -337,7 +344,7 @@ def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
                 f"{name} prunes {site.value} (site {site.name}), which this model does not have; "
                 f"it has {', '.join(sorted(s.name for s in sites)) or 'none'}{way_out}"
             )
-        if site in BY_LAYER and pruner.keep is None:
+        if site in BY_LAYER and finds_number(pruner):
             raise ValueError(
                 f"{type(pruner).__name__} leaves its number to the data, which site {site.name} "
                 "cannot; give it a count to keep"
