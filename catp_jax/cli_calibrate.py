@@ -123,13 +123,19 @@ def _prompts(task: str, data: Path | None, samples: int) -> "tuple[list[tuple[An
 
 
 def _check_fits(model: "Model", method: str) -> None:
-    """Raises ValueError for a model that caches no visual tokens, and for eigen if their keys turn
-    with the position.
+    """Raises ValueError for a model that caches no visual tokens, for eigen also if their keys turn
+    with the position; for vistog_grouping if it is no BLIP-2.
     """
     from catp_jax.contract import Site
     from catp_jax.pruning import site_of
 
-    if site_of(method, model.sites) is None:
+    if method == "vistog_grouping":
+        if Site.ENTRY not in model.sites or model.config.qformer.use_qformer_text_input:
+            raise ValueError(
+                "vistog_grouping groups the queries of a BLIP-2, before its language model; this "
+                f"is {type(model.network.thaw()).__name__}"
+            )
+    elif site_of(method, model.sites) is None:
         raise ValueError(
             f"{method} wants a model that caches visual tokens, which "
             f"{model.describe()['language_model']} does not"
@@ -142,18 +148,24 @@ def _check_fits(model: "Model", method: str) -> None:
 
 
 def _states(model: "Model", prompts: Sequence[tuple[Any, str]], pruner: Any) -> Iterator[Any]:
-    """What a method remembers of a prefill, by layer, a batch at a time."""
+    """What a method remembers of a prefill, by layer, a batch at a time.
+
+    The last batch is filled up with a prompt that was there already, since another size would be
+    another program; that one's states are left out.
+    """
+    import jax
+
     from catp_jax.generation import generate as programs
     from catp_jax.sharding import place
 
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
-        if len(some) < BATCH and start:
-            break  # another shape would be another program
-        images, texts = zip(*some, strict=True)
+        number = len(some)
+        images, texts = zip(*some, *[some[-1]] * (BATCH - number), strict=True)
         packed = model.prepare(list(images), list(texts))
         found = programs.prefill(model.network, (pruner,), packed.given, new_slots=1)
-        yield place.fetch(found.selection.states[0])
+        states = place.fetch(found.selection.states[0])
+        yield jax.tree.map(lambda leaf, number=number: leaf[:number], states)
 
 
 def _split(prompts: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -186,12 +198,12 @@ def _eigen(model: "Model", prompts: list[tuple[Any, str]]) -> tuple[dict[str, An
 
     ranks = search(directions, errors)
     figures = {
-        "ranks of keys and of values by layer, output within 2.5 %": {
+        "ranks of keys and of values by layer, output within 2.5 % (--keep auto)": {
             str(layer): list(pair) for layer, pair in ranks.items()
         },
         "share of the bytes that they leave": round(directions.left(ranks), 4),
     }
-    return directions.arrays, figures
+    return directions.with_ranks(ranks).arrays, figures
 
 
 def _check_work(work: Path, options: dict[str, Any]) -> None:
