@@ -106,24 +106,18 @@ def costs(
     return dict(zip(settings, found, strict=True))
 
 
-def kept_whole(results: Sequence[Result], whole: Result) -> dict[str, Any]:
-    """What methods change that are asked to keep everything: figures of the one that changes most,
-    and the largest KL of all.
-    """
-
-    def changed(result: Result) -> int:
+def kept_whole(results: Sequence[Result], whole: Result) -> dict[str, dict[str, Any]]:
+    """What methods change that are asked to keep everything, by their names."""
+    found = {}
+    for result in results:
         pairs = zip(result.answers, whole.answers, strict=True)
-        return sum(own.text != other.text for own, other in pairs)
-
-    worst = max(results, key=changed)
-    return {
-        "methods": len(results),
-        "worst": label(worst.setting.method),
-        "other answers": changed(worst),
-        "accuracy": (worst.accuracy, worst.low, worst.high),
-        "against unpruned": difference(worst.answers, whole.answers),
-        "KL, nats": max(result.kl for result in results),
-    }
+        found[label(result.setting.method)] = {
+            "other answers": sum(own.text != other.text for own, other in pairs),
+            "accuracy": (result.accuracy, result.low, result.high),
+            "against unpruned": difference(result.answers, whole.answers),
+            "KL, nats": result.kl,
+        }
+    return found
 
 
 def study(

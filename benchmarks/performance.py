@@ -299,11 +299,13 @@ def methods_at(name: str, kept: str = "25%") -> str:
     head = ("all questions", "right, %", "− random", "− random there", "− unpruned", "KL, nats")
     head += ("needed, %", "bytes, %", "prefill, %", *(() if whole is None else ("step, %",)))
     lines = []
-    if full := found.get("full"):
-        told = f"each of {full['methods']} methods, 100%"
-        right, apart, kl = (full[key] for key in ("accuracy", "against unpruned", "KL, nats"))
-        empty = [""] * (len(head) - 6)
-        lines.append((told, share(right), "", "", points(apart), f"{kl:.2f}", *empty))
+    full = found.get("full", {})
+    same = [one for one in full.values() if not one["other answers"]]
+    told = [(f"{len(same)} of {len(full)} methods, 100%", max(same, key=kl_of))] if same else []
+    told += [(f"`{name}`, 100%", one) for name, one in full.items() if one["other answers"]]
+    for words, one in told:
+        apart, empty = points(one["against unpruned"]), [""] * (len(head) - 6)
+        lines.append((words, share(one["accuracy"]), "", "", apart, f"{kl_of(one):.2f}", *empty))
     for setting, figures in rows.items():
         method, _, own = setting.rpartition(", ")
         if own != kept:
@@ -325,6 +327,10 @@ def methods_at(name: str, kept: str = "25%") -> str:
             share_of_step = figures["gpu"]["token_bytes"] / whole["token_bytes"]
             lines[-1] += (f"{100 * share_of_step:.0f}",)
     return table(head, lines)
+
+
+def kl_of(full: Row) -> float:
+    return full["KL, nats"]
 
 
 def claims() -> str:

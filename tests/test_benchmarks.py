@@ -333,12 +333,12 @@ def test_the_table_of_methods_has_every_form_and_what_a_study_says(
     moved = {name: row["gpu"]["token_bytes"] for name, row in found["rows"].items()}
     assert moved.pop("unpruned") == 10
     assert {*moved.values()} == {11}
-    full = found["full"]
-    assert full["methods"] == 4
-    assert full["other answers"] == 0
-    assert full["against unpruned"] == [0, 0, 0]
-    assert full["accuracy"] == found["rows"]["unpruned"]["accuracy"]
-    assert full["KL, nats"] < 1e-6
+    assert {*found["full"]} == {"fastv", "csp", "elastic_cache:evicts", "think"}
+    for full in found["full"].values():
+        assert full["other answers"] == 0
+        assert full["against unpruned"] == [0, 0, 0]
+        assert full["accuracy"] == found["rows"]["unpruned"]["accuracy"]
+        assert full["KL, nats"] < 1e-6
     named = ("fastv", "csp", "elastic_cache:evicts", "think", "oracle", "anti")
     assert {*found["rows"]} == {
         "unpruned",
@@ -406,6 +406,28 @@ def test_pictures_have_each_method_where_it_prunes_and_know_their_figures(tmp_pa
     assert fronts.is_current(rows, path)
     rows["csp, 25%"]["cache"] = 0.4
     assert not fronts.is_current(rows, path)
+
+
+def test_a_full_budget_is_one_row_and_one_for_each_that_changes_answers(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from benchmarks import performance
+
+    def kept(other: int, kl: float) -> dict:
+        right, apart = (0.9, 0.8, 1.0), (-0.1 * other, -0.2 * other, 0.0)
+        return {
+            "other answers": other,
+            "accuracy": right,
+            "against unpruned": apart,
+            "KL, nats": kl,
+        }
+
+    full = {"csp": kept(0, 0.01), "zipvl": kept(1, 0.2), "fastv": kept(0, 0.04)}
+    found = {"rows": {"unpruned": {}}, "full": full}
+    monkeypatch.setattr(performance, "methods_of", lambda name: found)
+    same, other = performance.methods_at("llama").splitlines()[2:]
+    assert same.startswith("| 2 of 3 methods, 100% | 90 ± 10 |  |  | +0 [+0, +0] | 0.04 |")
+    assert other.startswith("| `zipvl`, 100% | 90 ± 10 |  |  | -10 [-20, +0] | 0.20 |")
 
 
 def test_the_pictures_are_of_the_results():
