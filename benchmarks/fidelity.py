@@ -19,6 +19,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LITTLE = 0.02
 """What may be lost where a paper says that nothing is."""
 LLAMA, OPT = "Llama mini", "BLIP-2 OPT mini"
+AT_LAYER, IN_CACHE = (f"{RANDOM}:site={place}" for place in ("layer", "cache"))
 MODELS = {"llama": LLAMA, "opt": OPT}
 
 Gain = tuple[float, float, float]
@@ -82,6 +83,8 @@ CLAIMS = (
     ),
     Claim("FastV", "better than random tokens", "fastv, 25%", RANDOM, model=LLAMA),
     Claim("FastV", "the same, attributes", "fastv, 25%", RANDOM, "attribute", model=LLAMA),
+    Claim("FastV", "better than random tokens in front of the same layer", "fastv, 25%", AT_LAYER),
+    Claim("FastV", "the same, attributes", "fastv, 25%", AT_LAYER, "attribute"),
     Claim(
         "FastV",
         "the last row's attention (the code) does as well as that of all rows (the text)",
@@ -93,11 +96,11 @@ CLAIMS = (
     Claim("FastV", "half of the tokens do as well as all", "fastv, 50%", UNPRUNED, is_kept=True),
     Claim(
         "K-norm",
-        "each head's short keys are better than random tokens",
+        "each head's short keys are better than random tokens of the same cache",
         "k_norm:site=cache, 25%",
-        RANDOM,
-        model=LLAMA,
+        IN_CACHE,
     ),
+    Claim("K-norm", "the same, attributes", "k_norm:site=cache, 25%", IN_CACHE, "attribute"),
     Claim(
         "CSP",
         "an even split (r = 0.5) is better than r = 0.1",

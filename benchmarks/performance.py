@@ -1,4 +1,5 @@
-"""Fills the tables of the pages, and README's sentences, from benchmarks/results/.
+"""Fills the tables of the pages, and README's sentences, from benchmarks/results/, and draws the
+pictures of docs/methods.md.
 
     python -m benchmarks.performance              # --check: only says whether they are up to date
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import fidelity, testbed
+from benchmarks import fidelity, fronts, testbed
 from benchmarks.catp_table import rank_correlation
 from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
@@ -29,6 +30,7 @@ from catp_jax.plan import Plan, Work
 from catp_jax.plan import table as plan_table
 from catp_jax.pruning import BOUNDS, site_of
 from catp_jax.study.records import UNPRUNED
+from catp_jax.study.results import RANDOM
 from catp_jax.targets import Floor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +46,8 @@ FILES = tuple(ROOT / page for page in PAGES)
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FUSED = ", one kernel"
-READS = ("attention_predictor",)
-"""Methods that leave the cache as it is."""
+PLACES = (fidelity.AT_LAYER, fidelity.IN_CACHE)
+PICTURES = {name: ROOT / "docs" / f"methods_{name}.png" for name in fidelity.MODELS}
 
 Row = Mapping[str, Any]
 
@@ -320,17 +322,26 @@ def bed_filled() -> str:
     return table(head, rows)
 
 
+def methods_of(name: str) -> Row:
+    """What `methods_table` found of a model."""
+    return only(read(f"methods_table_{name}")["models"].values())
+
+
 def methods(name: str) -> str:
     """Right answers about attributes, by method and share of the bytes; a dash where a method takes
     more.
     """
-    rows = only(read(f"methods_table_{name}")["models"].values())["rows"]
+    rows = methods_of(name)["rows"]
     by: dict[str, dict[str, str]] = {}
     for setting, figures in rows.items():
         if setting != UNPRUNED:
             method, _, kept = setting.rpartition(", ")
             fits = figures["cache"] <= OVER * rows[f"uniform, {kept}"]["cache"]
-            cell = plus_minus(figures["accuracy, attribute"]) if fits or method in READS else "–"
+            cell = (
+                plus_minus(figures["accuracy, attribute"])
+                if fits or method in fronts.READS
+                else "–"
+            )
             by.setdefault(method, {})[kept] = cell
     shares = list(dict.fromkeys(kept for own in by.values() for kept in own))
     whole = plus_minus(rows[UNPRUNED]["accuracy, attribute"])
@@ -340,15 +351,29 @@ def methods(name: str) -> str:
 
 
 def methods_at(name: str, kept: str = "25%") -> str:
-    """What a study says of each method at one budget."""
-    rows = only(read(f"methods_table_{name}")["models"].values())["rows"]
-    head = ("all questions", "right, %", "− random", "− unpruned", "KL, nats", "needed, %")
+    """What a study says of each method at one budget; first what all are that keep everything, and
+    last what a step moves on a GPU, where it was compiled for one.
+    """
+    found = methods_of(name)
+    rows, whole = found["rows"], found["rows"][UNPRUNED].get("gpu")
+    head = ("all questions", "right, %", "− random", "− random there", "− unpruned", "KL, nats")
+    head += ("needed, %", "bytes, %", "prefill, %", *(() if whole is None else ("step, %",)))
     lines = []
+    full = found.get("full", {})
+    same = [one for one in full.values() if not one["other answers"]]
+    told = [(f"{len(same)} of {len(full)} methods, 100%", max(same, key=kl_of))] if same else []
+    told += [(f"`{name}`, 100%", one) for name, one in full.items() if one["other answers"]]
+    for words, one in told:
+        apart, empty = points(one["against unpruned"]), [""] * (len(head) - 6)
+        lines.append(
+            (words, plus_minus(one["accuracy"]), "", "", apart, f"{kl_of(one):.2f}", *empty)
+        )
     for setting, figures in rows.items():
         method, _, own = setting.rpartition(", ")
         if own != kept:
             continue
-        apart = [figures.get(f"against {other}") for other in ("random", UNPRUNED)]
+        there = next((one for one in PLACES if f"against {one}" in figures), "")
+        apart = [figures.get(f"against {other}") for other in (RANDOM, there, UNPRUNED)]
         lines.append(
             (
                 f"`{method}`",
@@ -360,7 +385,14 @@ def methods_at(name: str, kept: str = "25%") -> str:
                 f"{100 * figures['prefill']:.0f}",
             )
         )
-    return table((*head, "bytes, %", "prefill, %"), lines)
+        if whole is not None:
+            share_of_step = figures["gpu"]["token_bytes"] / whole["token_bytes"]
+            lines[-1] += (f"{100 * share_of_step:.0f}",)
+    return table(head, lines)
+
+
+def kl_of(full: Row) -> float:
+    return full["KL, nats"]
 
 
 def claims() -> str:
@@ -457,6 +489,13 @@ def main() -> None:
         if chosen.check:
             sys.exit(f"{path.name} is not what the results say: python -m benchmarks.performance")
         path.write_text(after)
+    for name, path in PICTURES.items():
+        rows = methods_of(name)["rows"]
+        if fronts.is_current(rows, path):
+            continue
+        if chosen.check:
+            sys.exit(f"{path.name} is not what the results say: python -m benchmarks.performance")
+        fronts.draw(rows, path)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import catp_table, fidelity, methods_table, pairs, testbed, trimmed_table
+from benchmarks import catp_table, fidelity, fronts, methods_table, pairs, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
 from catp_jax.contract import Site
-from catp_jax.study.records import Answer, Cost, Result, Setting
+from catp_jax.study.records import Answer, Cost, GpuCost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
 from tests.shallow import shallow
 
@@ -322,18 +322,120 @@ def test_the_table_of_methods_has_every_form_and_what_a_study_says(
     monkeypatch.setattr(methods_table, "methods_for", lambda sites: ["random", "fastv", "csp"])
     monkeypatch.setattr(methods_table, "FORMS", {"elastic_cache:evicts": {Site.CACHE}})
     model = shallow("mini-llama-vision")
-    methods_table.main([str(model), *SCENES, "--shares", "25%", "--prune", "think"])
+
+    def on_gpu(gpu: str, network: object, given: list, new_slots: int) -> list[GpuCost]:
+        return [GpuCost(gpu, 30, 20, 10 + len(pruners)) for pruners, _ in given]
+
+    monkeypatch.setattr(methods_table, "on_gpu", on_gpu)
+    asked = ["--shares", "25%", "--prune", "think", "--full", "--gpu", "h100"]
+    methods_table.main([str(model), *SCENES, *asked])
     (found,) = last_line(capsys)["models"].values()
+    moved = {name: row["gpu"]["token_bytes"] for name, row in found["rows"].items()}
+    assert moved.pop("unpruned") == 10
+    assert {*moved.values()} == {11}
+    assert {*found["full"]} == {"fastv", "csp", "elastic_cache:evicts", "think"}
+    for full in found["full"].values():
+        assert full["other answers"] == 0
+        assert full["against unpruned"] == [0, 0, 0]
+        assert full["accuracy"] == found["rows"]["unpruned"]["accuracy"]
+        assert full["KL, nats"] < 1e-6
     named = ("fastv", "csp", "elastic_cache:evicts", "think", "oracle", "anti")
     assert {*found["rows"]} == {
         "unpruned",
         "random, 2 seeds, 25%",
+        "random:site=cache, 2 seeds, 25%",
         *(f"{name}, 25%" for name in named),
     }
     assert found["late"]
+    for name in ("csp", "elastic_cache:evicts", "think"):
+        assert "against random:site=cache, attribute" in found["rows"][f"{name}, 25%"]
+    assert "against random:site=cache" not in found["rows"]["fastv, 25%"]
     row = found["rows"]["csp, 25%"]
     assert row["cache"] < 0.6
     assert {"accuracy", "accuracy, attribute", "against random", "against unpruned"} <= {*row}
+
+
+def test_methods_are_held_against_random_tokens_at_their_own_place():
+    sites = frozenset({Site.ENTRY, Site.LAYER, Site.CACHE})
+    for method, where in {
+        "fastv:rows=all": "random:site=layer",
+        "k_norm": "random:site=cache",
+        "eigen:/some/where": "random:site=cache",
+        "l2": None,
+        "oracle": None,
+        "random:site=cache": None,
+    }.items():
+        assert methods_table.baseline(method, sites) == where
+    sites = frozenset({Site.CROSS, Site.CACHE})
+    assert methods_table.baseline("k_norm", sites) is None
+    assert methods_table.baseline("k_norm:site=cache", sites) == "random:site=cache"
+
+
+def rows_of_two_places() -> dict[str, dict]:
+    there = {"against random:site=cache": (0.0, 0.0, 0.0)}
+    return {
+        setting: {"cache": cache, "accuracy, attribute": (right, right - 0.1, right + 0.1), **more}
+        for setting, cache, right, more in (
+            ("unpruned", 1.0, 0.9, {}),
+            ("fastv, 50%", 0.6, 0.8, {}),
+            ("fastv, 25%", 0.3, 0.5, {}),
+            ("fastv:rows=all, 25%", 0.3, 0.4, {}),
+            ("k_norm, 25%", 0.3, 0.3, {}),
+            ("k_norm:site=cache, 25%", 0.3, 0.2, there),
+            ("csp:ratio=0.1, 25%", 0.3, 0.6, there),
+            ("csp, 25%", 0.3, 0.7, there),
+            ("attention_predictor, 25%", 1.0, 0.9, there),
+            ("oracle, 25%", 0.3, 0.9, {}),
+            ("random, 5 seeds, 25%", 0.3, 0.4, {}),
+            ("random:site=cache, 5 seeds, 25%", 0.3, 0.5, {}),
+        )
+    }
+
+
+def test_pictures_have_each_method_where_it_prunes_and_know_their_figures(tmp_path: Path):
+    rows, path = rows_of_two_places(), tmp_path / "a.png"
+    before, after = fronts.panels(rows)
+    assert [line.name for line in before.lines] == ["fastv", "k_norm", "random, 5 seeds"]
+    names = ["k_norm:site=cache", "csp", "random, 5 seeds"]
+    assert sorted(line.name for line in after.lines) == sorted(names)
+    (fastv, *_) = before.lines
+    assert fastv.places == (30.0, 60.0)
+    assert [value.mean for value in fastv.values] == [0.5, 0.8]
+    assert not fronts.is_current(rows, path)
+    fronts.draw(rows, path)
+    assert fronts.is_current(rows, path)
+    rows["csp, 25%"]["cache"] = 0.4
+    assert not fronts.is_current(rows, path)
+
+
+def test_a_full_budget_is_one_row_and_one_for_each_that_changes_answers(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from benchmarks import performance
+
+    def kept(other: int, kl: float) -> dict:
+        right, apart = (0.9, 0.8, 1.0), (-0.1 * other, -0.2 * other, 0.0)
+        return {
+            "other answers": other,
+            "accuracy": right,
+            "against unpruned": apart,
+            "KL, nats": kl,
+        }
+
+    full = {"csp": kept(0, 0.01), "zipvl": kept(1, 0.2), "fastv": kept(0, 0.04)}
+    found = {"rows": {"unpruned": {}}, "full": full}
+    monkeypatch.setattr(performance, "methods_of", lambda name: found)
+    same, other = performance.methods_at("llama").splitlines()[2:]
+    assert same.startswith("| 2 of 3 methods, 100% | 90 ± 10 |  |  | +0 [+0, +0] | 0.04 |")
+    assert other.startswith("| `zipvl`, 100% | 90 ± 10 |  |  | -10 [-20, +0] | 0.20 |")
+
+
+def test_the_pictures_are_of_the_results():
+    from benchmarks import performance
+
+    for name, path in performance.PICTURES.items():
+        assert fronts.is_current(performance.methods_of(name)["rows"], path)
+        assert path.stat().st_size < 100_000
 
 
 def test_learned_methods_are_called_without_their_folder():

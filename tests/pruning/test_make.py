@@ -70,6 +70,7 @@ OPT = frozenset({Site.ENTRY, Site.LAYER})
         ("random:seed=4", Random(keep=8, site=Site.ENTRY, seed=4)),
         ("fastv", FastV(keep=8, site=Site.LAYER)),
         ("fastv:layer=5", FastV(keep=8, site=Site.LAYER, layer=5)),
+        ("random:site=layer:layer=5", Random(keep=8, site=Site.LAYER, layer=5)),
     ],
 )
 def test_names_and_options_make_the_method_where_the_model_can_be_pruned(spec: str, method):
