@@ -41,6 +41,10 @@ def test_a_model_lies_beside_what_was_learned_of_it(learned: tuple[Any, Path]):
     assert record["learned_from"]["trained_from"] == first.describe()
     assert record["learned_from"]["train"] == "language_model"
     assert first.checksum != own.checksum
+    names, own_names = (
+        {path.name for path in place.iterdir()} for place in (MODEL, folder / "model")
+    )
+    assert names - own_names == {"README.md", "training_log.jsonl"}  # of the first model's training
     assert first.describe() == own.describe() | {"checksum": first.checksum}
 
 
@@ -135,7 +139,7 @@ def test_a_model_of_fewer_bits_is_refused(tmp_path: Path):
     words = ("--train", "projector", "--dtype", "bfloat16", "--out", "new")
     refused(
         calibrate(*words, cwd=tmp_path),
-        *("training the language_projection wants all weights in float32", "dtype float32"),
+        *("training the projector wants all weights in float32", "dtype float32"),
     )
     assert not [*tmp_path.iterdir()]
 

@@ -45,6 +45,7 @@ TRAINED = {
     "language_model": ("language_projection", "language_model"),
 }
 """The model's parts that are trained beside the grouping, by the last of them."""
+OF_ITS_OWN = ("README.md", "training_log.jsonl")  # which files tell of one model's own training
 
 
 def make_bank(model: Any, tokenizer: Any, scenes: Sequence[Scene]) -> Bank:
@@ -142,8 +143,8 @@ def split(model: Blip2, trained: str) -> tuple[nnx.GraphDef, Any, Any]:
     types = sorted({str(array.dtype) for array in jax.tree.leaves(nnx.state(model))})
     if parts and types != ["float32"]:
         raise ValueError(
-            f"training the {parts[-1]} wants all weights in float32, and they are in "
-            f"{', '.join(types)}; load the model with dtype float32"
+            f"training the {trained.replace('_', ' ')} wants all weights in float32, and they are "
+            f"in {', '.join(types)}; load the model with dtype float32"
         )
     graph, params, frozen = nnx.split(model, nnx.Any(*map(nnx.PathContains, parts)), ...)
     return graph, params, frozen
@@ -202,11 +203,14 @@ def reading_stage(
 
 def write_trained(model: Blip2, source: Path, out: Path) -> None:
     """Writes the new folder `out` in Hugging Face format: a model that was trained along, with all
-    that goes with the weights as the folder `source` has it, which the model came from.
+    that goes with the weights as the folder `source` has it, which the model came from. What that
+    folder tells of its own model is left out.
     """
     raw = json.loads((source / "config.json").read_text())
     convert.write_hf(model, raw, out, side_files=source)
     name_dtype(out / "config.json", np.dtype(np.float32))
+    for name in OF_ITS_OWN:
+        (out / name).unlink(missing_ok=True)
 
 
 def shown(features: Float[Array, "i n d"]) -> View:
