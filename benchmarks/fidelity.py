@@ -18,9 +18,10 @@ from catp_jax.study.results import RANDOM
 RESULTS = Path(__file__).resolve().parent / "results"
 LITTLE = 0.02
 """What may be lost where a paper says that nothing is."""
-LLAMA, OPT = "Llama mini", "BLIP-2 OPT mini"
+LLAMA, OPT, T5 = "Llama mini", "BLIP-2 OPT mini", "BLIP-2 T5 mini"
 AT_LAYER, IN_CACHE = (f"{RANDOM}:site={place}" for place in ("layer", "cache"))
 MODELS = {"llama": LLAMA, "opt": OPT}
+TRAINED, CENTROID = "vistog_grouping, language_model", "nearest_centroid"
 
 Gain = tuple[float, float, float]
 """A paired difference and its interval."""
@@ -28,7 +29,7 @@ Gain = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a paper says of a method, and where `methods_table` has the figure: how much better
+    """What a paper says of a method, and where the results have the figure: how much better
     `setting` is than `other`, on the questions of a `family` (None: on all). `is_reversed`: the
     paper says that the other one is better; `is_kept`: that nothing is lost. `is_harsher`: less is
     left here than the paper speaks of, so that a loss says nothing against it. `model`: the one
@@ -150,6 +151,25 @@ CLAIMS = (
         is_harsher=True,
     ),
     Claim("Eigen Attention", "the same, with a quarter gone", "eigen, 75%", UNPRUNED, is_kept=True),
+    Claim(
+        "VisToG",
+        "a ninth of the tokens does nearly as well as all (here a quarter)",
+        f"{TRAINED}, 8",
+        UNPRUNED,
+        is_kept=True,
+        model=T5,
+    ),
+    Claim("VisToG", "groups are better than pooling", f"{TRAINED}, 8", "pool", model=T5),
+    Claim(
+        "VisToG", "groups are better than nearest centroids", f"{TRAINED}, 8", CENTROID, model=T5
+    ),
+    Claim(
+        "VisToG",
+        "the same, with centroids that the model was trained along with, too",
+        f"{TRAINED}, 8",
+        f"{CENTROID}, language_model",
+        model=T5,
+    ),
 )
 
 
@@ -159,6 +179,7 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name, model in MODELS.items():
         found = json.loads((RESULTS / f"methods_table_{name}.json").read_text())["models"]
         (tables[model],) = (one["rows"] for one in found.values())
+    tables[T5] = json.loads((RESULTS / "vistog.json").read_text())["rows"]
     for claim in CLAIMS:
         for model, table in tables.items():
             gain = claim.found(table) if claim.model in (None, model) else None

@@ -425,6 +425,44 @@ def pairs_told() -> str:
     return " ".join(told)
 
 
+def vistog() -> str:
+    """What is right of learned groups and of what learns nothing, with so many tokens."""
+    rows = read("vistog")["rows"]
+    of = {"unpruned": UNPRUNED, "nearest_centroid": fidelity.CENTROID}
+    of["its model trained along"] = f"{fidelity.CENTROID}, language_model"
+    lines = []
+    for name, figures in rows.items():
+        method, _, keep = name.rpartition(", ") if name != UNPRUNED else (name, "", "32")
+        method, _, trained = method.partition(", ")
+        apart = [figures.get(f"against {other}") for other in of.values()]
+        lines.append(
+            (
+                f"`{method}`",
+                trained.replace("_", " "),
+                keep,
+                plus_minus(figures["accuracy"]),
+                plus_minus(figures["accuracy, attribute"]),
+                *("" if gain is None else points(gain) for gain in apart),
+            )
+        )
+    head = ("", "trained", "tokens", "right, %", "attribute, %", *(f"− {name}" for name in of))
+    return table(head, lines)
+
+
+def vistog_told() -> str:
+    """How the groups were trained."""
+    found = read("vistog")
+    own, scenes = found["settings"], found["task"]["scenes"]
+    words = f"--keeps {' '.join(map(str, own['keeps']))} --seeds {own['seeds']}"
+    return (
+        f"Trainings of each kind: {own['seeds']}; intervals are over images, not over trainings. "
+        f"The rate at which the model was trained, {own['model_peak']}, was the best of "
+        f"{len(own['validation by rate'])} on validation scenes. From `python -m benchmarks.vistog "
+        f"--work DIR {words} --steps {own['steps']} --batch {own['batch']} --train-scenes "
+        f"{own['train_scenes']} --scenes {scenes}`; longer training was not tried."
+    )
+
+
 def only(some: Iterable[Any]) -> Any:
     """The one there is."""
     (one,) = some
@@ -452,6 +490,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "fidelity": claims,
     "foreseen": foreseen,
     "pairs_told": pairs_told,
+    "vistog": vistog,
+    "vistog_told": vistog_told,
     "methods_llama": partial(methods, "llama"),
     "methods_llama_at": partial(methods_at, "llama"),
     "methods_opt": partial(methods, "opt"),

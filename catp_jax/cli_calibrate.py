@@ -42,6 +42,13 @@ def calibrate(
         int, typer.Option(help="Steps of training, of all methods but eigen.", min=1)
     ] = 600,
     groups: Annotated[int, typer.Option(help="vistog_grouping: how many.", min=1)] = 16,
+    train: Annotated[
+        Literal["grouping", "projector", "language_model"],
+        typer.Option(
+            help="vistog_grouping: what is trained, all up to this. With more than the grouping "
+            "there comes another model, DIR/model, which the grouping is for."
+        ),
+    ] = "grouping",
     block: Annotated[
         int, typer.Option(help="attention_predictor: visual tokens of a block.", min=1)
     ] = 16,
@@ -59,29 +66,35 @@ def calibrate(
     check_new(out)
     if method == "vistog_grouping" and (task != "scenes" or data is not None):
         raise typer.BadParameter("vistog_grouping learns from --task scenes, without dials")
+    if train != "grouping":
+        _check_train(train, method, loading)
     prompts, digest = _prompts(task, data, samples)
     loaded = api.load(model, **loading.keywords(), generation_config=False)
     _check_fits(loaded, method)
     settings: dict[str, Any] = {"task": task, "samples": len(prompts), "questions": digest}
     settings |= {"seed": seed}
-    work = out.with_name(f"{out.name}.work")
+    work, described, beside = out.with_name(f"{out.name}.work"), loaded.describe(), []
     if method == "eigen":
         shaping: dict[str, Any] = {}
         arrays, figures = _eigen(loaded, prompts)
     elif method == "vistog_grouping":
-        shaping, settings = {}, settings | {"steps": steps, "groups": groups}
-        arrays, figures = _grouping(loaded, settings, work)
+        shaping, settings = {}, settings | {"steps": steps, "groups": groups, "train": train}
+        arrays, figures, network = _grouping(loaded, settings, work)
+        if train != "grouping":
+            settings |= {"trained_from": described}
+            described, beside = _written(network, model, work / "model"), [work / "model"]
     else:
         shaping = {"block": block, "rows": rows}
         settings |= {"steps": steps}
         arrays, figures = _predictor(loaded, prompts, settings | shaping, work)
     record = {"learned_from": settings, "figures": figures}
-    Learned(method, loaded.describe(), shaping, arrays, record).write(out)
+    Learned(method, described, shaping, arrays, record).write(out, beside)
     if method != "eigen":
         shutil.rmtree(work, ignore_errors=True)
     for name, value in figures.items():
         print(one_line(f"{name}: {value}"))
-    say(f"written: {out}; use it as --prune {method}:{out}")
+    of = f" with the model {out / 'model'}" if beside else ""
+    say(f"written: {out}; use it as --prune {method}:{out}{of}")
 
 
 def _prompts(task: str, data: Path | None, samples: int) -> "tuple[list[tuple[Any, str]], str]":
@@ -269,38 +282,67 @@ def _predictor(
     }
 
 
+def _check_train(train: str, method: str, loading: opts.Loading) -> None:
+    """Raises BadParameter where no other model can be trained and written."""
+    if method != "vistog_grouping":
+        raise typer.BadParameter(f"--train {train} is for vistog_grouping, not for {method}")
+    for name, value in {
+        "--processor": loading.processor,
+        "--ignore-config": loading.ignore_config,
+        "--weights": loading.weights,
+    }.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"--train {train} writes a model of float32 with its own files; leave out {name}"
+            )
+
+
 def _grouping(
     model: "Model", settings: dict[str, Any], work: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """The arrays, figures, and the model that they are for."""
     import numpy as np
 
     from catp_jax.pruning import NearestCentroid, Pool, VisToGGrouping
     from catp_jax.training.scene_questions import questions_of
     from catp_jax.training.scenes import make_scene
-    from catp_jax.training.vistog_grouping import compare, make_bank, train_grouping
+    from catp_jax.training.vistog_grouping import compare, make_bank, split, train_grouping
 
     network, tokenizer = model.network.thaw(), model.reader.tokenizer
     scenes = [make_scene("train", number) for number in range(settings["samples"])]
     bank, number = make_bank(network, tokenizer, scenes), settings["groups"]
+    split(network, settings["train"])  # which refuses what cannot be trained
     _check_work(work, settings | {"model": model.checksum})
-    grouping = train_grouping(
+    grouping, own = train_grouping(
         network,
         bank,
         number,
         work / "grouping",
+        trained=settings["train"],
         steps=settings["steps"],
         seed=settings["seed"],
     )
     held = questions_of("validation", max(settings["samples"] // HELD_OUT, 1), each=2)
     bank = make_bank(network, tokenizer, [scene for scene, _ in held])
-    methods = {
-        "unpruned": None,
-        "vistog_grouping": VisToGGrouping(keep=number, grouping=grouping),
-        "nearest_centroid": NearestCentroid(keep=number),
-        "pool": Pool(keep=number),
-    }
-    figures = compare(network, bank, [asked for _, asked in held], methods)
-    return {name: np.asarray(array) for name, array in vars(grouping).items()}, {
+    asked = [asked for _, asked in held]
+    method = VisToGGrouping(keep=number, grouping=grouping)
+    others = {"nearest_centroid": NearestCentroid(keep=number), "pool": Pool(keep=number)}
+    figures = compare(network, bank, asked, {"unpruned": None})
+    figures |= compare(own, bank, asked, {"vistog_grouping": method})
+    figures |= compare(network, bank, asked, others)
+    arrays = {name: np.asarray(array) for name, array in vars(grouping).items()}
+    told = {
         f"right answers with {name}": {kind: x for kind, x in found.items() if "," not in kind}
         for name, found in figures.items()
     }
+    return arrays, told, own
+
+
+def _written(network: Any, model: Path, out: Path) -> dict[str, Any]:
+    """Writes a model that was trained along, and says what is loaded from there."""
+    from catp_jax import api
+    from catp_jax.training.vistog_grouping import write_trained
+
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off behind this
+    write_trained(network, model, out)
+    return api.load(out, generation_config=False).describe()
