@@ -2,15 +2,15 @@
 
     python -m benchmarks.methods_table MODEL [MODEL …] --prune eigen:DIR --journals runs/table
 
-For each model, a checkpoint that was trained on scenes: every method that fits it, in each of its
-forms, at several shares of the bytes that visual tokens take, `random` as the mean of five seeds,
-where the model is pruned first and at each place where others prune, and the bounds. The last token
-of each prompt is read from the cache (`study --late`), so that methods that prune before the prompt
-is read and those that prune after it stand in one table. --prune adds methods, such as those that
-must learn first. --full asks every method to keep everything, and says what that changed. --gpu
-names a GPU to compile for (h100): what a batch's prefill and step would move there, of the shares
-that --gpu-shares names. With --journals an interrupted run goes on. The last line is one JSON
-object.
+For each model, a checkpoint that was trained on scenes, or on easy-VQA with --easy-vqa: every
+method that fits it, in each of its forms, at several shares of the bytes that visual tokens take,
+`random` as the mean of five seeds, where the model is pruned first and at each place where others
+prune, and the bounds. The last token of each prompt is read from the cache (`study --late`), so
+that methods that prune before the prompt is read and those that prune after it stand in one table.
+--prune adds methods, such as those that must learn first. --full asks every method to keep
+everything, and says what that changed. --gpu names a GPU to compile for (h100): what a batch's
+prefill and step would move there, of the shares that --gpu-shares names. With --journals an
+interrupted run goes on. The last line is one JSON object.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from catp_jax.study.results import (
     without_seed,
 )
 from catp_jax.study.sweep import sweep
-from catp_jax.study.tasks import Task
+from catp_jax.study.tasks import Task, easy_vqa_task, spread
 from catp_jax.targets import GPUS
 from catp_jax.training.scene_questions import scenes_task
 
@@ -120,75 +120,103 @@ def kept_whole(results: Sequence[Result], whole: Result) -> dict[str, dict[str, 
     return found
 
 
-def study(
-    folder: Path,
-    name: str,
-    task: Task,
-    shares: Sequence[str],
-    others: Sequence[str],
-    journals: Path | None,
-    console: Console,
-    is_full: bool = False,
-    gpu: str | None = None,
-    gpu_shares: Sequence[str] = (),
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of each model: `others` are more methods, `is_full` is to keep everything too,
+    and of `gpu_shares` what it would cost on `gpu` (None: nothing is compiled).
+    """
+
+    task: Task
+    shares: Sequence[str]
+    others: Sequence[str] = ()
+    journals: Path | None = None
+    is_full: bool = False
+    gpu: str | None = None
+    gpu_shares: Sequence[str] = ()
+
+    def methods(self, sites: frozenset[Site]) -> list[str]:
+        """All that fit a model with these sites, in each of their forms, but for `random`."""
+        methods = [method for method in methods_for(sites) if method != RANDOM]
+        methods += [form for form, some in FORMS.items() if some & sites]
+        return methods + [one for one in self.others if site_of(one.split(":")[0], sites)]
+
+    def settings(self, sites: frozenset[Site]) -> list[Setting]:
+        """What is compared: those, random at each place, and the bounds if the task knows what is
+        needed.
+        """
+        bounds = BOUNDS if any(example.needed for example in self.task.examples) else ()
+        there = [baseline for site, baseline in BASELINES.items() if site in sites]
+        draws = [draw.replace(RANDOM, one, 1) for one in (RANDOM, *there) for draw in DRAWS]
+        every = (*self.methods(sites), *bounds, *draws)
+        return [Setting(method, share) for method in every for share in self.shares]
+
+
+def gains(results: Sequence[Result], sites: frozenset[Site]) -> dict[str, dict[str, Any]]:
+    """Of each setting, by how much it is better than another form of its method, and than random
+    tokens at its place.
+    """
+    answers = {(label(one.setting.method), one.setting.keep): one.answers for one in results}
+    drawn = {one: f"{one}, {len(DRAWS)} seeds" for one in BASELINES.values()}
+    found: dict[str, dict[str, Any]] = {}
+    for (method, share), mine in answers.items():
+        row = found.setdefault(f"{method}, {share}", {})
+        for name in (method.split(":")[0] if method in FORMS else "", baseline(method, sites)):
+            other = answers.get((drawn.get(name or "", name), share))
+            if other is None:
+                continue
+            row[f"against {name}"] = difference(mine, other)
+            for family, numbers in families(mine).items():
+                apart = difference(*([some[n] for n in numbers] for some in (mine, other)))
+                row[f"against {name}, {family}"] = apart
+    return found
+
+
+def study(folder: Path, name: str, asked: Asked, console: Console) -> dict[str, Any]:
     """Prints a model's table and returns its figures."""
-    model = api.load(folder, generation_config=False)
-    fitting = [one for one in others if site_of(one.split(":")[0], model.sites) is not None]
-    methods = [method for method in methods_for(model.sites) if method != RANDOM]
-    methods += [form for form, sites in FORMS.items() if sites & model.sites]
-    there = [own for site, own in BASELINES.items() if site in model.sites]
-    elsewhere = [draw.replace(RANDOM, own, 1) for own in there for draw in DRAWS]
-    every = (*methods, *fitting, *BOUNDS, *DRAWS, *elsewhere)
-    settings = [Setting(method, share) for method in every for share in shares]
-    full = [Setting(method, FULL) for method in (*methods, *fitting) if is_full]
-    late = bool(model.sites & {*BY_LAYER})
+    model, task = api.load(folder, generation_config=False), asked.task
+    settings, late = asked.settings(model.sites), bool(model.sites & {*BY_LAYER})
+    full = [Setting(method, FULL) for method in asked.methods(model.sites) if asked.is_full]
     conditions = Conditions(task=task.name, source=task.source, prompt=task.prompt, is_late=late)
-    journal = None if journals is None else Journal(journals / f"{name}.jsonl")
-    asked = [*settings, *full]
-    swept = list(sweep(model, task.examples, asked, conditions, score=task.score, journal=journal))
+    journal = None if asked.journals is None else Journal(asked.journals / f"{name}.jsonl")
+    every = [*settings, *full]
+    swept = list(sweep(model, task.examples, every, conditions, score=task.score, journal=journal))
     results = pooled([result for result in swept if result.setting not in full])
-    there: dict[Setting, GpuCost] = {}
-    if gpu is not None:
-        compiled = [one for one in settings if one.keep in gpu_shares]
-        there = costs(model, task, [swept[0].setting, *compiled], conditions, gpu)
+    whole, there = results[0], {}
+    if asked.gpu is not None:
+        compiled = [one for one in settings if one.keep in asked.gpu_shares]
+        there = costs(model, task, [whole.setting, *compiled], conditions, asked.gpu)
         there |= {
             Setting(f"{without_seed(one.method)}, {len(DRAWS)} seeds", one.keep): cost
             for one, cost in there.items()
             if one.method != without_seed(one.method)
         }
-    table = Table(title=f"{name}: right answers (%), bytes of cache (of all)")
-    for column in ("", *shares):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    whole = results[0]
+    apart, rows = gains(results, model.sites), {}
     cells: dict[str, dict[str, str]] = {}
-    rows = {}
     for result, found in zip(results, estimates(results), strict=True):
         row = figures(result, found, whole, there.get(result.setting))
         method, share = label(result.setting.method), result.setting.keep
-        rows[method if share is None else f"{method}, {share}"] = row
-        if share is not None:
-            cell = f"{plus_minus(row['accuracy'])}\n{row['cache']:.0%}"
-            cells.setdefault(method, {})[str(share)] = cell
+        if share is None:
+            rows[method] = row
+            continue
+        rows[f"{method}, {share}"] = row | apart[f"{method}, {share}"]
+        cell = f"{plus_minus(row['accuracy'])}\n{row['cache']:.0%}"
+        cells.setdefault(method, {})[str(share)] = cell
+    table = Table(title=f"{name}: right answers (%), bytes of cache (of all)")
+    for column in ("", *asked.shares):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for method, by in cells.items():
-        table.add_row(method, *(by[share] for share in shares))
+        table.add_row(method, *(by[share] for share in asked.shares))
     console.print(table)
-    by_setting = {(label(one.setting.method), one.setting.keep): one.answers for one in results}
-    drawn = {one: f"{one}, {len(DRAWS)} seeds" for one in BASELINES.values()}
-    for (method, share), mine in by_setting.items():
-        base = method.split(":")[0] if method in FORMS else None
-        for name in (base, baseline(method, model.sites)):
-            other = by_setting.get((drawn.get(name or "", name), share))
-            if other is None:
-                continue
-            row = rows[f"{method}, {share}"]
-            row[f"against {name}"] = difference(mine, other)
-            for family, numbers in families(mine).items():
-                apart = difference(*([some[n] for n in numbers] for some in (mine, other)))
-                row[f"against {name}, {family}"] = apart
     record: dict[str, Any] = {"checksum": model.checksum, "late": late, "rows": rows}
     whole_kept = [result for result in swept if result.setting in full]
     return record | ({"full": kept_whole(whole_kept, whole)} if whole_kept else {})
+
+
+def easy_vqa(questions: int) -> Task:
+    """So many of easy-VQA's test questions."""
+    task = easy_vqa_task()
+    source = {**task.source, "questions": questions}
+    return dataclasses.replace(task, examples=spread(task.examples, questions), source=source)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--prune", action="append", default=[], help="one more method")
     parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--easy-vqa", type=int, metavar="QUESTIONS", help="in place of scenes")
     parser.add_argument("--shares", nargs="+", default=SHARES)
     parser.add_argument("--full", action="store_true", help="ask every method to keep everything")
     parser.add_argument("--gpu", choices=list(GPUS), help="a GPU that need not be there")
@@ -203,22 +232,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     options = parser.parse_args(arguments)
     names, console = names_of(options.model), Console()
-    task = scenes_task(split="test", scenes=options.scenes)
-    models = {
-        name: study(
-            folder,
-            name,
-            task,
-            options.shares,
-            options.prune,
-            options.journals,
-            console,
-            is_full=options.full,
-            gpu=options.gpu,
-            gpu_shares=options.gpu_shares,
-        )
-        for name, folder in names.items()
-    }
+    scenes = options.easy_vqa is None
+    task = (
+        scenes_task(split="test", scenes=options.scenes) if scenes else easy_vqa(options.easy_vqa)
+    )
+    asked = Asked(
+        task=task,
+        shares=options.shares,
+        others=options.prune,
+        journals=options.journals,
+        is_full=options.full,
+        gpu=options.gpu,
+        gpu_shares=options.gpu_shares,
+    )
+    models = {name: study(folder, name, asked, console) for name, folder in names.items()}
     print_record("methods_table", task, models=models)
 
 
