@@ -47,7 +47,8 @@ def load(
     """Loads a Hugging Face folder of Llama 3.2 Vision, BLIP-2 or InstructBLIP, or one made of it
     by `catp-jax convert`. A name, org/name, is looked up in the local Hugging Face cache.
 
-    `dtype` casts the weights: float32, bfloat16, float16; None: as stored. `mesh` spreads the
+    `dtype` casts the weights: float32, bfloat16, float16; None: as stored, or float32 if
+    config.json says so. `mesh` spreads the
     model over all devices: "data=2,tensor=4", see `sharding.rules`; each process reads the bytes of
     its own devices. `weights="int8"` (or "float8") narrows the language model's layers to 8 bits as
     they load, see `models.narrow`. The modes are Llama 3.2 Vision's: which states of the tower the

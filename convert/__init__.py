@@ -54,15 +54,15 @@ def load(
 ) -> tuple[Model, Config]:
     """The model in a folder, Hugging Face or converted, whichever it is.
 
-    `dtype` is the weights' number type (None: as the folder has them; if it has several, that of
-    config.json, as in transformers); parts that compute in float32, as BLIP-2's Q-Former, have
-    float32 weights whatever it is. `place` gives the abstract model's leaves the shardings that
-    they are read onto: each process reads what its own shards need. `weights` has the language
-    model's layers narrowed to 8 bits as they come, see `catp_jax.models.narrow`. A LoRA adapter,
-    beside the weights or in the folder `adapter`, is merged into them, see `convert.adapter`. Keys
-    of config.json in `ignore_config` are read as if they were not there. Raises ValueError if the
-    folder is neither, or if config.json or the weights are damaged, unsupported or do not fit
-    together.
+    `dtype` is the weights' number type (None: as the folder has them; if it has several, or
+    config.json says float32, that of config.json, as in transformers); parts that compute in
+    float32, as BLIP-2's Q-Former, have float32 weights whatever it is. `place` gives the abstract
+    model's leaves the shardings that they are read onto: each process reads what its own shards
+    need. `weights` has the language model's layers narrowed to 8 bits as they come, see
+    `catp_jax.models.narrow`. A LoRA adapter, beside the weights or in the folder `adapter`, is
+    merged into them, see `convert.adapter`. Keys of config.json in `ignore_config` are read as if
+    they were not there. Raises ValueError if the folder is neither, or if config.json or the
+    weights are damaged, unsupported or do not fit together.
     """
     check(weights)
     source = _opened(folder, ignore_config, adapter)

@@ -45,16 +45,17 @@ def one_dtype(
     folder: Path, family: Family, stored: Mapping[str, jax.ShapeDtypeStruct]
 ) -> np.dtype | None:
     """The number type that parameters of several types are read as: what config.json says, else
-    what most bytes are of. None if all are of one; those that stay float32 anyway do not count.
+    what most bytes are of. Those that stay float32 anyway do not count. If all are of one type,
+    float32 if config.json says so, as transformers reads them; else None, as they are.
     """
     nbytes: dict[str, int] = {}
     for name, struct in stored.items():
         if not name.startswith(family.float32):
             kind = struct.dtype.name
             nbytes[kind] = nbytes.get(kind, 0) + leaves.nbytes(struct)
-    if len(nbytes) < 2:
-        return None
     raw = read_json(folder)
+    if len(nbytes) < 2:
+        return parse_dtype("float32") if "float32" in map(raw.get, KEYS) else None
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
     stated = [part[key] for part in parts for key in KEYS if part.get(key) is not None]
     if wrong := [one for one in stated if not isinstance(one, str)]:

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from catp_jax import leaves
+from convert.dtypes import parse_dtype
 from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
 from convert.manifest import MANIFEST, File
@@ -26,12 +29,14 @@ def write_hf(
     out: str | Path,
     max_shard_bytes: int = 5_000_000_000,
     side_files: str | Path | None = None,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """Writes a model as the new Hugging Face folder `out`, which transformers loads.
 
-    `side_files` is a folder whose tokenizer, processor and the like are copied along. Raises
-    ValueError if `config_json` does not describe the model, or if `out` exists or cannot be
-    written.
+    `side_files` is a folder whose tokenizer, processor and the like are copied along. `dtype` is
+    the number type that weights are stored in (None: their own); config.json then says that they
+    are read as their own, the widest if they have several. Raises ValueError if `config_json` does
+    not describe the model, or if `out` exists or cannot be written.
     """
     family = family_of(model.config)
     config = parse_config(config_json)
@@ -42,7 +47,10 @@ def write_hf(
             "the config.json to be written describes another model than the one to be written; "
             "convert.config_json(model.config) makes one that fits"
         )
-    arrays = leaves.named(model)
+    arrays, stored = leaves.named(model), parse_dtype(dtype)
+    if stored is not None:
+        widest = max((array.dtype for array in arrays.values()), key=lambda one: one.itemsize)
+        config_json = config_json | {"dtype": widest.name}
     known = [*DTYPES.values()]
     if wrong := sorted({str(x.dtype) for x in arrays.values() if x.dtype not in known}):
         raise ValueError(
@@ -50,16 +58,26 @@ def write_hf(
             f"safetensors are written of {', '.join(dtype.name for dtype in known)}"
         )
     matches = dict(sorted(family.names(arrays, model.config).wanted.items()))
-    sizes = {name: leaves.nbytes(arrays[one.target]) for name, one in matches.items()}
+    structs = {
+        name: jax.ShapeDtypeStruct(array.shape, stored or array.dtype)
+        for name, array in arrays.items()
+    }
+    sizes = {name: leaves.nbytes(structs[one.target]) for name, one in matches.items()}
     files = {
         file: File({"format": "pt"}, tuple(names))
         for file, names in split(sizes, max_shard_bytes).items()
     }
     with new_folder(Path(out)) as folder:
-        shards = plan(folder, files, matches, arrays)
+        shards = plan(folder, files, matches, structs)
         for shard in shards:
             found = [matches[tensor.name] for tensor in shard.tensors]
-            write_shard(shard, (x.transform.inverse(np.asarray(arrays[x.target])) for x in found))
+            parameters = (
+                np.asarray(arrays[one.target]).astype(structs[one.target].dtype, copy=False)
+                for one in found
+            )
+            write_shard(
+                shard, (x.transform.inverse(own) for x, own in zip(found, parameters, strict=True))
+            )
         if len(shards) > 1:
             write_index(folder, shards)
         if side_files is not None:

@@ -80,12 +80,16 @@ def say_what_is_seen(
         attention.k_proj.kernel[...] = queries[:, ::group].reshape(config.hidden_size, -1)
 
 
-def write(model: Mllama, processor: Any, out: Path) -> None:
-    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights."""
+def write(model: Mllama, processor: Any, out: Path, dtype: str | None = None) -> None:
+    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights.
+
+    These are stored as `dtype` (None: as they are); whatever it is, they are read as what they are.
+    """
     bos, eos, eot, pad = processor.tokenizer.convert_tokens_to_ids([BOS, EOS, EOT, PAD])
     ends = {"bos_token_id": bos, "eos_token_id": [eos, eot], "pad_token_id": pad}
     with tempfile.TemporaryDirectory() as beside:
         write_processor(processor, Path(beside))
         text = json.dumps(ends | {"do_sample": False}, indent=2)
         (Path(beside) / "generation_config.json").write_text(text + "\n")
-        convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
+        config = convert.config_json(model.config, **ends)
+        convert.write_hf(model, config, out, side_files=beside, dtype=dtype)

@@ -186,8 +186,11 @@ def report(
     return {"questions": len(kinds), **rounded}
 
 
-def write(model: Blip2, processor: Any, out: Path) -> None:
-    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights."""
+def write(model: Blip2, processor: Any, out: Path, dtype: str | None = None) -> None:
+    """Writes the new folder `out` in Hugging Face format, with all that goes beside the weights.
+
+    These are stored as `dtype` (None: as they are); whatever it is, they are read as what they are.
+    """
     tokenizer = processor.tokenizer
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if isinstance(model.language_model, Opt):
@@ -198,7 +201,8 @@ def write(model: Blip2, processor: Any, out: Path) -> None:
         write_processor(processor, Path(beside))
         text = json.dumps(ends | {"do_sample": False}, indent=2)
         (Path(beside) / "generation_config.json").write_text(text + "\n")
-        convert.write_hf(model, convert.config_json(model.config, **ends), out, side_files=beside)
+        config = convert.config_json(model.config, **ends)
+        convert.write_hf(model, config, out, side_files=beside, dtype=dtype)
 
 
 def make_tokenizer(which: str, examples: list[Example]) -> Any:
@@ -311,11 +315,12 @@ def main(
 
     log = work / f"{which}_whole_log.jsonl"
     log.write_text(shared.read_text() + apart.read_text())
-    figures = report(model, text, train_set, test_set)
+    processor = make_blip2_processor(tokenizer, config.vision.image_size, QUERIES)
+    write(model, processor, out, dtype="float16")
+    written: Any = convert.load(out)[0]  # its weights have been rounded
+    figures = report(written, text, train_set, test_set)
     figures["minutes of training"] = minutes(log)
     typer.echo(json.dumps(figures, indent=2))
-    processor = make_blip2_processor(tokenizer, config.vision.image_size, QUERIES)
-    write(model, processor, out)
     test = json.dumps({"stage": "test", **figures}) + "\n"
     (out / "training_log.jsonl").write_text(log.read_text() + test)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))

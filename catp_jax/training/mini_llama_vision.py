@@ -30,6 +30,7 @@ import typer
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+import convert
 from catp_jax.models.cross_decoder import CrossDecoderConfig
 from catp_jax.models.layers import Llama3Scaling, RopeConfig
 from catp_jax.models.mllama import Mllama, MllamaConfig
@@ -308,8 +309,9 @@ def main(
     model = nnx.merge(graph, frozen, params)
 
     processor = make_processor(tokenizer, config.vision.image_size, config.vision.max_num_tiles)
-    write(model, processor, out)
-    figures = report(model, text, train_set, test_set)
+    write(model, processor, out, dtype="float16")
+    written: Any = convert.load(out)[0]  # its weights have been rounded
+    figures = report(written, text, train_set, test_set)
     figures["minutes of training"] = minutes(log)
     test = json.dumps({"stage": "test", **figures}) + "\n"
     (out / "training_log.jsonl").write_text(log.read_text() + test)

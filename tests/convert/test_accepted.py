@@ -280,3 +280,27 @@ def test_other_chat_templates_come_along_there_and_back(tmp_path: Path):
     convert.to_hf(tmp_path / "out", tmp_path / "again")
     again = tmp_path / "again" / "additional_chat_templates" / "tool_use.jinja"
     assert again.read_bytes() == template.read_bytes()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_are_read_as_float32_where_config_says_so(
+    tmp_path: Path, notes, stored: torch.dtype
+):
+    folder = hf_folder(tmp_path / "hf", dtype=stored)
+    assert {array.dtype.name for array in named(convert.load(folder)[0]).values()} == {
+        str(stored).removeprefix("torch.")
+    }
+    edit_config(folder, "", dtype="float32")
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    convert.to_orbax(folder, tmp_path / "out")
+    for place in (folder, tmp_path / "out"):
+        arrays = named(convert.load(place)[0])
+        assert {array.dtype for array in arrays.values()} == {jnp.dtype(jnp.float32)}
+        norm = theirs.model.language_model.norm.weight
+        assert norm.dtype == torch.float32
+        np.testing.assert_array_equal(arrays["language_model.norm.scale"], norm.detach().numpy())
+        asked = named(convert.load(place, "bfloat16")[0])
+        assert asked["language_model.norm.scale"].dtype == jnp.bfloat16
+    assert notes() == []
+    convert.to_hf(tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "again" / SINGLE).read_bytes() == (folder / SINGLE).read_bytes()

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import MllamaForConditionalGeneration
 
 import convert
 from convert import writer
-from tests.convert.folders import (
-    hf_folder,
-)
+from tests.convert.folders import hf_folder, tensors_of
 from tests.convert.test_reader import assert_same
 from tests.parity.tiny import tiny
 
@@ -32,6 +33,26 @@ def test_trained_model_becomes_a_folder_that_transformers_loads(tmp_path: Path):
             assert torch.equal(loaded.state_dict()[key], tensor)
         again, _ = convert.load(tmp_path / name)
         assert_same(again, ours)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_can_be_stored_in_16_bits_and_are_read_as_what_they_were(
+    tmp_path: Path, stored: torch.dtype
+):
+    theirs, ours, config = tiny("mha")
+    kind = str(stored).removeprefix("torch.")
+    convert.write_hf(ours, convert.config_json(config), tmp_path / "out", dtype=kind)
+    files = tensors_of(tmp_path / "out")
+    loaded = MllamaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    for key, tensor in theirs.state_dict().items():
+        assert loaded[key].dtype == torch.float32
+        assert torch.equal(loaded[key], tensor.to(stored).float())
+    assert {tensor.dtype for tensor in files.values()} == {stored}
+    read, _ = convert.load(tmp_path / "out")
+    rounded = jax.tree.map(lambda x: x.astype(kind).astype(x.dtype), nnx.state(ours))
+    for own, wanted in zip(jax.tree.leaves(nnx.state(read)), jax.tree.leaves(rounded), strict=True):
+        assert own.dtype == wanted.dtype == np.float32
+        np.testing.assert_array_equal(own, wanted)
 
 
 def test_model_and_config_to_be_written_must_fit(tmp_path: Path):
