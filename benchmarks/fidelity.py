@@ -21,6 +21,7 @@ LITTLE = 0.02
 LLAMA, OPT, T5 = "Llama mini", "BLIP-2 OPT mini", "BLIP-2 T5 mini"
 AT_LAYER, IN_CACHE = (f"{RANDOM}:site={place}" for place in ("layer", "cache"))
 MODELS = {"llama": LLAMA, "opt": OPT}
+LAST = "catp:layers=6"
 TRAINED, CENTROID = "vistog_grouping, language_model", "nearest_centroid"
 
 Gain = tuple[float, float, float]
@@ -67,6 +68,15 @@ class Claim:
 
 
 CLAIMS = (
+    Claim("CATP", "better than self-attention", f"{LAST}, 1/4", "self_attention"),
+    Claim("CATP", "better than L2", f"{LAST}, 1/4", "l2"),
+    Claim("CATP", "the first layer votes better than the last", "catp:layers=1, 1/4", LAST),
+    Claim(
+        "CATP",
+        "image tokens' votes are better weighted (its variant)",
+        "catp:image_weights, 1/4",
+        LAST,
+    ),
     Claim(
         "Trimmed Llama",
         "half of the features do as well as all",
@@ -180,6 +190,11 @@ def rows() -> Iterator[tuple[str, ...]]:
         found = json.loads((RESULTS / f"methods_table_{name}.json").read_text())["models"]
         (tables[model],) = (one["rows"] for one in found.values())
     tables[T5] = json.loads((RESULTS / "vistog.json").read_text())["rows"]
+    votes = json.loads((RESULTS / "catp_table_mini.json").read_text())["models"]
+    for model, found in zip((OPT, T5), votes.values(), strict=True):
+        for pair, gains in found["paired"].items():
+            own, _, other = pair.partition(" − ")
+            tables[model].setdefault(f"{own}, 1/4", {})[f"against {other}"] = gains["1/4"]
     for claim in CLAIMS:
         for model, table in tables.items():
             gain = claim.found(table) if claim.model in (None, model) else None

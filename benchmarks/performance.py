@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import fidelity, fronts, testbed
+from benchmarks import fidelity, fronts, testbed, trimmed_table
 from benchmarks.catp_table import rank_correlation
 from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
@@ -395,6 +395,22 @@ def kl_of(full: Row) -> float:
     return full["KL, nats"]
 
 
+def kept_told() -> str:
+    """Which share of the features K_ratio leaves, and the paper's."""
+    settings = read("trimmed_table_mini")["settings"]
+    told = []
+    for ratio in trimmed_table.RATIOS:
+        here = settings[f"trimmed_llama:k_ratio={ratio}, keep auto"]["kept"]
+        theirs = [
+            f"{figures[ratio][0]:.1f} with {size}"
+            for size, figures in trimmed_table.PAPER.items()
+            if ratio in figures
+        ]
+        words = f"the paper: {' and '.join(theirs)}" if theirs else "not in the paper"
+        told.append(f"with {ratio} {100 * here:.1f} % here ({words})")
+    return f"Heads together keep {'; '.join(told)} of the features."
+
+
 def claims() -> str:
     """What the papers say, and whether it holds."""
     head = ("method", "what its paper says", "model", "difference, points", "here")
@@ -488,6 +504,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "catp_told_t5": partial(catp_told, "t5"),
     "trimmed_told": trimmed_told,
     "fidelity": claims,
+    "kept_told": kept_told,
     "foreseen": foreseen,
     "pairs_told": pairs_told,
     "vistog": vistog,
