@@ -397,18 +397,13 @@ def kl_of(full: Row) -> float:
 
 def kept_told() -> str:
     """Which share of the features K_ratio leaves, and the paper's."""
-    settings = read("trimmed_table_mini")["settings"]
-    told = []
+    settings, paper = read("trimmed_table_mini")["settings"], trimmed_table.PAPER
+    lines = []
     for ratio in trimmed_table.RATIOS:
         here = settings[f"trimmed_llama:k_ratio={ratio}, keep auto"]["kept"]
-        theirs = [
-            f"{figures[ratio][0]:.1f} with {size}"
-            for size, figures in trimmed_table.PAPER.items()
-            if ratio in figures
-        ]
-        words = f"the paper: {' and '.join(theirs)}" if theirs else "not in the paper"
-        told.append(f"with {ratio} {100 * here:.1f} % here ({words})")
-    return f"Heads together keep {'; '.join(told)} of the features."
+        theirs = [f"{own[ratio][0]:.1f}" if ratio in own else "" for own in paper.values()]
+        lines.append((f"{ratio}", f"{100 * here:.1f}", *theirs))
+    return table(("K_ratio", "features kept here, %", *(f"{size}, %" for size in paper)), lines)
 
 
 def claims() -> str:
