@@ -30,7 +30,15 @@ from catp_jax.study.results import difference
 from catp_jax.study.sweep import sweep
 from catp_jax.training.scene_questions import scenes_task
 
-TOKENS = ("trimmed_llama", "fastv", "csp", "elastic_cache", "aircache")
+TOKENS = (
+    "trimmed_llama",
+    "fastv",
+    "nearest_centroid",
+    "csp",
+    "elastic_cache",
+    "aircache",
+    "zipvl",
+)
 BUDGETS: dict[str, dict[str, tuple[str, str]]] = {
     "25%": {"think": ("75%", "33.3%"), "eigen": ("50%", "50%")},
     "12.5%": {"think": ("75%", "16.7%"), "eigen": ("50%", "25%")},
