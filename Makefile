@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp ## answer questions with the shipped checkpoint, unprun
 	$(BIN)/catp-jax demo --out demo
 
 MINIS := mini-llama-vision mini-blip2-opt mini-blip2-t5
-MINIS += scenes-llama-vision scenes-blip2-opt scenes-blip2-t5
+MINIS += scenes-llama-vision scenes-llama-vision-guide scenes-blip2-opt scenes-blip2-t5
 
 train: $(MINIS:%=runs/%) ## train the mini checkpoints anew, into runs/; each under an hour, resumes
 
@@ -25,6 +25,9 @@ runs/mini-blip2-%: | $(VENV)/demo.stamp
 
 runs/scenes-llama-vision: | $(VENV)/demo.stamp
 	$(BIN)/python -m catp_jax.training.scenes_llama_vision --out $@ --work runs/scenes-work
+
+runs/scenes-llama-vision-guide: | $(VENV)/demo.stamp
+	$(BIN)/python -m catp_jax.training.scenes_llama_vision --out $@ --work runs/guide-work --size guide
 
 runs/scenes-blip2-%: | $(VENV)/demo.stamp
 	$(BIN)/python -m catp_jax.training.scenes_blip2 --kind $* --out $@ --work runs/scenes-blip2-work

@@ -1,8 +1,10 @@
 """Trains the mini Llama 3.2 Vision that answers questions about scenes, from nothing.
 
     python -m catp_jax.training.scenes_llama_vision --out DIR --seed 0
+    python -m catp_jax.training.scenes_llama_vision --out DIR --seed 0 --size guide
 
-Two stages:
+With `--size guide` it is a smaller model of the same visual tokens, which guides the mini
+(`catp_jax.guided`). Two stages:
 
 1. tower: every visual token names what covers its own patch (shape or digit, colour, size), whether
    an object's middle is in it, and where its cell is. What there is to know about an object then
@@ -11,7 +13,9 @@ Two stages:
    to answer fresh questions about them, easy families first. Three quarters of the questions skip
    the first cross-attention layer, from the first step. That layer sees all tokens whatever is
    pruned after it; without the skip it answers everything, and even removing the needed tokens
-   would cost nothing.
+   would cost nothing. The guide, of which nothing is pruned but to see how sure it is, has two such
+   layers and needs both: a quarter of its questions skip the first. It also finds out later that
+   there is something to see, and begins with lists of the easiest sort (see `scene_lists`).
 
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
 """
@@ -21,7 +25,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +52,9 @@ from catp_jax.training.scenes import Scene, make_scene
 from catp_jax.training.scoring import answer_loss, check_options, is_answered, minutes
 from catp_jax.training.tokenizer import make_processor, train_tokenizer
 
-NAME = "scenes-llama-vision"
 VOCABULARY, POSITIONS = 512, 512
 TEXT_LENGTH = 16  # the longest question, its answer and the marks around them, in tokens
 LAYOUT = (2, 2)
-SKIP_FIRST = 0.75  # share of the questions that skip the first cross-attention layer
 SHARP = 1.5  # where the scales of query and key norms start
 
 
@@ -73,6 +75,61 @@ def scenes_config() -> MllamaConfig:
         ),
         image_token_index=VOCABULARY,
     )
+
+
+def guide_config() -> MllamaConfig:
+    """About a third of the parameters for the same visual tokens; two layers look at the image."""
+    config = scenes_config()
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, hidden_size=48, intermediate_size=96),
+        text=dataclasses.replace(
+            config.text,
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_hidden_layers=5,
+            cross_attention_layers=(1, 3),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model to train: what its folder and its README are called, for how many steps, the share of
+    the questions that skip the first cross-attention layer, and the share of stage 2 in which lists
+    of the easiest sort fade out.
+    """
+
+    name: str
+    title: str
+    config: MllamaConfig
+    tower_steps: int
+    decoder_steps: int
+    skip_first: float
+    looking: float
+
+
+SIZES = {
+    "mini": Size(
+        name="scenes-llama-vision",
+        title="Mini Llama Vision for scenes",
+        config=scenes_config(),
+        tower_steps=1600,
+        decoder_steps=2500,
+        skip_first=0.75,
+        looking=0.0,
+    ),
+    "guide": Size(
+        name="scenes-llama-vision-guide",
+        title="Mini Llama Vision for scenes, as a guide",
+        config=guide_config(),
+        tower_steps=1600,
+        decoder_steps=2500,
+        skip_first=0.25,
+        looking=0.2,
+    ),
+}
 
 
 def know_places(tower: TiledVit) -> None:
@@ -155,15 +212,15 @@ def encoder(model: Mllama) -> Callable[[Sequence[Scene]], Array]:
     return encode
 
 
-def decoder_loss(graph: nnx.GraphDef) -> Any:
-    """Loss of stage 2."""
+def decoder_loss(graph: nnx.GraphDef, skip_first: float) -> Any:
+    """Loss of stage 2; the share `skip_first` skips the first cross-attention layer."""
 
     def loss(
         params: Any, frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
         model = nnx.merge(graph, frozen, params)
         rows = batch.rows
-        is_open = jax.random.bernoulli(key, 1 - SKIP_FIRST, (rows.tokens.shape[1],))
+        is_open = jax.random.bernoulli(key, 1 - skip_first, (rows.tokens.shape[1],))
         visual = show(model, batch.features)
         logits = answer_logits(model, visual, rows.tokens, rows.token_valid, is_open)
         return answer_loss(logits, rows.targets)
@@ -191,9 +248,16 @@ def main(
     work: Annotated[Path, typer.Option(help="folder for checkpoints to resume from")] = Path(
         "scenes-llama-vision-work"
     ),
+    size: Annotated[
+        Literal["mini", "guide"], typer.Option(help="the mini, or a smaller model that guides it")
+    ] = "mini",
     seed: Annotated[int, typer.Option(help="fixes every random choice")] = 0,
-    tower_steps: Annotated[int, typer.Option(help="steps of stage 1, of 8 scenes")] = 1600,
-    decoder_steps: Annotated[int, typer.Option(help="steps of stage 2, of 16 scenes")] = 2500,
+    tower_steps: Annotated[
+        int | None, typer.Option(help="steps of stage 1, of 8 scenes", show_default="by size")
+    ] = None,
+    decoder_steps: Annotated[
+        int | None, typer.Option(help="steps of stage 2, of 16 scenes", show_default="by size")
+    ] = None,
     scenes: Annotated[int, typer.Option(help="scenes that stage 2 asks about")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
 ) -> None:
@@ -203,7 +267,12 @@ def main(
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder or delete it first")
+    made = SIZES[size]
+    tower_steps = made.tower_steps if tower_steps is None else tower_steps
+    decoder_steps = made.decoder_steps if decoder_steps is None else decoder_steps
+    chosen = {} if size == "mini" else {"size": size}  # what the mini was trained with stays so
     options = {
+        **chosen,
         "seed": seed,
         "tower_steps": tower_steps,
         "decoder_steps": decoder_steps,
@@ -211,7 +280,7 @@ def main(
     }
     check_options(options, work)
     log = work / "training_log.jsonl"
-    config = scenes_config()
+    config = made.config
     model = initialise(config, seed)
     know_places(model.vision_model)
 
@@ -238,8 +307,8 @@ def main(
     stage = adamw_stage(
         "decoder",
         decoder_steps,
-        decoder_loss(graph),
-        lambda step: bank.draw(step, decoder_steps, seed),
+        decoder_loss(graph, made.skip_first),
+        lambda step: bank.draw(step, decoder_steps, seed, made.looking),
         peak=1.5e-3,
         seed=seed,
     )
@@ -255,12 +324,12 @@ def main(
     line = json.dumps({"stage": "test", **figures}) + "\n"
     (out / "training_log.jsonl").write_text(log.read_text() + line)
     readme = card(
-        "Mini Llama Vision for scenes",
+        made.title,
         "A Llama 3.2 Vision",
         "mllama",
         sum(x.size for x in jax.tree.leaves(nnx.state(model))),
         "scenes_llama_vision",
-        {"out": NAME, "seed": seed},
+        {"out": made.name, **chosen, "seed": seed},
         {"tower": tower_steps, "decoder": decoder_steps},
         figures,
     )

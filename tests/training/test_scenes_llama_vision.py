@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,8 +61,24 @@ def test_labels_follow_the_tokens():
     np.testing.assert_allclose(pixels[1], expected, atol=1e-5)
 
 
+def test_the_guide_has_the_minis_visual_tokens_and_a_third_of_its_parameters():
+    mini, guide = (recipe.SIZES[size].config for size in ("mini", "guide"))
+    tokens = [
+        (config.vision.max_num_tiles, config.vision.tokens_per_tile, config.vision.image_size)
+        for config in (mini, guide)
+    ]
+    assert tokens[0] == tokens[1] == (4, 65, 64)
+    assert mini.text.vocab_size == guide.text.vocab_size
+    of_mini, of_guide = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(convert.abstract(config))))
+        for config in (mini, guide)
+    )
+    assert 0.25 < of_guide / of_mini < 0.36
+
+
 def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "scenes_config", toy_config)
+    toy = dataclasses.replace(recipe.SIZES["mini"], config=toy_config())
+    monkeypatch.setitem(recipe.SIZES, "mini", toy)
     options = {
         "work": tmp_path / "work",
         "seed": 0,
@@ -86,6 +103,8 @@ def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(tmp_pa
         recipe.main(out=tmp_path / "one", **options)
     with pytest.raises(ValueError, match="seed 0, not 1"):
         recipe.main(out=tmp_path / "three", **{**options, "seed": 1})
+    with pytest.raises(ValueError, match="size None, not guide"):
+        recipe.main(out=tmp_path / "three", **options, size="guide")
 
     # training and the front door see the same pixels, and read the same words
     model, scene = catp_jax.load(tmp_path / "one"), make_scene("test", 0)
