@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import fidelity, testbed
+from benchmarks import fidelity, guide, testbed
 from benchmarks.pairs import OVER
 from benchmarks.programs import LLAMA, OPT
 from catp_jax.plan import Plan, Work
@@ -319,6 +319,19 @@ def foreseen() -> str:
     return table(head, fidelity.foreseen())
 
 
+def guided(part: str) -> str:
+    """What a guide's choice is worth, how far it is ahead, and what comes of early exit."""
+    record = read("guide_mini")
+    columns = [f"{what}, {kept}" for what in ("attribute", "all") for kept in guide.SHARES]
+    if part == "worth":
+        needed = (f"needed, {kept}" for kept in guide.SHARES)
+        return table(["%", *columns, *needed], guide.told(record["rows"]))
+    if part == "ahead":
+        return table(["points ahead of", *columns], guide.told_apart(record["rows"]))
+    head = ("threshold", "the guide answers, %", "right, %", "as many at random, %", "− no exit")
+    return table(head, guide.told_exits(record["exits"][guide.SHARES[0]]))
+
+
 def pairs_told() -> str:
     """Whether the best pair of methods beats the best one alone."""
     told = []
@@ -367,6 +380,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "fidelity": claims,
     "foreseen": foreseen,
     "pairs_told": pairs_told,
+    "guide_worth": partial(guided, "worth"),
+    "guide_ahead": partial(guided, "ahead"),
+    "guide_exits": partial(guided, "exits"),
     "methods_llama": partial(methods, "llama"),
     "methods_llama_at": partial(methods_at, "llama"),
     "methods_opt": partial(methods, "opt"),
