@@ -122,6 +122,22 @@ def by_family(result: Result) -> dict[str, float]:
     }
 
 
+def paired(by: dict[tuple[str, int], Result], layers: int) -> dict[str, Any]:
+    """By how much CATP is better than other ways, and its first layer's and its weighted votes than
+    its own, at each budget: paired differences.
+    """
+    last = f"catp:layers={layers}"
+    pairs = [(last, other) for other in (*PAPER_RATIOS, "random", "position")]
+    pairs += [("catp:layers=1", last), ("catp:image_weights", last)]
+    return {
+        f"{own} − {other}": {
+            LEVELS[keep]: difference(by[own, keep].answers, by[other, keep].answers)
+            for keep in BUDGETS
+        }
+        for own, other in pairs
+    }
+
+
 def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
     """Where our figures agree with the paper's, and where not, by paired differences."""
     out = []
@@ -223,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "accuracy": {f"{m}, keep {k}": by[m, k].accuracy for m, k in by},
             "interval": {f"{m}, keep {k}": [by[m, k].low, by[m, k].high] for m, k in by},
             "by family": {str(result.setting): by_family(result) for result in results},
+            "paired": paired(by, layers),
             "words": words,
         }
     print_record("catp_table", task, num_beams=options.num_beams, models=found)

@@ -18,8 +18,11 @@ from catp_jax.study.results import RANDOM
 RESULTS = Path(__file__).resolve().parent / "results"
 LITTLE = 0.02
 """What may be lost where a paper says that nothing is."""
-LLAMA, OPT = "Llama mini", "BLIP-2 OPT mini"
+LLAMA, OPT, T5 = "Llama mini", "BLIP-2 OPT mini", "BLIP-2 T5 mini"
+AT_LAYER, IN_CACHE = (f"{RANDOM}:site={place}" for place in ("layer", "cache"))
 MODELS = {"llama": LLAMA, "opt": OPT}
+LAST = "catp:layers=6"
+TRAINED, CENTROID = "vistog_grouping, language_model", "nearest_centroid"
 
 Gain = tuple[float, float, float]
 """A paired difference and its interval."""
@@ -27,7 +30,7 @@ Gain = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a paper says of a method, and where `methods_table` has the figure: how much better
+    """What a paper says of a method, and where the results have the figure: how much better
     `setting` is than `other`, on the questions of a `family` (None: on all). `is_reversed`: the
     paper says that the other one is better; `is_kept`: that nothing is lost. `is_harsher`: less is
     left here than the paper speaks of, so that a loss says nothing against it. `model`: the one
@@ -65,6 +68,15 @@ class Claim:
 
 
 CLAIMS = (
+    Claim("CATP", "better than self-attention", f"{LAST}, 1/4", "self_attention"),
+    Claim("CATP", "better than L2", f"{LAST}, 1/4", "l2"),
+    Claim("CATP", "the first layer votes better than the last", "catp:layers=1, 1/4", LAST),
+    Claim(
+        "CATP",
+        "image tokens' votes are better weighted (its variant)",
+        "catp:image_weights, 1/4",
+        LAST,
+    ),
     Claim(
         "Trimmed Llama",
         "half of the features do as well as all",
@@ -82,6 +94,8 @@ CLAIMS = (
     ),
     Claim("FastV", "better than random tokens", "fastv, 25%", RANDOM, model=LLAMA),
     Claim("FastV", "the same, attributes", "fastv, 25%", RANDOM, "attribute", model=LLAMA),
+    Claim("FastV", "better than random tokens in front of the same layer", "fastv, 25%", AT_LAYER),
+    Claim("FastV", "the same, attributes", "fastv, 25%", AT_LAYER, "attribute"),
     Claim(
         "FastV",
         "the last row's attention (the code) does as well as that of all rows (the text)",
@@ -93,11 +107,11 @@ CLAIMS = (
     Claim("FastV", "half of the tokens do as well as all", "fastv, 50%", UNPRUNED, is_kept=True),
     Claim(
         "K-norm",
-        "each head's short keys are better than random tokens",
+        "each head's short keys are better than random tokens of the same cache",
         "k_norm:site=cache, 25%",
-        RANDOM,
-        model=LLAMA,
+        IN_CACHE,
     ),
+    Claim("K-norm", "the same, attributes", "k_norm:site=cache, 25%", IN_CACHE, "attribute"),
     Claim(
         "CSP",
         "an even split (r = 0.5) is better than r = 0.1",
@@ -169,6 +183,25 @@ CLAIMS = (
         "sgl",
         is_kept=True,
     ),
+    Claim(
+        "VisToG",
+        "a ninth of the tokens does nearly as well as all (here a quarter)",
+        f"{TRAINED}, 8",
+        UNPRUNED,
+        is_kept=True,
+        model=T5,
+    ),
+    Claim("VisToG", "groups are better than pooling", f"{TRAINED}, 8", "pool", model=T5),
+    Claim(
+        "VisToG", "groups are better than nearest centroids", f"{TRAINED}, 8", CENTROID, model=T5
+    ),
+    Claim(
+        "VisToG",
+        "the same, with centroids that the model was trained along with, too",
+        f"{TRAINED}, 8",
+        f"{CENTROID}, language_model",
+        model=T5,
+    ),
 )
 
 
@@ -182,6 +215,12 @@ def rows() -> Iterator[tuple[str, ...]]:
     tables[LLAMA] |= {name: row for name, row in guided["rows"].items() if name[:5] == "sgl, "}
     exits = {f"sgl, above {row['threshold']:g} the guide": row for row in guided["exits"]["25%"]}
     tables[LLAMA] |= exits
+    tables[T5] = json.loads((RESULTS / "vistog.json").read_text())["rows"]
+    votes = json.loads((RESULTS / "catp_table_mini.json").read_text())["models"]
+    for model, found in zip((OPT, T5), votes.values(), strict=True):
+        for pair, gains in found["paired"].items():
+            own, _, other = pair.partition(" − ")
+            tables[model].setdefault(f"{own}, 1/4", {})[f"against {other}"] = gains["1/4"]
     for claim in CLAIMS:
         for model, table in tables.items():
             gain = claim.found(table) if claim.model in (None, model) else None

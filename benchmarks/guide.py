@@ -14,7 +14,7 @@ last line is one JSON object.
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,47 +127,6 @@ def exits(large: Answers, small: Answers, scores: Sequence[float]) -> list[dict[
             }
         )
     return rows
-
-
-def told(rows: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """For docs/methods.md: right answers about attributes and about everything, and the share of
-    needed tokens kept, by budget.
-    """
-    for method in (UNPRUNED, ALONE, SGL, *OWN, RANDOM):
-        found = [rows[method] if method in rows else rows[f"{method}, {k}"] for k in SHARES]
-        right = [
-            plus_minus(one[name]) for name in ("accuracy, attribute", "accuracy") for one in found
-        ]
-        needed = [one["needed, kept"] for one in found]
-        kept = ["" if share is None else f"{100 * share:.0f}" for share in needed]
-        yield [f"`{method}`" if method != ALONE else method, *right, *kept]
-
-
-def told_apart(rows: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """By how many points SGL is ahead, with intervals: of attributes and of everything."""
-    for other in (*OWN, RANDOM, UNPRUNED):
-        gains = [
-            rows[f"{SGL}, {share}"][f"against {other}{family}"]
-            for family in (", attribute", "")
-            for share in SHARES
-        ]
-        yield [f"`{other}`", *("{:+.0f} [{:+.0f}, {:+.0f}]".format(*_percent(x)) for x in gains)]
-
-
-def told_exits(found: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """What comes of each threshold, in %."""
-    for one in found:
-        yield [
-            f"{one['threshold']:g}",
-            f"{100 * one['share']:.0f}",
-            plus_minus(one["accuracy"]),
-            f"{100 * one['at random']:.0f}",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*_percent(one[f"against {SGL}"])),
-        ]
-
-
-def _percent(figures: Sequence[float]) -> list[float]:
-    return [100 * figure + 0.0 for figure in figures]
 
 
 def shown(rows: dict[str, dict[str, Any]]) -> Table:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from catp_jax.contract import Keep, Site
+from catp_jax.contract import Keep, Room, Site
 from catp_jax.generation import generate as programs
 from catp_jax.models.blip2 import Blip2, Blip2Config, Blip2Inputs
 from catp_jax.models.frozen import Frozen, freeze
@@ -96,7 +96,7 @@ def ratio(some: list[float], base: list[float]) -> float:
 @jax.jit
 def language_model(network: Frozen, front: Any, keep: Keep | None) -> Any:
     """The prefill from the Q-Former's output on."""
-    return network.back(front, programs.Selector((), network.sites, chosen=keep), 0)[0]
+    return network.back(front, programs.Selector((), network.sites, chosen=keep), Room(new=0))[0]
 
 
 @jax.jit

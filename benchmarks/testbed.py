@@ -142,6 +142,12 @@ def plus_minus(figures: tuple[float, float, float]) -> str:
     return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
 
 
+def points(figures: tuple[float, float, float]) -> str:
+    """A difference in points, with its interval."""
+    mean, low, high = (f"{round(100 * figure):+d}" for figure in figures)
+    return f"{mean} [{low}, {high}]"
+
+
 def leanings(
     family: str,
     by: dict[tuple[str, str], Answers],
@@ -190,8 +196,7 @@ def checks(families: dict[str, dict[str, Any]]) -> Table:
     for column in ("", *CHECKS, "blind −\nguessed"):
         out.add_column(column, justify="right" if column else "left", no_wrap=True)
     for family, found in families.items():
-        cells = [[100 * figure for figure in pick(found)] for pick in CHECKS.values()]
-        told = [f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]" for mean, low, high in cells]
+        told = [points(pick(found)) for pick in CHECKS.values()]
         apart = 100 * (found["blind"]["accuracy"][0] - found["guessed"])
         out.add_row(family, *told, f"{apart:+.0f}")
     return out

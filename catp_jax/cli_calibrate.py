@@ -42,6 +42,13 @@ def calibrate(
         int, typer.Option(help="Steps of training, of all methods but eigen.", min=1)
     ] = 600,
     groups: Annotated[int, typer.Option(help="vistog_grouping: how many.", min=1)] = 16,
+    train: Annotated[
+        Literal["grouping", "projector", "language_model"],
+        typer.Option(
+            help="vistog_grouping: what is trained, all up to this. With more than the grouping "
+            "there comes another model, DIR/model, which the grouping is for."
+        ),
+    ] = "grouping",
     block: Annotated[
         int, typer.Option(help="attention_predictor: visual tokens of a block.", min=1)
     ] = 16,
@@ -59,29 +66,35 @@ def calibrate(
     check_new(out)
     if method == "vistog_grouping" and (task != "scenes" or data is not None):
         raise typer.BadParameter("vistog_grouping learns from --task scenes, without dials")
+    if train != "grouping":
+        _check_train(train, method, loading)
     prompts, digest = _prompts(task, data, samples)
     loaded = api.load(model, **loading.keywords(), generation_config=False)
     _check_fits(loaded, method)
     settings: dict[str, Any] = {"task": task, "samples": len(prompts), "questions": digest}
     settings |= {"seed": seed}
-    work = out.with_name(f"{out.name}.work")
+    work, described, beside = out.with_name(f"{out.name}.work"), loaded.describe(), []
     if method == "eigen":
         shaping: dict[str, Any] = {}
         arrays, figures = _eigen(loaded, prompts)
     elif method == "vistog_grouping":
-        shaping, settings = {}, settings | {"steps": steps, "groups": groups}
-        arrays, figures = _grouping(loaded, settings, work)
+        shaping, settings = {}, settings | {"steps": steps, "groups": groups, "train": train}
+        arrays, figures, network = _grouping(loaded, settings, work)
+        if train != "grouping":
+            settings |= {"trained_from": described}
+            described, beside = _written(network, model, work / "model"), [work / "model"]
     else:
         shaping = {"block": block, "rows": rows}
         settings |= {"steps": steps}
         arrays, figures = _predictor(loaded, prompts, settings | shaping, work)
     record = {"learned_from": settings, "figures": figures}
-    Learned(method, loaded.describe(), shaping, arrays, record).write(out)
+    Learned(method, described, shaping, arrays, record).write(out, beside)
     if method != "eigen":
         shutil.rmtree(work, ignore_errors=True)
     for name, value in figures.items():
         print(one_line(f"{name}: {value}"))
-    say(f"written: {out}; use it as --prune {method}:{out}")
+    of = f" with the model {out / 'model'}" if beside else ""
+    say(f"written: {out}; use it as --prune {method}:{out}{of}")
 
 
 def _prompts(task: str, data: Path | None, samples: int) -> "tuple[list[tuple[Any, str]], str]":
@@ -123,13 +136,19 @@ def _prompts(task: str, data: Path | None, samples: int) -> "tuple[list[tuple[An
 
 
 def _check_fits(model: "Model", method: str) -> None:
-    """Raises ValueError for a model that caches no visual tokens, and for eigen if their keys turn
-    with the position.
+    """Raises ValueError for a model that caches no visual tokens, for eigen also if their keys turn
+    with the position; for vistog_grouping if it is no BLIP-2.
     """
     from catp_jax.contract import Site
     from catp_jax.pruning import site_of
 
-    if site_of(method, model.sites) is None:
+    if method == "vistog_grouping":
+        if Site.ENTRY not in model.sites or model.config.qformer.use_qformer_text_input:
+            raise ValueError(
+                "vistog_grouping groups the queries of a BLIP-2, before its language model; this "
+                f"is {type(model.network.thaw()).__name__}"
+            )
+    elif site_of(method, model.sites) is None:
         raise ValueError(
             f"{method} wants a model that caches visual tokens, which "
             f"{model.describe()['language_model']} does not"
@@ -142,18 +161,24 @@ def _check_fits(model: "Model", method: str) -> None:
 
 
 def _states(model: "Model", prompts: Sequence[tuple[Any, str]], pruner: Any) -> Iterator[Any]:
-    """What a method remembers of a prefill, by layer, a batch at a time."""
+    """What a method remembers of a prefill, by layer, a batch at a time.
+
+    The last batch is filled up with a prompt that was there already, since another size would be
+    another program; that one's states are left out.
+    """
+    import jax
+
     from catp_jax.generation import generate as programs
     from catp_jax.sharding import place
 
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
-        if len(some) < BATCH and start:
-            break  # another shape would be another program
-        images, texts = zip(*some, strict=True)
+        number = len(some)
+        images, texts = zip(*some, *[some[-1]] * (BATCH - number), strict=True)
         packed = model.prepare(list(images), list(texts))
         found = programs.prefill(model.network, (pruner,), packed.given, new_slots=1)
-        yield place.fetch(found.selection.states[0])
+        states = place.fetch(found.selection.states[0])
+        yield jax.tree.map(lambda leaf, number=number: leaf[:number], states)
 
 
 def _split(prompts: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -186,12 +211,12 @@ def _eigen(model: "Model", prompts: list[tuple[Any, str]]) -> tuple[dict[str, An
 
     ranks = search(directions, errors)
     figures = {
-        "ranks of keys and of values by layer, output within 2.5 %": {
+        "ranks of keys and of values by layer, output within 2.5 % (--keep auto)": {
             str(layer): list(pair) for layer, pair in ranks.items()
         },
         "share of the bytes that they leave": round(directions.left(ranks), 4),
     }
-    return directions.arrays, figures
+    return directions.with_ranks(ranks).arrays, figures
 
 
 def _check_work(work: Path, options: dict[str, Any]) -> None:
@@ -257,38 +282,67 @@ def _predictor(
     }
 
 
+def _check_train(train: str, method: str, loading: opts.Loading) -> None:
+    """Raises BadParameter where no other model can be trained and written."""
+    if method != "vistog_grouping":
+        raise typer.BadParameter(f"--train {train} is for vistog_grouping, not for {method}")
+    for name, value in {
+        "--processor": loading.processor,
+        "--ignore-config": loading.ignore_config,
+        "--weights": loading.weights,
+    }.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"--train {train} writes a model of float32 with its own files; leave out {name}"
+            )
+
+
 def _grouping(
     model: "Model", settings: dict[str, Any], work: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """The arrays, figures, and the model that they are for."""
     import numpy as np
 
     from catp_jax.pruning import NearestCentroid, Pool, VisToGGrouping
     from catp_jax.training.scene_questions import questions_of
     from catp_jax.training.scenes import make_scene
-    from catp_jax.training.vistog_grouping import compare, make_bank, train_grouping
+    from catp_jax.training.vistog_grouping import compare, make_bank, split, train_grouping
 
     network, tokenizer = model.network.thaw(), model.reader.tokenizer
     scenes = [make_scene("train", number) for number in range(settings["samples"])]
     bank, number = make_bank(network, tokenizer, scenes), settings["groups"]
+    split(network, settings["train"])  # which refuses what cannot be trained
     _check_work(work, settings | {"model": model.checksum})
-    grouping = train_grouping(
+    grouping, own = train_grouping(
         network,
         bank,
         number,
         work / "grouping",
+        trained=settings["train"],
         steps=settings["steps"],
         seed=settings["seed"],
     )
     held = questions_of("validation", max(settings["samples"] // HELD_OUT, 1), each=2)
     bank = make_bank(network, tokenizer, [scene for scene, _ in held])
-    methods = {
-        "unpruned": None,
-        "vistog_grouping": VisToGGrouping(keep=number, grouping=grouping),
-        "nearest_centroid": NearestCentroid(keep=number),
-        "pool": Pool(keep=number),
-    }
-    figures = compare(network, bank, [asked for _, asked in held], methods)
-    return {name: np.asarray(array) for name, array in vars(grouping).items()}, {
+    asked = [asked for _, asked in held]
+    method = VisToGGrouping(keep=number, grouping=grouping)
+    others = {"nearest_centroid": NearestCentroid(keep=number), "pool": Pool(keep=number)}
+    figures = compare(network, bank, asked, {"unpruned": None})
+    figures |= compare(own, bank, asked, {"vistog_grouping": method})
+    figures |= compare(network, bank, asked, others)
+    arrays = {name: np.asarray(array) for name, array in vars(grouping).items()}
+    told = {
         f"right answers with {name}": {kind: x for kind, x in found.items() if "," not in kind}
         for name, found in figures.items()
     }
+    return arrays, told, own
+
+
+def _written(network: Any, model: Path, out: Path) -> dict[str, Any]:
+    """Writes a model that was trained along, and says what is loaded from there."""
+    from catp_jax import api
+    from catp_jax.training.vistog_grouping import write_trained
+
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off behind this
+    write_trained(network, model, out)
+    return api.load(out, generation_config=False).describe()

@@ -21,14 +21,15 @@ def settings_of(prune: list[str] | None, keep: list[str] | None) -> "list[Settin
 
     Raises BadParameter for one that meets no other, and for what is no method or budget.
     """
-    from catp_jax.pruning.named import AUTO, named, split
+    from catp_jax.pruning.named import AUTO, is_fixed, named, split
     from catp_jax.study.records import Setting
 
     methods = {",".join(words): len(words) for words in map(split, prune or [])}
     with opts.wrong_call():
         budgets = {tuple(_budget(word) for word in split(text)): text for text in keep or LEVELS}
-    if any(AUTO in some for some in budgets):
-        raise typer.BadParameter("a study compares fixed budgets; --keep auto is for generate")
+    not_fixed = "a study compares fixed budgets; --keep auto is for generate"
+    if not methods and any(AUTO in some for some in budgets):
+        raise typer.BadParameter(not_fixed)
     counted = {f"--prune {method}": count for method, count in methods.items()}
     counted |= {f"--keep {text}": len(some) for some, text in budgets.items() if keep}
     counts = {*methods.values()} if prune else {1}
@@ -46,7 +47,8 @@ def settings_of(prune: list[str] | None, keep: list[str] | None) -> "list[Settin
     ]
     with opts.wrong_call():
         for setting in settings:
-            named(setting.method, setting.keep)
+            if not all(is_fixed(*one) for one in named(setting.method, setting.keep)):
+                raise ValueError(not_fixed)
     return settings
 
 
@@ -87,15 +89,22 @@ def smaller_images(
 def all_that_fit(
     model: Any, keep: list[str] | None, examples: "Sequence[Example]"
 ) -> "list[Setting]":
-    """Every method with every budget, random with several seeds, and the bounds if the task knows
-    what is needed.
+    """Every method with every budget that it takes, random with several seeds, and the bounds if
+    the task knows what is needed.
     """
     from catp_jax.pruning import BOUNDS, methods_for
+    from catp_jax.pruning.named import is_by_bytes
 
     methods = methods_for(model.sites)
     methods += [f"random:seed={seed}" for seed in range(1, DRAWS) if "random" in methods]
     methods += BOUNDS if any(example.needed for example in examples) else ()
-    return settings_of(methods, keep)
+    every = keep or [*LEVELS]
+    shares = [text for text in every if text.strip().endswith("%")]
+    settings: list[Setting] = []
+    for method in methods:
+        budgets = shares if is_by_bytes(method) else every
+        settings += settings_of([method], budgets) if budgets else []
+    return settings
 
 
 def check_bounds(settings: "Sequence[Setting]", task: str, examples: "Sequence[Example]") -> None:

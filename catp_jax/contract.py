@@ -144,8 +144,13 @@ class Pruner(Protocol[State]):
 
     keep: Any
     """Entries that stay, a static count; where a class says that it `keeps_all`, as many as take
-    the bytes that are left. None: the data decide; the selection is then as long as
-    the axis, and a caller that can wait for the host cuts it to what is used. Not in a cache."""
+    the bytes that are left: of each token's own, the same share for all, where it says that it
+    `is_by_bytes`. None: the data decide (`finds_number`); the selection is
+    then as long as the axis, and a caller that can wait for the host cuts it to what is used. Not
+    in a cache, where it is what a method that keeps all has learned.
+
+    A pruner may also say how many new tokens a cache holds, whatever its site: `tail`, `point`, see
+    `Room`."""
 
     def start(self, view: View) -> State:
         """The state before the first call."""
@@ -158,6 +163,61 @@ class Pruner(Protocol[State]):
 
 Pruners = tuple[Any, ...]
 """Pruners in the order in which they apply, each on what the one before left."""
+
+
+@pytree
+class Room:
+    """How many `new` tokens of a row come to a cache, and how many of them it holds: all, or `tail`
+    of them. Then the first `point` stay, and each further one takes the place of the oldest of the
+    others.
+
+        tail 4, point 1      0 · · ·   0 1 2 3   0 4 2 3   0 4 5 3   0 4 5 6   0 7 5 6
+    """
+
+    new: int = static()
+    tail: int | None = static(default=None)
+    point: int = static(default=0)
+
+    @classmethod
+    def of(cls, pruners: Pruners, new: int) -> "Room":
+        """Room for so many, as a pruner says that has the static fields `tail` and `point`.
+
+        Raises ValueError if two do.
+        """
+        saying = [pruner for pruner in pruners if getattr(pruner, "tail", None) is not None]
+        if not saying:
+            return cls(new=new)
+        if len(saying) > 1:
+            names = " and ".join(type(pruner).__name__ for pruner in saying)
+            raise ValueError(f"{names} both say how many new tokens a cache holds; let one do it")
+        (pruner,) = saying
+        return cls(new=new, tail=pruner.tail, point=pruner.point)
+
+    @property
+    def held(self) -> int:
+        """How many are there at most."""
+        return self.new if self.tail is None else min(self.new, self.tail)
+
+    @property
+    def whole(self) -> "Room":
+        """Room for all."""
+        return Room(new=self.new)
+
+    def after(self, before: int) -> "Room":
+        """With room for so many that come before them, and stay."""
+        tail = None if self.tail is None else self.tail + before
+        return Room(new=self.new + before, tail=tail, point=self.point + before)
+
+
+def check_tail(name: str, tail: int | None, point: int) -> None:
+    """Raises ValueError for a tail and a point that cannot be a `Room`'s."""
+    if tail is None and point:
+        raise ValueError(f"{name}'s point says which new tokens of a tail stay; give tail, too")
+    if tail is not None and not 0 <= point < tail:
+        raise ValueError(
+            f"{name} wants a tail of at least 1 and a point from 0 to below it, got tail {tail} "
+            f"and point {point}"
+        )
 
 
 def reduce_view(view: View, keep: Keep) -> View:
@@ -198,6 +258,11 @@ def keep_at(site: Site, keep: Keep | None) -> Select:
         return Reduction(tokens=keep if is_here else None)
 
     return select
+
+
+def finds_number(pruner: Any) -> bool:
+    """Whether the data decide how many entries a pruner leaves, so that the host has to read it."""
+    return pruner.keep is None and not getattr(pruner, "keeps_all", False)
 
 
 def is_at(pruner: Any, view: View) -> bool:
@@ -279,7 +344,7 @@ def settle(pruners: Pruners, sites: frozenset[Site]) -> Pruners:
                 f"{name} prunes {site.value} (site {site.name}), which this model does not have; "
                 f"it has {', '.join(sorted(s.name for s in sites)) or 'none'}{way_out}"
             )
-        if site in BY_LAYER and pruner.keep is None:
+        if site in BY_LAYER and finds_number(pruner):
             raise ValueError(
                 f"{type(pruner).__name__} leaves its number to the data, which site {site.name} "
                 "cannot; give it a count to keep"

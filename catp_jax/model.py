@@ -16,7 +16,7 @@ from catp_jax.answers import (
     likelihoods_of,
     logprobs_of,
 )
-from catp_jax.contract import Keep, Pruners, settle, turn
+from catp_jax.contract import Keep, Pruners, finds_number, settle, turn
 from catp_jax.generation import generate as programs
 from catp_jax.generation.buckets import TOKEN_COUNTS, round_up
 from catp_jax.generation.decoding import Decoding, Stop
@@ -121,7 +121,7 @@ class Model(Loaded):
     def _run(
         self, packed: Packed[Any], pruners: Pruners, decoding: Decoding, stop: Stop
     ) -> programs.Generated:
-        if any(pruner.keep is None for pruner in pruners):
+        if any(map(finds_number, pruners)):
             selected = self._selected(pruners, packed)
             return programs.generate_from(self.network, *selected, decoding, stop)
         return programs.generate(self.network, pruners, packed.given, decoding, stop)
@@ -162,7 +162,7 @@ class Model(Loaded):
     ) -> Iterator[int]:
         """The tokens of the first prompt's answer, one at a time."""
         new = stop.max_new_tokens
-        if any(pruner.keep is None for pruner in pruners):
+        if any(map(finds_number, pruners)):
             selected = self._selected(pruners, packed)
             start = programs.prefill_from(self.network, *selected, new_slots=new)
         else:

@@ -17,7 +17,7 @@ from catp_jax import leaves
 from convert.dtypes import parse_dtype
 from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
-from convert.manifest import File
+from convert.manifest import MANIFEST, File
 from convert.rules import Match
 from convert.shards import DTYPES, Shard, Tensor, write_shard
 from convert.weights import INDEX, SINGLE, write_index
@@ -81,7 +81,7 @@ def write_hf(
         if len(shards) > 1:
             write_index(folder, shards)
         if side_files is not None:
-            copy_side_files(Path(side_files), folder, besides=("config.json", INDEX))
+            copy_side_files(Path(side_files), folder, besides=("config.json", INDEX, MANIFEST))
         (folder / "config.json").write_text(
             json.dumps(config_json, indent=2, sort_keys=True) + "\n"
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from catp_jax.contract import Keep, Reduction, Site, View, run_pruners
+from catp_jax.contract import Keep, Reduction, Room, Site, View, run_pruners
 from catp_jax.generation import generate as programs
 from catp_jax.generation.decoding import Stop
 from catp_jax.generation.sampling import sampling
@@ -149,7 +149,7 @@ def layer_view(model: Blip2, inputs: Blip2Inputs, layer: int) -> View:
             seen[view.layer] = view
         return Reduction()
 
-    model.back(model.front(inputs), select, 1)
+    model.back(model.front(inputs), select, Room(new=1))
     return seen[layer]
 
 

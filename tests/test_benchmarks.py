@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import catp_table, fidelity, guide, methods_table, pairs, testbed, trimmed_table
+from benchmarks import catp_table, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
-from catp_jax.contract import Site
 from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
 from tests.shallow import shallow
@@ -313,114 +312,3 @@ def test_what_is_guessed_is_the_commonest_answer():
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35
     assert known["reading"] < 0.35
-
-
-def test_the_table_of_methods_has_every_form_and_what_a_study_says(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr(methods_table, "DRAWS", testbed.DRAWS[:2])
-    monkeypatch.setattr(methods_table, "methods_for", lambda sites: ["random", "fastv", "csp"])
-    monkeypatch.setattr(methods_table, "FORMS", {"elastic_cache:evicts": {Site.CACHE}})
-    model = shallow("mini-llama-vision")
-    methods_table.main([str(model), *SCENES, "--shares", "25%", "--prune", "think"])
-    (found,) = last_line(capsys)["models"].values()
-    named = ("fastv", "csp", "elastic_cache:evicts", "think", "oracle", "anti")
-    assert {*found["rows"]} == {
-        "unpruned",
-        "random, 2 seeds, 25%",
-        *(f"{name}, 25%" for name in named),
-    }
-    assert found["late"]
-    row = found["rows"]["csp, 25%"]
-    assert row["cache"] < 0.6
-    assert {"accuracy", "accuracy, attribute", "against random", "against unpruned"} <= {*row}
-
-
-def test_learned_methods_are_called_without_their_folder():
-    assert methods_table.label("eigen:/some/where") == "eigen"
-    assert methods_table.label("attention_predictor:runs/a:refresh=3") == (
-        "attention_predictor:refresh=3"
-    )
-    assert methods_table.label("fastv:rows=all") == "fastv:rows=all"
-
-
-def test_pairs_are_held_against_the_best_single_method_on_other_images(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(pairs, "TOKENS", ("csp",))
-    monkeypatch.setattr(pairs, "BUDGETS", {"25%": {"think": ("75%", "33.3%")}})
-    pairs.main([str(shallow("mini-llama-vision")), *SCENES])
-    found = last_line(capsys)["budgets"]["25%"]
-    assert {*found["rows"]} == {"csp", "csp and think"}  # which take the same, as far as can be
-    assert found["too large"] == ["think"]
-    assert found["best"] == {"alone": "csp", "pair": "csp and think"}
-    assert found["rows"]["csp"]["to best"] == [0, 0, 0]
-    left, right = pairs.halves(result([1, 0, 1, 0, 1]).answers)
-    assert [one.image for one in left] == [0, 2, 4]
-    assert [one.image for one in right] == [1, 3]
-
-
-def test_a_guide_is_held_against_the_models_own_attention_at_the_same_counts(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(guide, "DRAWS", testbed.DRAWS[:2])
-    monkeypatch.setattr(guide, "OWN", ("fastv",))
-    monkeypatch.setattr(guide, "SHARES", ("25%",))
-    monkeypatch.setattr(guide, "BATCH", 5)  # two, so that the order of the questions shows
-    model = str(shallow("mini-llama-vision"))
-    guide.main(["--model", model, "--guide", model, *SCENES])
-    record = last_line(capsys)
-    rows = record["rows"]
-    assert {*rows} == {"unpruned", "guide alone", "sgl, 25%", "fastv, 25%", "random, 25%"}
-    # one model guides itself: all that it says alone is what it says unpruned
-    assert rows["guide alone"]["against unpruned"] == [0, 0, 0]
-    assert {"accuracy, count", "against fastv", "against random, count"} <= {*rows["sgl, 25%"]}
-    assert 0 < rows["sgl, 25%"]["needed, kept"] < 1
-    shares = [one["share"] for one in record["exits"]["25%"]]
-    assert shares == sorted(shares, reverse=True)
-    assert (shares[0], shares[-1]) == (1, 0)
-    assert len([*guide.told(rows)]) == 5
-    assert len([*guide.told_exits(record["exits"]["25%"])]) == len(guide.THRESHOLDS)
-
-
-def test_above_a_threshold_the_guides_answers_count(monkeypatch: pytest.MonkeyPatch):
-    """Four questions; the guide is sure of two, of which it has one right."""
-    monkeypatch.setattr(guide, "THRESHOLDS", (0.0, 0.6, 1.0))
-    large, small = result([1, 1, 0, 0]).answers, result([1, 0, 1, 0]).answers
-    every, some, none = guide.exits(large, small, [0.9, 0.7, 0.6, 0.2])
-    assert [one["share"] for one in (every, some, none)] == [1, 0.5, 0]
-    assert [one["accuracy"][0] for one in (every, some, none)] == [0.5, 0.25, 0.5]
-    assert some["at random"] == 0.5
-    assert some["against sgl"][0] == -0.25
-    assert none["against sgl"] == (0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("gain", "better", "kept"),
-    [
-        ((0.1, 0.02, 0.2), "agrees", "agrees"),
-        ((-0.005, -0.02, 0.01), "undecided", "agrees"),
-        ((0.0, 0.0, 0.0), "the same", "agrees"),
-        ((0.01, 0.0, 0.02), "undecided", "agrees"),
-        ((-0.03, -0.05, 0.01), "undecided", "undecided"),
-        ((-0.03, -0.05, -0.01), "disagrees", "undecided"),
-        ((-0.1, -0.2, -0.05), "disagrees", "disagrees"),
-    ],
-)
-def test_a_claim_is_judged_by_the_whole_interval(
-    gain: tuple[float, float, float], better: str, kept: str
-):
-    claim = fidelity.Claim("m", "says", "m, 25%", "random")
-    assert claim.verdict(gain) == better
-    whole = dataclasses.replace(claim, is_kept=True)
-    assert whole.verdict(gain) == kept
-    harsher = dataclasses.replace(whole, is_harsher=True).verdict(gain)
-    assert harsher == ("undecided" if kept == "disagrees" else kept)
-
-
-def test_a_claim_for_the_other_way_is_turned_around():
-    rows = {"m, 25%": {"against n": [0.2, 0.1, 0.3], "against n, count": [-0.2, -0.3, -0.1]}}
-    claim = fidelity.Claim("m", "n is better", "m, 25%", "n", is_reversed=True)
-    assert claim.found(rows) == (-0.2, -0.3, -0.1)
-    assert dataclasses.replace(claim, family="count").found(rows) == (0.2, 0.1, 0.3)
-    assert claim.found({}) is None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Keep, Room
 from catp_jax.generation import generate as programs
 from catp_jax.models import caching, qformer, t5, vit
 from catp_jax.models.blip2 import Blip2, Blip2Inputs
@@ -55,7 +55,7 @@ def gather_flops(kind: Kind, keep: int) -> float:
 
     def run(model: Blip2, inputs: Blip2Inputs, kept: Keep) -> Any:
         front = replace(model.front(inputs), view=None)
-        return model.back(front, programs.Selector((), model.sites, chosen=kept), 0)
+        return model.back(front, programs.Selector((), model.sites, chosen=kept), Room(new=0))
 
     indices = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (BATCH, keep))
     kept = Keep(indices=indices, valid=jnp.ones((BATCH, keep), bool))

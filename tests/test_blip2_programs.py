@@ -333,7 +333,8 @@ def test_reordering_beams_moves_what_they_see_alone(case: tuple):
 @pytest.mark.parametrize("case", [("opt", False), ("opt", True), ("t5", False)])
 def test_beams_share_their_prompts_blocks_and_its_tail(case: tuple):
     cache = spread_cache(*case)
-    rows = {name: leaf.shape[0] for name, leaf in vars(cache.tail).items() if name != "blocks"}
+    arrays = ("positions", "seen", "next_slot", "next_position")
+    rows = {name: getattr(cache.tail, name).shape[0] for name in arrays}
     assert rows == {"positions": 4, "seen": 12, "next_slot": 4, "next_position": 12}
     prompts = [part for name, part in vars(cache).items() if name != "tail"]
     blocks = jax.tree.leaves((cache.tail.blocks, prompts))

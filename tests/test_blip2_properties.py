@@ -13,7 +13,7 @@ import pytest
 from catp_jax import pruning
 from catp_jax.contract import Site
 from catp_jax.models.blip2 import Blip2Inputs
-from catp_jax.pruning import CATP, Position, TrimmedLlama
+from catp_jax.pruning import CATP, Position, Random, TrimmedLlama
 from catp_jax.readers.blip2_packing import pack
 from tests.blip2_methods import (
     AT_ENTRY,
@@ -228,6 +228,20 @@ def test_from_that_layer_on_only_the_kept_tokens_are_seen_while_decoding_too(lay
         logits = np.asarray(masked_opt(random_blip2("opt"), inputs, kept, other))
         first = np.stack([logits[row, start] for row, start in enumerate(starts)])
         assert difference(out.logits, first) > 1e-3
+
+
+def test_random_tokens_in_front_of_a_layer_are_those_that_stay_at_the_entry():
+    """But the layers before it have all, and what follows reads them so."""
+    draws = [Random(keep=BUDGET, site=site, seed=3) for site in (Site.LAYER, Site.ENTRY)]
+    inside, at_entry = (generate("opt", (draw,), packed()) for draw in draws)
+    for row in range(4):
+        assert own(inside.selection.kept, row) == own(at_entry.selection.kept, row)
+    kept = allowed([own(inside.selection.kept, row) for row in range(4)])
+    inputs, starts = with_answers(np.asarray(inside.tokens))
+    logits = np.asarray(masked_opt(random_blip2("opt"), inputs, kept, draws[0].layer))
+    for row, start in enumerate(starts):
+        assert difference(inside.logits[row], logits[row, start]) <= 2e-5
+    assert difference(inside.logits, at_entry.logits) > 1e-3
 
 
 @pytest.mark.parametrize("layer", [3, 4, 100])

@@ -11,6 +11,11 @@ from PIL import Image
 
 import catp_jax as package
 from catp_jax import cli_calibrate
+from catp_jax.models.blocks import capacity
+from catp_jax.pruning.eigen import Gather
+from catp_jax.pruning.named import named
+from catp_jax.pruning.named import pruners as pruners_of
+from catp_jax.study.cost import sizes
 from catp_jax.training import attention_predictor as training
 from tests.command import catp_jax
 from tests.random_instructblip import save_random
@@ -72,7 +77,9 @@ def test_eigen_learns_directions_and_says_what_they_leave(eigen: tuple[Any, Path
     assert done.returncode == 0, done.stderr
     assert done.stderr == "catp-jax: written: new; use it as --prune eigen:new\n"
     ranks, left = done.stdout.splitlines()
-    assert re.fullmatch(r"ranks of keys .* within 2.5 %: \{'1': \[\d+, \d+\]\}", ranks)
+    assert re.fullmatch(
+        r"ranks of keys .* within 2.5 % \(--keep auto\): \{'1': \[\d+, \d+\]\}", ranks
+    )
     assert 0 < float(left.removeprefix("share of the bytes that they leave: ")) <= 1
     record = json.loads((folder / "new" / "learned.json").read_text())
     model = package.load(shallow("mini-llama-vision"))
@@ -99,6 +106,43 @@ def test_a_model_answers_with_the_directions_it_has_learned(eigen: tuple[Any, Pa
     assert full.tokens == whole.tokens
     assert half.kept is None
     assert np.isfinite(half.logits).all()
+
+
+def test_a_model_answers_in_the_ranks_that_were_searched_and_its_cache_has_their_bytes(
+    eigen: tuple[Any, Path],
+):
+    done, folder = eigen
+    (said,) = re.findall(r"\{'1': \[(\d+), (\d+)\]\}", done.stdout)
+    ranks = [int(rank) for rank in said]
+    model, spec = package.load(shallow("mini-llama-vision")), f"eigen:{folder / 'new'}"
+    kv, channels = model.config.text.num_key_value_heads, model.config.text.head_dim
+    packed = model.prepare([Image.new("RGB", (64, 64), "red")], [QUESTIONS[0]])
+
+    def cost(*pruners: Any) -> Any:
+        return sizes(model.network, pruners, packed.given, 1, 3).cache_bytes
+
+    methods = named(spec, "auto")
+    own = pruners_of(methods, packed.available, packed.capacity, model.sites)
+    each, matrix = capacity(packed.capacity) * kv * 4, channels * kv * 4  # bytes of a channel
+    left = sum(rank * (each + matrix * (rank < channels)) for rank in ranks)
+    assert cost(*own) - cost() == left - 2 * each * channels
+    answers = model.generate_packed(packed, prune=spec, keep="auto", max_new_tokens=3)
+    assert np.isfinite(answers.logits).all()
+    with pytest.raises(ValueError, match="give it a percentage such as 50%, got 8"):
+        model.generate_packed(packed, prune=spec, keep=8)
+
+
+def test_every_prompt_is_learned_from_once():
+    """The last batch is not full."""
+    model = package.load(shallow("mini-blip2-opt"))
+    prompts = [(Image.new("RGB", (64, 64), (20 * n, 9, 9)), QUESTIONS[n % 3]) for n in range(10)]
+    batches = list(cli_calibrate._states(model, prompts, Gather()))
+    keys = np.concatenate([states[0].keys for states in batches])
+    assert len(keys) == 10
+    for number in (0, 7, 9):
+        (alone,) = cli_calibrate._states(model, [prompts[number]], Gather())
+        np.testing.assert_allclose(keys[number], alone[0].keys[0], rtol=1e-4, atol=1e-3)
+    assert not np.allclose(keys[9], keys[8], rtol=1e-2)
 
 
 def test_a_predictor_learns_and_says_what_it_foresees(predictor: tuple[Any, Path]):
@@ -293,5 +337,5 @@ def test_a_grouping_is_for_scenes_and_a_blip2(tmp_path: Path):
     done = calibrate(ASSETS / "scenes-blip2-opt", *words, "--task", "easy-vqa", cwd=tmp_path)
     refused(done, "vistog_grouping learns from --task scenes, without dials")
     done = calibrate(ASSETS / "scenes-llama-vision", *words, cwd=tmp_path)
-    refused(done, "a grouping is trained for a BLIP-2, not for")
+    refused(done, "vistog_grouping groups the queries of a BLIP-2", "this is Mllama")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Keep, Room
 from catp_jax.generation import generate as programs
 from catp_jax.models import cross_decoder, tiled_vit
 from catp_jax.models.mllama import Inputs, Mllama
@@ -62,7 +62,7 @@ def gather_flops(keep: int) -> float:
 
     def run(model: Mllama, inputs: Inputs, kept: Keep) -> Any:
         front = replace(model.front(inputs), view=None)
-        return model.back(front, programs.Selector((), model.sites, chosen=kept), 0)
+        return model.back(front, programs.Selector((), model.sites, chosen=kept), Room(new=0))
 
     indices = jnp.broadcast_to(jnp.arange(keep, dtype=jnp.int32), (BATCH, keep))
     kept = Keep(indices=indices, valid=jnp.ones((BATCH, keep), bool))

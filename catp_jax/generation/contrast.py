@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from catp_jax.contract import Select, Site, keep_all
+from catp_jax.contract import Room, Select, Site, keep_all
 from catp_jax.struct import AnyArray, pytree
 
 FAR = 1.0e4
@@ -93,11 +93,11 @@ class Contrasted:
         return self.model.front(inputs)
 
     def back(
-        self, front: Any, select: Select, new_slots: int
+        self, front: Any, select: Select, room: Room
     ) -> tuple[Float[Array, "b vocab"], Caches]:
         """The rest of the prefill twice, as `select` prunes and unpruned."""
-        masked, of_masked = self.model.back(front, select, new_slots)
-        full, of_full = self.model.back(front, keep_all, new_slots)
+        masked, of_masked = self.model.back(front, select, room)
+        full, of_full = self.model.back(front, keep_all, room.whole)
         logits = contrast(masked, full, self.alpha, self.beta)
         return logits, Caches(masked=of_masked, full=of_full)
 

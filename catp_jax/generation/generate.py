@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Pruners, Select, Site
+from catp_jax.contract import Keep, Pruners, Room, Select, Site
 from catp_jax.generation.decoding import Decoding, Stop, Written
 from catp_jax.generation.selector import Selection, Selector
 from catp_jax.struct import AnyArray, pytree, replace, static
@@ -42,7 +42,7 @@ class Prefillable(Protocol):
     @property
     def sites(self) -> frozenset[Site]: ...
     def front(self, inputs: Any) -> Any: ...
-    def back(self, front: Any, select: Select, new_slots: int) -> Any: ...
+    def back(self, front: Any, select: Select, room: Room) -> Any: ...
     def step(self, tokens: Int[Array, " r"], cache: Any, select: Select) -> Any: ...
 
 
@@ -65,8 +65,8 @@ class Late:
 
 @pytree
 class Prefilled:
-    """A prompt's result: logits of the next token, and the cache to go on with, which has room for
-    `new_slots` tokens of each row.
+    """A prompt's result: logits of the next token, and the cache to go on with: `new_slots` tokens
+    of each row may come (`contract.Room`).
     """
 
     new_slots: int = static()
@@ -103,7 +103,8 @@ class Generated:
 def prefill_with(model: Prefillable, pruners: Pruners, inputs: Any, new_slots: int) -> Prefilled:
     """`prefill` as a part of a larger program."""
     select = Selector(pruners, model.sites)
-    return _prefilled(model, pruners, _front(model, inputs), select, new_slots)
+    room = Room.of(pruners, new_slots)
+    return _prefilled(model, pruners, _front(model, inputs), select, room)
 
 
 def _front(model: Prefillable, inputs: Any) -> Any:
@@ -113,18 +114,18 @@ def _front(model: Prefillable, inputs: Any) -> Any:
 
 
 def _prefilled(
-    model: Prefillable, pruners: Pruners, front: Any, select: Selector, new_slots: int
+    model: Prefillable, pruners: Pruners, front: Any, select: Selector, room: Room
 ) -> Prefilled:
     if isinstance(front, Late):
-        start = _prefilled(model, pruners, front.inputs, select, new_slots + 1)
+        start = _prefilled(model, pruners, front.inputs, select, room.after(1))
         selection = start.selection
         logits, cache, states = step_with(model, pruners, front.last, start.cache, selection.states)
         selection = replace(selection, states=states)
     else:
-        logits, cache = model.back(front, select, new_slots)
+        logits, cache = model.back(front, select, room)
         select.check()
         selection = select.selection
-    return Prefilled(new_slots=new_slots, logits=logits, cache=cache, selection=selection)
+    return Prefilled(new_slots=room.new, logits=logits, cache=cache, selection=selection)
 
 
 @pytree
@@ -233,7 +234,7 @@ def encode(model: Prefillable, inputs: Any) -> Encoded:
 
 @partial(jax.jit, static_argnames=("new_slots",))
 def prefill(model: Prefillable, pruners: Pruners, inputs: Any, *, new_slots: int) -> Prefilled:
-    """The prompt alone; the cache has room for `new_slots` tokens."""
+    """The prompt alone; `new_slots` tokens of each row may come."""
     return prefill_with(model, pruners, inputs, new_slots)
 
 
@@ -254,8 +255,9 @@ def step(
 ) -> tuple[Float[Array, "r vocab"], Any, tuple[Any, ...]]:
     """One more token for every row. `cache` is consumed: use the returned one.
 
-    It can be called as often as the prefill had `new_slots`; after that, tokens overwrite others.
-    Pruners that work at READ are given again, with the prefill's `selection.states` at first.
+    It can be called as often as the prefill had `new_slots`; after that, tokens
+    take the places of earlier ones. Pruners that work at READ are given again, with the prefill's
+    `selection.states` at first.
 
     Raises ValueError if there are not as many states as pruners.
     """
@@ -302,7 +304,7 @@ def prefill_from(
 ) -> Prefilled:
     """What `prefill` does after `select_tokens`."""
     select = Selector(pruners, model.sites, selection, keep)
-    return _prefilled(model, pruners, front, select, new_slots)
+    return _prefilled(model, pruners, front, select, Room.of(pruners, new_slots))
 
 
 @jax.jit
@@ -317,5 +319,6 @@ def generate_from(
 ) -> Generated:
     """What `generate` does after `select_tokens`; later pruners have their turn here."""
     select = Selector(pruners, model.sites, selection, keep)
-    start = _prefilled(model, pruners, front, select, stop.max_new_tokens)
+    room = Room.of(pruners, stop.max_new_tokens)
+    start = _prefilled(model, pruners, front, select, room)
     return decode(model, pruners, start, decoding, stop)

@@ -13,7 +13,7 @@ device: the same call is XLA's on a CPU.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,10 @@ def attend(
     """Dot-product attention, softmax in float32; `kv` divides `h` (grouped queries).
 
     `mask` None: every row sees every column. `bias` is added to the logits, which are multiplied by
-    `scale` (None: 1/√d). A row whose mask is all False returns the mean of the values: its caller
+    `scale` (None: 1/√d). A row whose mask is all False returns a mean of the values: its caller
     drops it.
     """
-    if bias is not None or cudnn_refuses(queries, keys, mask) is not None:
+    if bias is not None or cudnn_refuses(queries, keys) is not None:
         return xla(queries, keys, values, mask, bias, scale)
     return jax.lax.platform_dependent(
         queries,
@@ -153,7 +153,86 @@ def cudnn(
 ) -> Float[Array, "b s h d"]:
     """`attend` in one kernel, over the first `columns`; what it gives after the first `rows` is not
     to be read.
+
+    JAX refuses gradients at an odd number of rows or columns: they are taken with one more, which
+    nothing sees. With a mask that is so without gradients, too: an even one is what JAX tests.
     """
+    return _differentiable(queries, keys, values, mask, rows, columns, scale)
+
+
+def _without_gradient(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | None,
+    rows: Array | None,
+    columns: Array | None,
+    scale: float | None,
+) -> Array:
+    compute = _kernel if mask is None else _even
+    return compute(queries, keys, values, mask, rows, columns, scale)
+
+
+Back = Callable[[Array], tuple[Array, Array, Array]]
+"""From the gradient of what comes out to those of queries, keys and values."""
+
+
+def _with_gradient(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | None,
+    rows: Array | None,
+    columns: Array | None,
+    scale: float | None,
+) -> tuple[Array, Back]:
+    def compute(queries: Array, keys: Array, values: Array) -> Array:
+        return _even(queries, keys, values, mask, rows, columns, scale)
+
+    return jax.vjp(compute, queries, keys, values)
+
+
+def _gradient(scale: float | None, back: Back, of_out: Array) -> tuple[Array | None, ...]:
+    return (*back(of_out), None, None, None)
+
+
+_differentiable = jax.custom_vjp(_without_gradient, nondiff_argnums=(6,))
+_differentiable.defvjp(_with_gradient, _gradient)
+
+
+def _even(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | None,
+    rows: Array | None,
+    columns: Array | None,
+    scale: float | None,
+) -> Array:
+    """The kernel, over one more row and column where their number is odd."""
+    (batch, size), seen = queries.shape[:2], keys.shape[1]
+
+    def padded(array: Array, *axes: int) -> Array:
+        more = [(0, array.shape[n] % 2 if n in axes else 0) for n in range(array.ndim)]
+        return jnp.pad(array, more)
+
+    if mask is not None:
+        mask = padded(mask, 1, 2)
+    elif seen % 2 and columns is None:
+        columns = jnp.full(batch, seen, jnp.int32)
+    queries, keys, values = (padded(array, 1) for array in (queries, keys, values))
+    return _kernel(queries, keys, values, mask, rows, columns, scale)[:, :size]
+
+
+def _kernel(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | None,
+    rows: Array | None,
+    columns: Array | None,
+    scale: float | None,
+) -> Array:
     return jax.nn.dot_product_attention(
         queries,
         keys,
@@ -182,15 +261,12 @@ def _cudnn_padded(queries: Array, keys: Array, values: Array, real: Array) -> Ar
 def cudnn_refuses(
     queries: Float[Array, "b s h d"],
     keys: Float[Array, "b n kv d"],
-    mask: Bool[Array, "b s n"] | None = None,
 ) -> str | None:
     """Why cuDNN does not compute this attention; None: it does, on a GPU."""
     if not USE_CUDNN:
         return "USE_CUDNN is False"
     if queries.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its numbers have 16 bits, these are {queries.dtype}"
-    if mask is not None and (mask.shape[1] % 2 or mask.shape[2] % 2):
-        return f"gradients want even numbers, the mask is {mask.shape[1]} × {mask.shape[2]}"
     mesh = jax.sharding.get_abstract_mesh()
     if queries.shape[2] != keys.shape[2] and dict(mesh.shape).get("group", 1) > 1:
         return "the mesh splits the queries of a key-value head over several devices"

@@ -6,7 +6,8 @@
 The rows of one prompt (its beams, its samples) read the same prompt block and write to the same
 tail; each row sees its own slots of the tail.
 
-Slots never shift: a token is written to a slot and stays there.
+Slots never shift: a token is written to a slot and stays there, until another one takes its place
+where more come than there is room for.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Attention, Basis, Channels, Keep, Select, Site, View
+from catp_jax.contract import Attention, Basis, Channels, Keep, Room, Select, Site, View
 from catp_jax.models.attention import attend_blocks, scaled
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.struct import pytree, replace, static
@@ -186,8 +187,14 @@ class Tail:
     that its own answer wrote. When a row goes on from another one, nothing moves but `seen`. The
     next token of a row stands at `next_position`; those of a prompt are written from its
     `next_slot` on.
+
+    A row has `held` tokens at most. One more than that takes the slots of token number `point`, the
+    next one those of the token after it, round and round: the oldest of those that do not stay is
+    the same for all rows of a prompt. Positions go on counting.
     """
 
+    held: int = static()
+    point: int = static()
     blocks: tuple[Block, ...]
     positions: Int[Array, "b slots"]
     seen: Bool[Array, "r slots"]
@@ -196,16 +203,18 @@ class Tail:
 
     @classmethod
     def empty(
-        cls, prompts: Sequence[Prompt], next_position: Int[Array, " b"], new_tokens: int
+        cls, prompts: Sequence[Prompt], next_position: Int[Array, " b"], room: Room
     ) -> "Tail":
-        """Room for so many tokens of one row a prompt, in the layers of these."""
-        batch, slots = next_position.shape[0], capacity(new_tokens)
+        """Room for new tokens of one row a prompt, in the layers of these."""
+        batch, slots = next_position.shape[0], capacity(room.held)
         like = {
             layer: block
             for prompt in prompts
             for layer, block in zip(prompt.layers, prompt.blocks, strict=True)
         }
         return cls(
+            held=room.held,
+            point=room.point,
             blocks=tuple(Block.empty(block, slots) for block in like.values()),
             positions=jnp.zeros((batch, slots), jnp.int32),
             seen=jnp.zeros((batch, slots), bool),
@@ -214,15 +223,23 @@ class Tail:
         )
 
     def opened(self) -> "Tail":
-        """The tail with a slot for every row's next token, which its layers are yet to write."""
+        """The tail with a slot for every row's next token, which its layers are yet to write; what
+        stood there is seen no more.
+        """
         (batch, slots), rows = self.positions.shape, self.seen.shape[0]
-        new = self.next_slot[:, None] + jnp.arange(rows // batch, dtype=jnp.int32)[None]
+        each = rows // batch
+        is_full = self.next_slot == self.held * each
+        next_slot = jnp.where(is_full, self.point * each, self.next_slot)
+        new = next_slot[:, None] + jnp.arange(each, dtype=jnp.int32)[None]
         is_new = new[:, :, None] == jnp.arange(slots, dtype=jnp.int32)[None, None]
+        is_taken = is_new.any(axis=1)
         places = jnp.where(is_new, self.next_position.reshape(batch, -1, 1), 0)
+        seen = (self.seen.reshape(batch, each, slots) & ~is_taken[:, None]) | is_new
         return replace(
             self,
-            positions=jnp.where(is_new.any(axis=1), places.sum(axis=1), self.positions),
-            seen=self.seen | is_new.reshape(rows, slots),
+            positions=jnp.where(is_taken, places.sum(axis=1), self.positions),
+            seen=seen.reshape(rows, slots),
+            next_slot=next_slot,
         )
 
     def pasts(self, prompts: Sequence[PromptLayer | None]) -> list[Past]:
@@ -252,19 +269,23 @@ class Tail:
         return replace(self, **kept)
 
     def spread(self, rows: int) -> "Tail":
-        """So many rows a prompt where there was one, with as many tokens of room for each."""
+        """So many rows a prompt where there was one, with as many tokens of room for each. A token
+        has as many slots: of one that was there already, the first.
+        """
         slots = self.seen.shape[1]
-        more = capacity(slots * rows) - slots
+        more = capacity(self.held * rows) - max((slots - 1) * rows + 1, 0)
 
-        def longer(array: Array, axis: int) -> Array:
-            sizes = [(0, more if number == axis else 0) for number in range(array.ndim)]
-            return jnp.pad(array, sizes)
+        def apart(array: Array, axis: int) -> Array:
+            sizes = [(0, 0, 0)] * array.ndim
+            sizes[axis] = (0, more, rows - 1)
+            return jax.lax.pad(array, jnp.zeros((), array.dtype), sizes)
 
-        return Tail(
-            blocks=jax.tree.map(partial(longer, axis=2), self.blocks),
-            positions=longer(self.positions, 1),
-            seen=jnp.repeat(longer(self.seen, 1), rows, axis=0),
-            next_slot=self.next_slot,
+        return replace(
+            self,
+            blocks=jax.tree.map(partial(apart, axis=2), self.blocks),
+            positions=apart(self.positions, 1),
+            seen=jnp.repeat(apart(self.seen, 1), rows, axis=0),
+            next_slot=self.next_slot * rows,
             next_position=jnp.repeat(self.next_position, rows),
         )
 

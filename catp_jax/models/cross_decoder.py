@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Reduction, Select, Site, Tiles, View, keep_columns
+from catp_jax.contract import Keep, Reduction, Room, Select, Site, Tiles, View, keep_columns
 from catp_jax.models.attention import attend, attend_blocks
 from catp_jax.models.blocks import KeysValues
 from catp_jax.models.cache import (
@@ -290,11 +290,11 @@ class CrossDecoder(nnx.Module):
         return replace(front, hidden=x, cross=first, visual=visual, view=view)
 
     def back(
-        self, front: Front, select: Select, new_slots: int
+        self, front: Front, select: Select, room: Room
     ) -> tuple[Float[Array, "b s d"], CrossCache]:
         """Runs the rest of the prompt over the kept features.
 
-        Returns the last hidden states and a cache with room for `new_slots` tokens.
+        Returns the last hidden states and a cache with `room` for new tokens.
         """
         x, text, visual, first = front.hidden, front.text, front.visual, front.cross
         if (
@@ -337,7 +337,7 @@ class CrossDecoder(nnx.Module):
         )
         shrinks |= {number: of_text.ask(number, shown) for number, shown in layers.items()}
         prompt = of_text.cached(layers, shrinks)
-        cache = CrossCache(tail=Tail.empty(prompt, length, new_slots), text=prompt)
+        cache = CrossCache(tail=Tail.empty(prompt, length, room), text=prompt)
         if images is not None and branches is not None:
             taken = jax.tree.map(lambda rows: jnp.take_along_axis(rows, last, axis=1), branches)
             cache = replace(cache, cross=images.cached(cross, shrinks), branches=taken)

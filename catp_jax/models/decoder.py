@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Reduction, Select, Site, View
+from catp_jax.contract import Keep, Reduction, Room, Select, Site, View
 from catp_jax.models.cache import (
     Cache,
     Past,
@@ -79,9 +79,9 @@ class Decoder(nnx.Module):
         numbers: Int[Array, "b n"],
         num_visual: int,
         select: Select,
-        new_slots: int,
+        room: Room,
     ) -> tuple[Float[Array, "b vocab"], DecoderCache]:
-        """Logits of each prompt's next token, and a cache with room for `new_slots` tokens.
+        """Logits of each prompt's next token, and a cache with `room` for new tokens.
 
         `x` has embedded visual tokens, then text; `numbers` says which visual token an entry is,
         -1 for text. `select` may prune between the layers.
@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
         prompts += stretch.cached(made, shrinks)
         last = jnp.where(slots.valid, slots.positions, -1).argmax(axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        tail = Tail.empty(prompts, next_position, new_slots)
+        tail = Tail.empty(prompts, next_position, room)
         return self.logits(x)[:, 0], DecoderCache(tail=tail, prompts=tuple(prompts))
 
     def step(

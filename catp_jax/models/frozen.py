@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from catp_jax.contract import Select, Site
+from catp_jax.contract import Room, Select, Site
 from catp_jax.struct import pytree, static
 
 
@@ -62,9 +62,9 @@ class Frozen:
         """See the model's own."""
         return self.thaw().front(inputs)
 
-    def back(self, front: Any, select: Select, new_slots: int) -> Any:
+    def back(self, front: Any, select: Select, room: Room) -> Any:
         """See the model's own."""
-        return self.thaw().back(front, select, new_slots)
+        return self.thaw().back(front, select, room)
 
     def step(self, tokens: Array, cache: Any, select: Select) -> Any:
         """See the model's own."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Keep, Select, Site, Tiles, keep_at
+from catp_jax.contract import Keep, Room, Select, Site, Tiles, keep_at
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import (
     CrossCache,
@@ -145,10 +145,10 @@ class Mllama(nnx.Module):
         return self.language_model.front(tokens, text, visual, inputs.mask_mode)
 
     def back(
-        self, front: Front, select: Select, new_slots: int
+        self, front: Front, select: Select, room: Room
     ) -> tuple[Float[Array, "b vocab"], CrossCache]:
         """The rest of the prefill on the kept features: logits of each prompt's next token."""
-        hidden, cache = self.language_model.back(front, select, new_slots)
+        hidden, cache = self.language_model.back(front, select, room)
         last = jnp.maximum(cache.tail.next_position - 1, 0)[:, None, None]
         return self.lm_head(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
@@ -162,5 +162,5 @@ class Mllama(nnx.Module):
     def __call__(self, inputs: Inputs, keep: Keep | None = None) -> Float[Array, "b s vocab"]:
         """Logits of every row, nothing cached: for training and for comparison."""
         select = keep_at(Site.CROSS, keep)
-        hidden, _ = self.language_model.back(self.front(inputs), select, new_slots=0)
+        hidden, _ = self.language_model.back(self.front(inputs), select, Room(new=0))
         return self.lm_head(hidden)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Evidence, Keep, Select, Site, View
+from catp_jax.contract import Evidence, Keep, Room, Select, Site, View
 from catp_jax.models.cache import Slots
 from catp_jax.models.decoder import DecoderCache
 from catp_jax.models.layers import linear
@@ -143,17 +143,15 @@ class QueryingModel(nnx.Module):
         )
 
     def back(
-        self, front: QueryingFront, select: Select, new_slots: int
+        self, front: QueryingFront, select: Select, room: Room
     ) -> tuple[Float[Array, "b vocab"], DecoderCache | T5Cache]:
         """The language model on the kept queries and the text: logits of each prompt's next token,
-        and a cache with room for `new_slots` tokens. `select` may prune further inside it.
+        and a cache with `room` for new tokens. `select` may prune further inside it.
         """
         x, slots, numbers = self._sequence(front, select(front.view).tokens)
         num_visual = x.shape[1] - front.tokens.shape[1]
         begun = {} if front.begun is None else {"begun": front.begun}  # with a T5
-        return self.language_model.prefill(
-            x, slots, numbers, num_visual, select, new_slots, **begun
-        )
+        return self.language_model.prefill(x, slots, numbers, num_visual, select, room, **begun)
 
     def step(
         self, tokens: Int[Array, " b"], cache: DecoderCache | T5Cache, select: Select

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from catp_jax.contract import Select, Site, keep_all
+from catp_jax.contract import Room, Select, Site, keep_all
 from catp_jax.models.attention import attend, attend_blocks
 from catp_jax.models.blocks import Block, KeysValues
 from catp_jax.models.cache import (
@@ -320,11 +320,11 @@ class T5(nnx.Module):
         numbers: Int[Array, "b n"],
         num_visual: int,
         select: Select,
-        new_slots: int,
+        room: Room,
         begun: Int[Array, "b begun"] | None = None,
     ) -> tuple[Float[Array, "b vocab"], T5Cache]:
         """Encodes the prompt and runs the start token, and those that an answer has `begun` with:
-        logits of the first new token, and a cache with room for `new_slots` tokens more. Nothing is
+        logits of the first new token, and a cache with `room` for new tokens. Nothing is
         pruned between the layers.
         """
         encoded = self.encode(x, slots)
@@ -332,7 +332,7 @@ class T5(nnx.Module):
         cross = Prompt.of(dict(enumerate(made)), numbers, slots.valid, num_visual)
         nowhere = jnp.zeros(x.shape[0], jnp.int32)
         there = 0 if begun is None else begun.shape[1]
-        cache = T5Cache(tail=Tail.empty([cross], nowhere, new_slots + 1 + there), cross=cross)
+        cache = T5Cache(tail=Tail.empty([cross], nowhere, room.after(1 + there)), cross=cross)
         start = jnp.full((x.shape[0],), self.config.decoder_start_token_id)
         logits, cache = self.step(start, cache, select)
         if begun is None:

@@ -18,7 +18,7 @@ from catp_jax.models.frozen import freeze
 from catp_jax.plan.compiled import Compiled, for_cpu, for_gpu
 from catp_jax.plan.report import Plan
 from catp_jax.plan.sizes import abstract_model, caches, inputs_of, shard_bytes
-from catp_jax.pruning.named import AUTO, Named
+from catp_jax.pruning.named import Named, is_fixed
 from catp_jax.pruning.named import pruners as pruners_of
 from catp_jax.sharding.mesh import MeshLike, make_mesh, parse_mesh
 from catp_jax.sharding.place import Sharded, kv_heads, place, place_inputs
@@ -63,7 +63,7 @@ def make_plan(
     Raises ValueError for sizes that make no sense or do not divide, and for a target without its
     compiler.
     """
-    if any(keep == AUTO for _, keep in methods):
+    if not all(is_fixed(*one) for one in methods):
         raise ValueError("a plan has fixed budgets; --keep auto is for generate")
     config = find_config(model, ignore_config)
     number_type = parse_dtype(dtype) or np.dtype(np.float32)

@@ -98,8 +98,8 @@ def make(
     method that fits several places of a model takes the first, or as it is told
     (`"k_norm:site=cache"`); one that has to learn wants the folder, first of all (`"eigen:DIR"`,
     see `learned`). `keep` is a count of entries, None for a method whose budget follows
-    from the data; `limit` leaves fewer to some samples. A method that takes a share is told that
-    `keep` is one `of` so many.
+    from the data, or from what it has learned; `limit` leaves fewer to some samples. A method that
+    takes a share is told that `keep` is one `of` so many.
 
     Raises ValueError for a name or an option that does not exist or does not fit the model.
     """
@@ -125,10 +125,12 @@ def make(
         types.pop("layer", None)  # nothing there would read it
     types["site"] = tuple(own)
     values: dict[str, Any] = {"keep": keep}
+    if keep is None and type(None) not in types["keep"]:
+        raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")
     if is_learned(name):
         found = learned.read(folder, name)
         try:
-            given = method.from_learned(found, keep or 1, of or keep or 1)  # type: ignore[attr-defined]
+            given = method.from_learned(found, keep, of or keep or 1)  # type: ignore[attr-defined]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{folder} lacks {error.args[0]!r}; calibrate anew") from None
         values |= {**given, "of_model": found.model["checksum"]}
@@ -140,8 +142,6 @@ def make(
             takes = ", ".join(_usage(types)) or "no options"
             raise ValueError(f"{name} does not know the option {given!r}; it takes {takes}")
         values[key] = _value("true" if text is None else text, known, f"{name}:{key}")
-    if keep is None and type(None) not in types["keep"]:
-        raise ValueError(f"{name} wants a number of visual tokens to keep, such as 50% or 16")
     if limit is not None:
         values["limit"] = limit
     if "of" in types:

@@ -11,9 +11,10 @@ On some samples, queries and keys of a key-value head are stacked, and so are va
 singular vectors are its directions (`Directions`). A layer's rank is how many of them it takes
 until they hold the share ε of the sum of singular values, of the head that needs most, in whole
 eights (one by one, where a head has fewer than 64 channels). In the paper ε falls, layer by
-layer, as long as the layer's output stays near (`Near`); here one ε holds for all, the largest that
-fits the budget, which is one of bytes: of what visual tokens take, as many as `keep` of them would;
-the directions themselves come on top, once a batch.
+layer, as long as the layer's output stays near (`Near`, `search`): those are the ranks without a
+budget. With one, a single ε holds for all layers, the largest that fits. Budgets are of bytes: of
+what visual tokens take, as many as `keep` of them would; the directions themselves come on top,
+once a batch.
 
 Our reading: the prompt is read as it is, and then put down; new tokens keep all channels (the paper
 folds the directions into the weights, which is the same where no norm stands between, and saves
@@ -91,7 +92,9 @@ class Directions:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """`arrays` of each layer: "3.keys" [kv, d, d], "3.keys.strength" [kv, d], of values too."""
+        """`arrays` of each layer: "3.keys" [kv, d, d], "3.keys.strength" [kv, d], of values too;
+        where ranks were searched, "3.ranks" [2].
+        """
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.layers = sorted({int(name.split(".")[0]) for name in arrays})
 
@@ -136,6 +139,22 @@ class Directions:
             layer: (self.rank(layer, "keys", share), self.rank(layer, "values", share))
             for layer in self.layers
         }
+
+    def with_ranks(self, ranks: Mapping[int, Ranks]) -> "Directions":
+        """The same, and which ranks a search has found."""
+        found = {f"{layer}.ranks": np.asarray(pair, np.int32) for layer, pair in ranks.items()}
+        return Directions(self.arrays | found)
+
+    def searched(self) -> dict[int, Ranks]:
+        """The ranks that a search has found. Raises ValueError if they cannot be."""
+        every = {layer: self.arrays[f"{layer}.ranks"] for layer in self.layers}
+        for layer, pair in every.items():
+            if pair.shape != (2,) or not ((pair >= 1) & (pair <= self.channels)).all():
+                raise ValueError(
+                    f"layer {layer} has ranks {pair.tolist()}, where two of 1 to {self.channels} "
+                    "are wanted; calibrate anew"
+                )
+        return {layer: (int(pair[0]), int(pair[1])) for layer, pair in every.items()}
 
     def left(self, ranks: Mapping[int, Ranks]) -> float:
         """The share of the bytes that these ranks leave."""
@@ -257,28 +276,31 @@ def search(
 
 @pytree
 class EigenAttention(Pruner[tuple[()]]):
-    """Puts each layer's keys and values down in `bases`, which have all that a budget leaves: all
-    samples have the same, and `limit` is not read. `of_model` is the model that they were learned
-    of, by its checksum.
+    """Puts each layer's keys and values down in `bases`, which have all that a budget leaves, or
+    without one (`keep` None) the ranks that were searched: all samples have the same, and `limit`
+    is not read. `of_model` is the model that they were learned of, by its checksum.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
     keeps_all: ClassVar[bool] = True
+    is_by_bytes: ClassVar[bool] = True
 
     site: Site = static(default=Site.CACHE)
-    keep: int = static()
+    keep: int | None = static()
     limit: Int[Array, " b"] | None = None
     of_model: str | None = static(default=None)
     bases: dict[int, Bases]
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        if self.keep is not None:
+            check_keep(self.keep)
 
     @classmethod
-    def from_learned(cls, learned: Learned, keep: int, of: int) -> dict[str, Any]:
+    def from_learned(cls, learned: Learned, keep: int | None, of: int) -> dict[str, Any]:
         """Its fields, for as many bytes as `keep` tokens `of` so many take."""
         directions = Directions(learned.arrays)
-        return {"bases": directions.bases(directions.within(min(keep / of, 1.0)))}
+        ranks = directions.searched() if keep is None else directions.within(min(keep / of, 1.0))
+        return {"bases": directions.bases(ranks)}
 
     def start(self, view: View) -> tuple[()]:
         return ()

@@ -12,10 +12,20 @@ The `keep` visual tokens that receive most attention, summed over rows and avera
 anchors; all heads of a layer share them. Every other token goes to the nearest anchor, of two as
 near ones to the earlier.
 
+Once its budget is full, an answer drops an old entry for each new one, always the entry at one
+place, the fixed point: what stands before it stays, and behind it are the latest (`Room`).
+
+    tail 4, point 1, new tokens 0 … 6      0 1 2 3 → 0 2 3 4 → 0 3 4 5 → 0 4 5 6
+
 Our reading: text is left as it is, where the paper merges all of the prompt but its first and last
 tokens. Where tokens are patches of tiles, buckets end with their tile, and what a tile without an
-anchor has is evicted. Left out: the paper's answers drop an old token for each new one once the
-budget is full; here all new ones stay.
+anchor has is evicted.
+
+The paper's fixed point lies in the prompt, 25 entries before its end, so that the question's last
+words are dropped first. Here it lies in the answer, behind its first `point` tokens: a prompt's
+entries are written once, and all of its beams and samples read them. So an answer has a budget of
+its own, `tail`, in place of one with the prompt; without it all new tokens stay. It holds in every
+layer that caches answers: in Llama 3.2 Vision those of self-attention, which see no visual token.
 """
 
 from typing import ClassVar
@@ -24,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from catp_jax.contract import Keep, Merge, Pruner, Reduction, Site, View
+from catp_jax.contract import Keep, Merge, Pruner, Reduction, Site, View, check_tail
 from catp_jax.pruning.scores import attention_received, evidence_of, keep_best, keep_visual
 from catp_jax.struct import pytree, static
 
@@ -33,7 +43,8 @@ from catp_jax.struct import pytree, static
 class ElasticCache(Pruner[tuple[()]]):
     """Merges a layer's visual tokens into `keep` of them; `limit` leaves fewer to a sample.
 
-    With `evicts` the others are dropped instead, the paper's comparison.
+    With `evicts` the others are dropped instead, the paper's comparison. Of an answer its first
+    `point` tokens and the latest are cached, `tail` together; None: all.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
@@ -42,6 +53,11 @@ class ElasticCache(Pruner[tuple[()]]):
     keep: int = static()
     limit: Int[Array, " b"] | None = None
     evicts: bool = static(default=False)
+    tail: int | None = static(default=None)
+    point: int = static(default=0)
+
+    def __post_init__(self) -> None:
+        check_tail("elastic_cache", self.tail, self.point)
 
     def start(self, view: View) -> tuple[()]:
         return ()

@@ -2,15 +2,17 @@
 
 learned.json   the method, the model that it was learned of, how, and figures
 arrays.npz     the arrays, by name
+model/         where a model was trained along: that model, which the arrays are for
 """
 
 import dataclasses
 import functools
 import json
 import os
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ class Learned:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """How it was learned, and figures."""
 
-    def write(self, folder: Path) -> None:
-        """Makes the new folder, whole or not at all. Raises ValueError if it exists."""
+    def write(self, folder: Path, beside: Sequence[Path] = ()) -> None:
+        """Makes the new folder, whole or not at all; folders `beside` move into it. Raises
+        ValueError if it exists.
+        """
         check_new(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
@@ -50,6 +54,8 @@ class Learned:
             fields = {"method": self.method, "model": self.model, "settings": self.settings}
             text = json.dumps({"format": FORMAT, **fields, **self.record}, indent=2)
             (whole / RECORD).write_text(text + "\n")
+            for other in beside:
+                shutil.move(other, whole / other.name)
             os.rename(whole, folder)
 
 

@@ -14,7 +14,10 @@ from catp_jax.contract import Site
 from catp_jax.pruning import METHODS, budget, make
 
 AUTO = "auto"
-"""The budget of a method that finds its own number."""
+"""The budget of a method that finds its own number, in the data or in what it has learned."""
+
+HUNDRED = 100_000
+"""A hundred per cent, where a budget is a share of bytes: it is the same share in every batch."""
 
 Named = tuple[tuple[str, int | str], ...]
 """Methods in the order in which they apply, each with a count, a percentage or `AUTO`."""
@@ -40,8 +43,12 @@ def named(prune: str | Sequence[str] | None, keep: int | str | Sequence[int | st
         make(spec, None if some == AUTO else 1, frozenset(Site))
         if not isinstance(some, int | str):
             raise ValueError(f"{budget.WANTED}; got {some!r}")
-        if some != AUTO:
-            budget.parse(some)
+        if some != AUTO and budget.parse(some).percent is None and is_by_bytes(spec):
+            raise ValueError(
+                f"{spec.partition(':')[0]} leaves the same share of each token's bytes in all "
+                f"prompts, of whatever number of tokens; give it a percentage such as 50%, got "
+                f"{some!r}"
+            )
     return tuple(zip(specs, budgets, strict=True))
 
 
@@ -71,6 +78,16 @@ def keeps_all(spec: str) -> bool:
     return getattr(METHODS[spec.partition(":")[0]], "keeps_all", False)
 
 
+def is_fixed(spec: str, keep: int | str) -> bool:
+    """Whether a method's budget does not depend on the data."""
+    return keep != AUTO or keeps_all(spec)
+
+
+def is_by_bytes(spec: str) -> bool:
+    """Whether all prompts have the same share left of each token's bytes."""
+    return getattr(METHODS[spec.partition(":")[0]], "is_by_bytes", False)
+
+
 def pruners(
     methods: Named,
     available: Sequence[int],
@@ -80,9 +97,9 @@ def pruners(
 ) -> tuple[Any, ...]:
     """One pruner a method, for prompts with so many visual tokens each, of `capacity` at most.
 
-    Shapes depend on `capacity` alone; a percentage leaves each prompt its share of its tokens, a
-    count what it has, if that is less. Raises ValueError for a count that no prompt can fill, which
-    may have `most`.
+    Shapes depend on `capacity` alone; a percentage leaves each prompt its share of its tokens, or
+    of each token's bytes, a count what it has, if that is less. Raises ValueError for a count that
+    no prompt can fill, which may have `most`.
     """
     counted = [(spec, keep) for spec, keep in methods if keep != AUTO]
     budget.check([keep for spec, keep in counted if not keeps_all(spec)], most)
@@ -94,6 +111,8 @@ def pruners(
     for number, (spec, keep) in enumerate(methods):
         if capacity and keep == AUTO:
             made.append(make(spec, None, sites))
+        elif capacity and is_by_bytes(spec):
+            made.append(make(spec, budget.count(keep, HUNDRED), sites, of=HUNDRED))
         elif capacity:
             left = budget.count(keep, capacity)
             limit = jnp.asarray([counts[number] for counts in per_prompt], jnp.int32)

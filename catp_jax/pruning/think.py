@@ -30,12 +30,13 @@ EIGHTS = 8
 @pytree
 class ThinK(Pruner[tuple[()]]):
     """Leaves each key-value head of each layer so many key channels that visual tokens take as many
-    bytes as `keep` of them, of `of` (None: of those that the layer has room for). All samples have
-    as many channels: `limit` is not read.
+    bytes as `keep` of them, of `of` (None: of those that the layer has room for, which depends on
+    the batch). All samples have as many channels: `limit` is not read.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (Site.CACHE,)
     keeps_all: ClassVar[bool] = True
+    is_by_bytes: ClassVar[bool] = True
 
     site: Site = static(default=Site.CACHE)
     keep: int = static()

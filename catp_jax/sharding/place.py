@@ -126,10 +126,10 @@ class Sharded:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return self.frozen.front(inputs)
 
-    def back(self, front: Any, select: Any, new_slots: int) -> Any:
+    def back(self, front: Any, select: Any, room: Any) -> Any:
         """See the model's own."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            logits, cache = self.frozen.back(front, select, new_slots)
+            logits, cache = self.frozen.back(front, select, room)
         return logits, constrain(cache, self.mesh)
 
     def step(self, tokens: Int[Array, " b"], cache: Any, select: Any) -> Any:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from catp_jax.pruning import BOUNDS
 from catp_jax.study.half_pixels import HALVED
@@ -21,6 +21,7 @@ ACROSS = 3  # panels, at most
 MARKERS = "osD^vPX*"
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+FRONT = "front"
 GREY = "#777777"
 GREYS = {"oracle": ("^", ":"), "anti": ("v", ":"), UNPRUNED: ("*", "-")}
 LEGEND = 1.9  # inches
@@ -170,8 +171,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def draw_curves(panels: Sequence[Panel], path: Path) -> None:
-    """Panels in rows, all with one legend: a method has its colour in all of them."""
+def draw_curves(panels: Sequence[Panel], path: Path | IO[bytes]) -> None:
+    """Panels in rows, as a PNG, all with one legend: a method has its colour in all of them."""
     looks = looks_of(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     across = min(len(panels), ACROSS)
     down = -(-len(panels) // across)
@@ -180,6 +181,8 @@ def draw_curves(panels: Sequence[Panel], path: Path) -> None:
     entries: dict[str, Any] = {}
     for axes, panel in zip(grid, panels, strict=False):
         entries |= _draw(axes, panel, looks)
+    if FRONT in entries:  # behind the methods of all panels
+        entries[FRONT] = entries.pop(FRONT)
     for axes in grid[len(panels) :]:
         axes.axis("off")
     legend = figure.legend(
@@ -187,7 +190,7 @@ def draw_curves(panels: Sequence[Panel], path: Path) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -235,7 +238,7 @@ def _draw(axes: Any, panel: Panel, looks: Mapping[str, dict[str, Any]]) -> dict[
             for line in panel.lines
             for place, value in zip(line.places, line.values, strict=True)
         ]
-        entries["front"] = axes.step(
+        entries[FRONT] = axes.step(
             *zip(*front(points), strict=True), where="post", color="black", lw=5, alpha=0.13
         )[0]
     if panel.is_log:

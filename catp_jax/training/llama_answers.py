@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import convert
-from catp_jax.contract import Keep, Site, keep_at
+from catp_jax.contract import Keep, Room, Site, keep_at
 from catp_jax.models.cache import Slots
 from catp_jax.models.cross_decoder import Visual
 from catp_jax.models.mllama import Mllama
@@ -45,7 +45,7 @@ def answer_logits(
         numbers = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         text = Slots(positions=jnp.broadcast_to(numbers, tokens.shape), valid=valid)
         front = model.language_model.front(tokens, text, visual, "meta")
-        hidden, _ = model.language_model.back(front, keep_at(Site.CROSS, keep), new_slots=0)
+        hidden, _ = model.language_model.back(front, keep_at(Site.CROSS, keep), Room(new=0))
         return model.lm_head(hidden)
 
     axes = (1, 1, None if is_first_open is None else 0, None if kept is None else 1)

@@ -72,10 +72,12 @@ class Bank:
             rows=self.rows(asked, max(map(len, asked))),
         )
 
-    def draw(self, step: int, steps: int, seed: int, looking: float = 0.0) -> SceneBatch:
+    def draw(
+        self, step: int, steps: int, seed: int, looking: float = 0.0, scenes: int = SCENES
+    ) -> SceneBatch:
         """Batch number `step` of `steps`: easy families fade out, and so do lists. Up to the share
         `looking` of the steps there are lists of the easiest sort too, nearly alone at first; those
-        of attributes stay among the others.
+        of attributes stay among the others. A batch has so many `scenes`.
         """
         rng = np.random.default_rng((seed, step))
         share = step / steps
@@ -83,7 +85,7 @@ class Bank:
         of_easiest = FIRSTS * (1 - share / looking) if looking else 0.0
         of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
         lists = [*LISTS, "attribute"] if looking else list(LISTS)
-        numbers = rng.integers(len(self.scenes), size=SCENES)
+        numbers = rng.integers(len(self.scenes), size=scenes)
         asked: Asking = []
         for number in numbers.tolist():
             dice, scene = Dice(seed, step, number), self.scenes[number]
@@ -100,22 +102,29 @@ class Bank:
         return self.batch(numbers, asked)
 
 
-def evaluate(
+def judge(
     answered: Callable[[SceneBatch], Float[Array, "i q"]], bank: Bank, asked: list[list[Asked]]
-) -> dict[str, float]:
-    """The share of right answers by family and, within one, by kind. `answered` says which they
-    are.
-    """
-    right = defaultdict(list)
+) -> list[np.ndarray]:
+    """How right each image's questions are answered. `answered` says it of a batch."""
+    right = []
     for start in range(0, len(asked), SCENES):
         some = asked[start : start + SCENES]
         numbers = slice(start, start + len(some))
         turns: Asking = [[[(one.question, one.answer)] for one in each] for each in some]
-        is_right = np.asarray(jax.device_get(answered(bank.batch(numbers, turns))))
-        for image, questions in enumerate(some):
-            for row, one in enumerate(questions):
-                right[one.family].append(is_right[image, row])
-                right[f"{one.family}, {one.kind}"].append(is_right[image, row])
+        found = np.asarray(jax.device_get(answered(bank.batch(numbers, turns))))
+        right += [row[: len(each)] for row, each in zip(found, some, strict=True)]
+    return right
+
+
+def evaluate(
+    answered: Callable[[SceneBatch], Float[Array, "i q"]], bank: Bank, asked: list[list[Asked]]
+) -> dict[str, float]:
+    """The share of right answers by family and, within one, by kind, see `judge`."""
+    right = defaultdict(list)
+    for questions, row in zip(asked, judge(answered, bank, asked), strict=True):
+        for one, is_right in zip(questions, row, strict=True):
+            right[one.family].append(is_right)
+            right[f"{one.family}, {one.kind}"].append(is_right)
     return {name: round(float(np.mean(some)), 4) for name, some in sorted(right.items())}
 
 

@@ -32,24 +32,22 @@ import typer
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from catp_jax.contract import Keep
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.opt import Opt, OptConfig
-from catp_jax.models.querying import QueryingFront
 from catp_jax.models.vit import Vit
 from catp_jax.struct import pytree
-from catp_jax.training.blip2_data import Text
 from catp_jax.training.blip2_start import QUERIES, WORD, initialise, mini_config, say_what_is_seen
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text, write
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_bank import Asking, Bank, Rows, SceneBatch, evaluate, texts_about
+from catp_jax.training.scene_answers import answer_logits, answered, rows_of
+from catp_jax.training.scene_bank import Bank, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import LABELS, SEEN
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
 from catp_jax.training.scenes import Scene, make_scene
-from catp_jax.training.scoring import answer_loss, check_options, is_answered, minutes
+from catp_jax.training.scoring import answer_loss, check_options, minutes
 from catp_jax.training.tokenizer import (
     OPT_SPECIAL,
     T5_SPECIAL,
@@ -58,7 +56,6 @@ from catp_jax.training.tokenizer import (
 )
 
 VOCABULARY = 512
-TEXT_LENGTH = 16  # the longest list with its answers, in tokens, also of a decoder
 CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
@@ -251,48 +248,6 @@ def read(
     return qformer(queries, queries.shape[1], features)[0]
 
 
-def rows_of(text: Text) -> Callable[[Asking, int], Rows]:
-    """How questions become tokens."""
-
-    def rows(asked: Asking, each: int) -> Rows:
-        made = text.rows(asked, each, TEXT_LENGTH, TEXT_LENGTH)
-        tokens, valid, targets, decoder = map(jnp.asarray, made)
-        return Rows(
-            tokens=tokens,
-            token_valid=valid,
-            targets=targets,
-            decoder_tokens=None if text.start is None else decoder,
-        )
-
-    return rows
-
-
-def answer_logits(
-    model: Blip2, batch: SceneBatch, keep: Keep | None = None
-) -> Float[Array, "i q rows vocab"]:
-    """Logits of the rows that the targets speak of; each image's questions read what is left of its
-    tokens (None: all).
-    """
-    rows, each = batch.rows, batch.rows.tokens.shape[1]
-
-    def flat(array: Array) -> Array:
-        return array.reshape(-1, array.shape[-1])
-
-    def repeated(tree: Any) -> Any:
-        return jax.tree.map(lambda array: jnp.repeat(array, each, axis=0), tree)
-
-    front = QueryingFront(
-        visual=repeated(batch.features),
-        tokens=flat(rows.tokens),
-        token_valid=flat(rows.token_valid),
-        begun=None,
-        view=None,
-    )
-    decoder = None if rows.decoder_tokens is None else flat(rows.decoder_tokens)
-    logits = model.rows(front, repeated(keep), decoder)[:, -rows.targets.shape[-1] :]
-    return logits.reshape(*rows.targets.shape, -1)
-
-
 def answers_loss(graph: nnx.GraphDef) -> Any:
     """Loss of stage 3. An OPT counts on from anywhere: as if fewer queries were in front of its
     words.
@@ -308,17 +263,6 @@ def answers_loss(graph: nnx.GraphDef) -> Any:
         return answer_loss(logits, batch.rows.targets)
 
     return loss
-
-
-def answered(model: Blip2) -> Callable[[SceneBatch], Array]:
-    """1 where greedy decoding would give exactly the answer."""
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def is_right(state: Any, batch: SceneBatch) -> Array:
-        return is_answered(answer_logits(nnx.merge(graph, state), batch), batch.rows.targets)
-
-    return lambda batch: is_right(state, batch)
 
 
 def main(

@@ -1,12 +1,16 @@
 """Trains VisToG's grouping (`pruning.vistog_grouping`) for a BLIP-2, on questions about scenes.
 
-    what the model makes of scenes → groups → the model answers → loss → the grouping alone
+    what the model makes of scenes → groups → the model answers → loss → what is trained
 
-The rest of the model is frozen: the paper trains the projector, too, and the language model, but
-then a grouping would fit no other copy of the model. Groups are trained as a prefill makes them,
-noise aside: empty ones are not read, and words close up behind the others.
+That is the grouping; with it the projection in front of the language model, as in the paper's
+first stage; or the language model, too, as in its second. What reads the image stays as it is. A
+model that was trained along is another model, and the grouping fits that one alone. Groups are
+trained as a prefill makes them, noise aside: empty ones are not read, and words close up behind the
+others.
 """
 
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +18,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
+import convert
 from catp_jax.contract import Site, View, run_pruners
 from catp_jax.models.blip2 import Blip2
 from catp_jax.pruning.vistog_grouping import Grouping, VisToGGrouping
-from catp_jax.training.loop import Figures, Stage, adamw_stage, train
+from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
 from catp_jax.training.mini_blip2 import make_text
-from catp_jax.training.scene_bank import Bank, SceneBatch, evaluate
+from catp_jax.training.scene_answers import answer_logits, rows_of
+from catp_jax.training.scene_bank import SCENES, Bank, SceneBatch, evaluate
 from catp_jax.training.scene_questions import Asked
 from catp_jax.training.scenes import Scene
-from catp_jax.training.scenes_blip2 import answer_logits, pixels_of, rows_of
+from catp_jax.training.scenes_blip2 import pixels_of
 from catp_jax.training.scoring import answer_loss, check_options, is_answered
+from convert.dtypes import name_dtype
 
-PEAK = 2e-3  # the highest rate of learning
+PEAK = 2e-3  # the highest rate of learning, of the grouping …
+MODEL_PEAK = 3e-4  # … and of what is trained of the model
+DECAY = 0.02  # of weights
 STEPS = 1000
+TRAINED = {
+    "grouping": (),
+    "projector": ("language_projection",),
+    "language_model": ("language_projection", "language_model"),
+}
+"""The model's parts that are trained beside the grouping, by the last of them."""
+OF_ITS_OWN = ("README.md", "training_log.jsonl")  # which files tell of one model's own training
 
 
 def make_bank(model: Any, tokenizer: Any, scenes: Sequence[Scene]) -> Bank:
@@ -57,23 +74,84 @@ def train_grouping(
     groups: int,
     work: Path,
     *,
+    trained: str = "grouping",
     steps: int = STEPS,
     seed: int = 0,
     peak: float = PEAK,
+    model_peak: float = MODEL_PEAK,
+    scenes: int = SCENES,
     stop_at: int | None = None,
-) -> Grouping:
-    """A grouping into so many `groups`, trained on the bank's scenes.
+) -> tuple[Grouping, Blip2]:
+    """A grouping into so many `groups`, trained on the bank's scenes, and the model that it is for:
+    the one given, or with more `trained` (see `TRAINED`) a new one.
 
     `work` is a folder for checkpoints and the log; with the same options a run that was cut off
-    goes on from there (`stop_at` cuts it off itself). Raises ValueError if it holds another run.
+    goes on from there (`stop_at` cuts it off itself). Raises ValueError if it holds another run,
+    and as `split` does.
     """
     if groups < 1:
         raise ValueError(f"a grouping wants at least 1 group, got {groups}")
-    options = {"groups": groups, "steps": steps, "seed": seed, "peak": peak}
-    check_options(options, work)
-    graph, frozen = nnx.split(model)
-    stage = grouping_stage(graph, bank, steps, seed, peak)
-    start = start_of(bank, groups, seed)
+    options: dict[str, Any] = {"groups": groups, "trained": trained, "steps": steps}
+    options |= {"seed": seed, "peak": peak, "scenes": scenes}
+
+    def reduce(grouping: Grouping, view: View, key: Array) -> Any:
+        return VisToGGrouping(keep=groups, grouping=grouping).grouped(view, key)
+
+    graph, params, frozen = split(model, trained)
+    check_options(options | ({"model_peak": model_peak} if params else {}), work)
+    stage = reading_stage(graph, bank, reduce, steps, seed, (peak, model_peak), scenes)
+    start = {"learned": start_of(bank, groups, seed), "model": params}
+    found = _train(stage, start, frozen, work, stop_at)
+    return found["learned"], nnx.merge(graph, found["model"], frozen) if params else model
+
+
+def train_reading(
+    model: Blip2,
+    bank: Bank,
+    method: Any,
+    work: Path,
+    *,
+    trained: str,
+    steps: int = STEPS,
+    seed: int = 0,
+    model_peak: float = MODEL_PEAK,
+    scenes: int = SCENES,
+) -> Blip2:
+    """The model trained to read what a method leaves that learns nothing itself: to compare with
+    `train_grouping`, of which all else is the same.
+    """
+    graph, params, frozen = split(model, trained)
+    options: dict[str, Any] = {"method": repr(method), "trained": trained, "steps": steps}
+    check_options(options | {"seed": seed, "model_peak": model_peak, "scenes": scenes}, work)
+
+    def reduce(_: Any, view: View, key: Array) -> Any:
+        return left_by(method, view)
+
+    stage = reading_stage(graph, bank, reduce, steps, seed, (PEAK, model_peak), scenes)
+    found = _train(stage, {"learned": {}, "model": params}, frozen, work, None)
+    return nnx.merge(graph, found["model"], frozen)
+
+
+def split(model: Blip2, trained: str) -> tuple[nnx.GraphDef, Any, Any]:
+    """The model's structure, the arrays that are trained, and the others.
+
+    Raises ValueError for a name that is not in `TRAINED`, and for a model to be trained whose
+    weights are not all of float32: small steps get lost in less.
+    """
+    if trained not in TRAINED:
+        raise ValueError(f"what is trained is one of {', '.join(TRAINED)}; got {trained}")
+    parts = TRAINED[trained]
+    types = sorted({str(array.dtype) for array in jax.tree.leaves(nnx.state(model))})
+    if parts and types != ["float32"]:
+        raise ValueError(
+            f"training the {trained.replace('_', ' ')} wants all weights in float32, and they are "
+            f"in {', '.join(types)}; load the model with dtype float32"
+        )
+    graph, params, frozen = nnx.split(model, nnx.Any(*map(nnx.PathContains, parts)), ...)
+    return graph, params, frozen
+
+
+def _train(stage: Stage, start: Any, frozen: Any, work: Path, stop_at: int | None) -> Any:
     log = work / "training_log.jsonl"
     return train(stage, start, work / "grouping", log, frozen=frozen, stop_at=stop_at)
 
@@ -92,24 +170,48 @@ def start_of(bank: Bank, groups: int, seed: int) -> Grouping:
     return Grouping.around(jnp.asarray(centres, jnp.float32))
 
 
-def grouping_stage(graph: nnx.GraphDef, bank: Bank, steps: int, seed: int, peak: float) -> Stage:
-    """The stage, for `train`: its parameters are a `Grouping`, the model's state is frozen."""
+def reading_stage(
+    graph: nnx.GraphDef,
+    bank: Bank,
+    reduce: Callable[[Any, View, Array], Any],
+    steps: int,
+    seed: int,
+    peaks: tuple[float, float],
+    scenes: int,
+) -> Stage:
+    """The stage, for `train`: its parameters are what `reduce` has "learned" and what is trained of
+    the "model", each up to a rate of its own. `reduce` says what is left of the tokens shown.
+    """
 
     def loss(
-        grouping: Grouping, frozen: Any, batch: SceneBatch, key: Array
+        params: dict[str, Any], frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
-        view = shown(batch.features)
-        method = VisToGGrouping(keep=grouping.semantic.shape[0], grouping=grouping)
-        groups = method.grouped(view, key)
-        total, figures = answer_loss(
-            answer_logits(nnx.merge(graph, frozen), batch, groups), batch.rows.targets
-        )
+        groups = reduce(params["learned"], shown(batch.features), key)
+        model = nnx.merge(graph, params["model"], frozen)
+        total, figures = answer_loss(answer_logits(model, batch, groups), batch.rows.targets)
         return total, {**figures, "groups": groups.valid.sum(axis=1).astype(jnp.float32).mean()}
 
     def batches(step: int) -> SceneBatch:
-        return bank.draw(step, steps, seed)
+        return bank.draw(step, steps, seed, scenes=scenes)
 
-    return adamw_stage("grouping", steps, loss, batches, peak=peak, seed=seed)
+    rates = dict(zip(("learned", "model"), peaks, strict=True))
+    optimizer = optax.partition(
+        {name: warmup_cosine_adamw(rate, steps, DECAY) for name, rate in rates.items()},
+        {name: name for name in rates},
+    )
+    return Stage("grouping", steps, loss, batches, optimizer, seed, every=20, save_every=100)
+
+
+def write_trained(model: Blip2, source: Path, out: Path) -> None:
+    """Writes the new folder `out` in Hugging Face format: a model that was trained along, with all
+    that goes with the weights as the folder `source` has it, which the model came from. What that
+    folder tells of its own model is left out.
+    """
+    raw = json.loads((source / "config.json").read_text())
+    convert.write_hf(model, raw, out, side_files=source)
+    name_dtype(out / "config.json", np.dtype(np.float32))
+    for name in OF_ITS_OWN:
+        (out / name).unlink(missing_ok=True)
 
 
 def shown(features: Float[Array, "i n d"]) -> View:
@@ -127,19 +229,23 @@ def shown(features: Float[Array, "i n d"]) -> View:
     )
 
 
+def left_by(method: Any, view: View) -> Any:
+    """What a method for the entry that needs no evidence leaves of the tokens shown."""
+    return run_pruners((method,), view)[0].tokens
+
+
 def answered(model: Blip2, method: Any) -> Callable[[SceneBatch], Float[Array, "i q"]]:
-    """1 where greedy decoding would give exactly the answer, of what a method for the entry that
-    needs no evidence leaves (None: of all tokens).
+    """1 where greedy decoding would give exactly the answer, of what a method leaves, see
+    `left_by` (None: of all tokens).
     """
     graph, state = nnx.split(model)
+    return lambda batch: _is_right(graph, state, method, batch)
 
-    @jax.jit
-    def is_right(state: Any, method: Any, batch: SceneBatch) -> Array:
-        pruners = () if method is None else (method,)
-        keep = run_pruners(pruners, shown(batch.features))[0].tokens
-        return is_answered(answer_logits(nnx.merge(graph, state), batch, keep), batch.rows.targets)
 
-    return lambda batch: is_right(state, method, batch)
+@functools.partial(jax.jit, static_argnums=0)
+def _is_right(graph: nnx.GraphDef, state: Any, method: Any, batch: SceneBatch) -> Array:
+    keep = None if method is None else left_by(method, shown(batch.features))
+    return is_answered(answer_logits(nnx.merge(graph, state), batch, keep), batch.rows.targets)
 
 
 def compare(

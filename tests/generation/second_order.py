@@ -52,7 +52,7 @@ class SecondOrder:
     def front(self, inputs: Array) -> Start:
         return Start(tokens=inputs)
 
-    def back(self, front: Start, select: Any, new_slots: int) -> tuple[Array, Before]:
+    def back(self, front: Start, select: Any, room: Any) -> tuple[Array, Before]:
         before, last = front.tokens[:, 0], front.tokens[:, 1]
         return self.table[before, last], Before(tokens=last)
 

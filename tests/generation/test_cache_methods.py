@@ -17,6 +17,7 @@ from catp_jax.pruning import (
     AirCache,
     ElasticCache,
     KNorm,
+    Random,
     ThinK,
     TrimmedLlama,
     ZipVL,
@@ -43,6 +44,7 @@ METHODS = {
     "csp": lambda keep: CSP(keep=keep),
     "elastic_cache": lambda keep: ElasticCache(keep=keep),
     "aircache": lambda keep: AirCache(keep=keep),
+    "random": lambda keep: Random(keep=keep, site=Site.CACHE),
     "elastic_cache, evicting": lambda keep: ElasticCache(keep=keep, evicts=True),
 }
 CROSS = len(mllama.CONFIG.text.cross_attention_layers)

@@ -38,7 +38,7 @@ class Scripted:
     def front(self, inputs: Any) -> Start:
         return Start()
 
-    def back(self, front: Any, select: Any, new_slots: int) -> tuple[Any, Any]:
+    def back(self, front: Any, select: Any, room: Any) -> tuple[Any, Any]:
         return self._logits(0), jnp.asarray(1, jnp.int32)
 
     def step(self, tokens: Any, cache: Any, select: Any) -> tuple[Any, Any]:

@@ -111,13 +111,13 @@ def test_the_call_of_cudnn_says_the_same_as_xlas(kv_heads: int, monkeypatch):
     queries = jnp.asarray(rng.normal(size=(2, 5, 6, 4)), jnp.float32)
     keys, values = jnp.asarray(rng.normal(size=(2, 2, 7, kv_heads, 4)), jnp.float32)
     mask = jnp.asarray(rng.random((2, 5, 7)) < 0.6).at[:, :, 0].set(True)
-    mask = mask.at[1, 2].set(False)  # a row that sees nothing
+    mask = mask.at[1, 2].set(False)  # a row that sees nothing, which nobody reads
     for own in (None, mask):
-        np.testing.assert_allclose(
-            attention.cudnn(queries, keys, values, own, scale=0.7),
-            attention.xla(queries, keys, values, own, scale=0.7),
-            atol=2e-6,
-        )
+        out = attention.cudnn(queries, keys, values, own, scale=0.7)
+        wanted = attention.xla(queries, keys, values, own, scale=0.7)
+        assert jnp.isfinite(out).all()
+        sees = np.ones((2, 5), bool) if own is None else own.any(axis=2)
+        np.testing.assert_allclose(out[sees], wanted[sees], atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,37 @@ def test_what_cudnn_refuses_it_says_why(heads, split, dtype, reason, monkeypatch
         assert reason in attention.cudnn_refuses(queries, keys)
 
 
-def test_a_mask_of_odd_sizes_is_left_to_xla_which_has_its_gradient(monkeypatch):
-    monkeypatch.setattr(attention, "_cudnn_lacks", lambda channels: None)
-    for rows, columns in ((8, 6), (7, 6), (8, 5)):
-        queries, keys = (jnp.zeros((1, size, 2, 4), jnp.bfloat16) for size in (rows, columns))
-        assert attention.cudnn_refuses(queries, keys) is None
-        refused = attention.cudnn_refuses(queries, keys, jnp.ones((1, rows, columns), bool))
-        assert (refused is None) == (rows % 2 == columns % 2 == 0)
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 8), (5, 8), (6, 7), (5, 7)])
+def test_where_cudnn_wants_even_numbers_one_more_is_not_seen(
+    rows: int, columns: int, is_masked: bool, monkeypatch
+):
+    by_jax, sizes = jax.nn.dot_product_attention, []
+
+    def anywhere(queries, keys, values, **options):
+        sizes.append((queries.shape[1], keys.shape[1]))
+        return by_jax(queries, keys, values, **(options | {"implementation": "xla"}))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
+    rng = np.random.default_rng(5)
+    queries = jnp.asarray(rng.normal(size=(2, rows, 6, 4)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, 2, columns, 3, 4)), jnp.float32)
+    mask = jnp.asarray(rng.random((2, rows, columns)) < 0.6).at[:, :, 0].set(True)
+    mask = mask if is_masked else None
+
+    def total(function, *floats):
+        return (function(*floats, mask) ** 2).sum()
+
+    out = attention.cudnn(queries, keys, values, mask)
+    np.testing.assert_allclose(out, attention.xla(queries, keys, values, mask), atol=2e-6)
+    even = (rows + rows % 2, columns + columns % 2)
+    assert sizes == [even if is_masked else (rows, columns)]
+    of_ours, wanted = (
+        jax.grad(functools.partial(total, function), (0, 1, 2))(queries, keys, values)
+        for function in (attention.cudnn, attention.xla)
+    )
+    assert sizes[1:] == [even]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), of_ours, wanted)
 
 
 def test_where_cudnn_is_found_a_cpus_program_is_still_xlas(padded, monkeypatch):

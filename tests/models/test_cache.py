@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import keep_all
+from catp_jax.contract import Room, keep_all
 from catp_jax.models.attention import attend_blocks
 from catp_jax.models.blocks import Block, KeysValues, Read, capacity
 from catp_jax.models.cache import Prompt, Tail, by_layer
@@ -50,7 +50,7 @@ def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softm
     valid[:, 1] = True
     stored = whole(prompt, valid)
     lengths = np.asarray([4, 9])
-    tail = Tail.empty([stored], jnp.asarray(lengths, jnp.int32), 4)
+    tail = Tail.empty([stored], jnp.asarray(lengths, jnp.int32), Room(new=4))
     # a token before the beams part
     first, answers = made(PROMPTS, 1, 3), [[] for _ in range(ROWS)]
     (past,) = (opened := tail.opened()).pasts(by_layer([stored], keep_all))
@@ -89,7 +89,7 @@ def test_beams_read_their_prompt_and_what_their_own_answer_wrote_under_one_softm
         expected = plain(queries, columns, CHANNELS**-0.5 if scale is None else scale)
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
     assert tail.next_position.tolist() == (lengths.repeat(BEAMS) + 4).tolist()
-    assert tail.next_slot.tolist() == [1 + 3 * BEAMS] * PROMPTS
+    assert tail.next_slot.tolist() == [4 * BEAMS] * PROMPTS
 
 
 def test_each_prompt_writes_at_its_own_slot():
@@ -123,3 +123,50 @@ def test_long_blocks_have_a_multiple_of_32_slots(tokens, slots):
     assert stored.valid.shape == stored.numbers.shape == (1, slots)
     assert stored.valid.sum() == (stored.numbers >= 0).sum() == tokens
     np.testing.assert_array_equal(block.values[0, 1, :tokens], np.asarray(prompt.values)[0, :, 1])
+
+
+ROOMS = [
+    Room(new=40, tail=1),
+    Room(new=40, tail=4),
+    Room(new=40, tail=4, point=1),
+    Room(new=40, tail=5, point=4),
+    Room(new=40, tail=4, point=1).after(1),
+    Room(new=3, tail=4, point=1),
+    Room(new=40),
+]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+def test_rows_see_the_first_tokens_and_the_latest_of_their_own_answer(room: Room):
+    """Beams part after the first token, and go on from each other."""
+    prompt = whole(made(PROMPTS, 3, 1), np.ones((PROMPTS, 3), bool))
+    tail = Tail.empty([prompt], jnp.asarray([3, 7], jnp.int32), room)
+    rng, stays = np.random.default_rng(3), room.point
+    most = room.new if room.tail is None else room.tail
+    rows = [[] for _ in range(PROMPTS)]  # what each row has, as (position, its value)
+    for step in range(min(room.new, 17)):
+        if step == 1:
+            tail, rows = tail.spread(BEAMS), [[*row] for row in rows for _ in range(BEAMS)]
+        if step > 1:
+            own = rng.integers(0, BEAMS, (PROMPTS, BEAMS))
+            parents = (own + BEAMS * np.arange(PROMPTS)[:, None]).ravel()
+            tail, rows = tail.reorder(jnp.asarray(parents)), [[*rows[row]] for row in parents]
+        new = made(len(rows), 1, 10 + step)
+        (past,) = (opened := tail.opened()).pasts(by_layer([prompt], keep_all))
+        tail = opened.closed([past.tail.write(new, past.slot)])
+        for number, row in enumerate(rows):
+            start = 3 if number < len(rows) // 2 else 7
+            row.append((start + step, np.asarray(new.values[number, 0])))
+            if len(row) > most:
+                del row[stays]
+        values = np.asarray(tail.blocks[0].values)
+        for number, row in enumerate(rows):
+            each, seen = len(rows) // PROMPTS, np.flatnonzero(tail.seen[number])
+            positions = np.asarray(tail.positions)[number // each, seen]
+            order = np.argsort(positions)
+            assert positions[order].tolist() == [position for position, _ in row]
+            np.testing.assert_array_equal(
+                np.swapaxes(values[number // each][:, seen[order]], 0, 1),
+                np.stack([value for _, value in row]),
+            )
+    assert tail.seen.shape[1] == capacity(min(most, room.new) * BEAMS)

@@ -13,7 +13,7 @@ from flax import nnx
 from transformers import T5Config as HfT5Config
 from transformers.models.t5.modeling_t5 import T5Attention as HfT5Attention
 
-from catp_jax.contract import Attention, keep_all
+from catp_jax.contract import Attention, Room, keep_all
 from catp_jax.models.cache import Slots
 from catp_jax.models.t5 import T5Attention, T5Config
 from tests.parity.tiny import relative_difference
@@ -254,7 +254,7 @@ def test_logits_of_cached_steps(name: str, side: Side):
             theirs = torch.stack(rows)
 
     def first(model, inputs):
-        return model.back(model.front(inputs), keep_all, steps)
+        return model.back(model.front(inputs), keep_all, Room(new=steps))
 
     logits, cache = jax.jit(first)(ours, prompts.ours(side))
     found, step = (

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import catp_jax
-from catp_jax.contract import Site
+from catp_jax.contract import Site, settle
 from catp_jax.pruning import learned, make, methods_for
 from catp_jax.pruning.attention_predictor import Network
 from catp_jax.pruning.learned import Learned
-from catp_jax.pruning.named import named
+from catp_jax.pruning.named import named, pruners
 from tests.shallow import shallow
 
 EVERYWHERE = frozenset(Site)
@@ -230,11 +230,24 @@ def test_what_comes_with_the_folder_is_no_option(spec: str, says: str, folder: P
         make(spec, 8, EVERYWHERE)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_budget_is_wanted(name: str, folder: Path, network: Path):
-    place = folder if name == "eigen" else network
-    with pytest.raises(ValueError, match=f"{name} wants a number of visual tokens to keep"):
-        make(f"{name}:{place}", None, EVERYWHERE)
+def test_a_budget_is_wanted(network: Path):
+    with pytest.raises(ValueError, match="attention_predictor wants a number of visual tokens"):
+        make(f"attention_predictor:{network}", None, EVERYWHERE)
+
+
+def test_eigen_has_a_budget_of_its_own_where_ranks_were_searched(folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"lacks '1\.ranks'; calibrate anew"):
+        named(f"eigen:{folder}", "auto")
+    before = eigen()
+    ranks = {"1.ranks": np.asarray([1, 4], np.int32)}
+    searched = Learned("eigen", before.model, {}, {**before.arrays, **ranks})
+    searched.write(tmp_path / "searched")
+    methods = named(f"eigen:{tmp_path / 'searched'}", "auto")
+    (method,) = settle(pruners(methods, [10, 3], 10, EVERYWHERE), EVERYWHERE)
+    (keys, values) = method.bases[1]
+    assert (keys.matrix.shape, values, method.keep) == ((2, 4, 1), None, None)
+    with pytest.raises(ValueError, match=r"eigen leaves the same share .* got '8'"):
+        named(f"eigen:{tmp_path / 'searched'}", "8")
 
 
 def test_methods_that_must_learn_first_are_not_among_those_that_fit():

@@ -70,6 +70,7 @@ OPT = frozenset({Site.ENTRY, Site.LAYER})
         ("random:seed=4", Random(keep=8, site=Site.ENTRY, seed=4)),
         ("fastv", FastV(keep=8, site=Site.LAYER)),
         ("fastv:layer=5", FastV(keep=8, site=Site.LAYER, layer=5)),
+        ("random:site=layer:layer=5", Random(keep=8, site=Site.LAYER, layer=5)),
     ],
 )
 def test_names_and_options_make_the_method_where_the_model_can_be_pruned(spec: str, method):
@@ -258,7 +259,7 @@ def test_what_follows_a_method_that_keeps_all_tokens_has_all_of_them():
         assert found["CSP"].keep == 65
         assert found["CSP"].limit.tolist() == [65, 33]
         think = found["ThinK"]
-        assert (think.keep, think.of) == ((130, 260) if spec == "think,csp" else (33, 65))
+        assert think.keep / think.of == 0.5
 
 
 def test_counts_after_a_method_that_keeps_all_tokens_are_counts_of_them():
@@ -266,4 +267,18 @@ def test_counts_after_a_method_that_keeps_all_tokens_are_counts_of_them():
     _, csp = pruners(named("think,csp", "50%,200"), [260], 260, sites, 260)
     assert csp.keep == 200
     with pytest.raises(ValueError, match="keep is 300, but there are only 260"):
-        pruners(named("think,csp", "300,200"), [260], 260, sites, 260)
+        pruners(named("think,csp", "50%,300"), [260], 260, sites, 260)
+
+
+def test_a_share_of_bytes_is_the_same_in_every_batch():
+    sites, batches = CROSS | {Site.CACHE}, ([260], [260, 1040], [7])
+    found = {pruners(named("think", "33%"), some, max(some), sites)[0] for some in batches}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("keep", [8, "8"])
+def test_a_count_where_a_share_of_bytes_is_wanted_is_refused(keep: int | str):
+    """It would be another share where a neighbour has more tokens."""
+    says = f"think leaves the same share .* give it a percentage such as 50%, got {keep!r}"
+    with pytest.raises(ValueError, match=says):
+        named("csp,think", ["50%", keep])

@@ -9,7 +9,8 @@ from catp_jax.contract import Keep, Site, View
 from catp_jax.pruning import Uniform
 from catp_jax.pruning.nearest_centroid import NearestCentroid
 from catp_jax.struct import replace
-from tests.pruning.test_vistog_grouping import alone, loud, prefill, view_of
+from tests.pruning.groupings import alone, loud, view_of
+from tests.pruning.test_vistog_in_models import prefill
 from tests.pruning.views import entry_view, kept, random_view, run
 
 

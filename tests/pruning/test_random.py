@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from catp_jax.contract import View
+from catp_jax.contract import Site, View
 from catp_jax.pruning.random import Random
 from catp_jax.struct import replace
-from tests.pruning.views import kept, random_view, run, with_attention
+from tests.pruning.views import cache_view, kept, random_view, run, with_attention
 
 
 def select(view: View, **options):
@@ -113,3 +114,32 @@ def test_another_seed_reuses_the_program():
     for seed in (0, 1, 2**31):
         fresh(Random(keep=4, seed=jnp.asarray(seed, jnp.uint32)), view)
     assert fresh._cache_size() == 1
+
+
+@pytest.mark.parametrize("site", [Site.LAYER, Site.CACHE])
+def test_behind_the_entry_the_same_visual_tokens_stay_and_all_text(site: Site):
+    """In every layer: its keys do not matter, nor does its number."""
+    first, other = (
+        replace(cache_view(seed), site=site, layer=layer) for seed, layer in ((0, 1), (5, 4))
+    )
+    numbers = np.arange(first.num_visual)
+    entry = replace(first, site=Site.ENTRY)
+    for sample in range(first.valid.shape[0]):
+        own = kept(select(first, keep=4, seed=3, site=site), sample)
+        assert own == kept(select(entry, keep=4, seed=3, site=Site.ENTRY), sample)
+        valid = np.flatnonzero(np.asarray(first.valid[sample]))
+        text = [column for column in valid if column >= first.num_visual]
+        assert own[-len(text) :] == text
+        visual = [column for column in own if column < first.num_visual]
+        assert len(visual) == min(4, len({*numbers} & {*valid}))
+        assert own == kept(select(other, keep=4, seed=3, site=site), sample)
+
+
+def test_a_layer_that_reads_text_alone_is_left_as_it_is():
+    view = replace(cache_view(), num_visual=0, numbers=jnp.full_like(cache_view().numbers, -1))
+    assert select(view, keep=4, site=Site.CACHE) is None
+
+
+def test_a_layer_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="number of a layer from 1 on, got 0"):
+        Random(keep=4, layer=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -86,18 +87,22 @@ def model(kind: str) -> Any:
     return mllama.randomized(convert.abstract(CONFIGS[kind]), seed=3)
 
 
-def inputs(kind: str) -> Any:
-    """Eight prompts of different lengths about eight images, or some."""
+def inputs(kind: str, answers: Sequence[Sequence[int]] = ((),) * 8) -> Any:
+    """Eight prompts of different lengths about eight images, or some; answers stand behind them."""
     if kind != "mllama":
         photos = [blip2.photo(seed) for seed in range(8)]
-        prompts = [tuple(range(3, 5 + seed)) for seed in range(8)]
+        asked = [tuple(range(3, 5 + seed)) for seed in range(8)]
+        prompts = [(*one, *answer) for one, answer in zip(asked, answers, strict=True)]
         if kind == "vicuna":
-            instructions = [prompt[1:] for prompt in prompts]
+            instructions = [prompt[1:] for prompt in asked]
             return pack_instructions(prompts, instructions, photos, CONFIGS[kind]).inputs
         return pack_blip2(prompts, photos, CONFIGS[kind]).inputs
     rows = [0, 1, 2, 4, 0, 1, 2, 4]  # two without an image
     swap = {mllama.IMAGE: MLLAMA.image_token_index}
-    prompts = [tuple(swap.get(token, token) for token in mllama.PROMPTS[row]) for row in rows]
+    prompts = [
+        (*(swap.get(token, token) for token in mllama.PROMPTS[row]), *answer)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
     return pack_mllama(prompts, [mllama.PICTURES[row] for row in rows], MLLAMA).inputs
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.contract import keep_all
+from catp_jax.contract import Room, keep_all
 from catp_jax.models.frozen import freeze
 from catp_jax.readers import blip2_packing, mllama_packing
 from catp_jax.sharding.mesh import make_mesh
@@ -60,7 +60,7 @@ def seen(network, inputs, kind: str):
 
 @jax.jit
 def logits(network, inputs):
-    return network.back(network.front(inputs), keep_all, 0)[0]
+    return network.back(network.front(inputs), keep_all, Room(new=0))[0]
 
 
 @pytest.mark.parametrize("text", ["data=8", "data=2,fsdp=4"])

@@ -96,6 +96,8 @@ def test_axes_are_read_from_the_annotations():
     x = jnp.zeros
     block = Block(keys=x((2, 1, 3, 1)), values=x((2, 1, 3, 1)))
     tail = Tail(
+        held=2,
+        point=0,
         blocks=(Block(keys=x((2, 1, 12, 1)), values=x((2, 1, 12, 1))),),
         positions=x((2, 12), int),
         seen=x((6, 12), bool),

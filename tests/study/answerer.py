@@ -82,11 +82,11 @@ class Network:
         )
         return Front(view=view)
 
-    def back(self, front, select, new_slots):
+    def back(self, front, select, room):
         tokens = front.view.tokens
         if (keep := select(front.view).tokens) is not None:
             tokens = jnp.where(keep.valid[..., None], keep.apply(tokens), 0.0)
-        cache = jnp.pad(tokens, ((0, 0), (0, new_slots), (0, 0)))
+        cache = jnp.pad(tokens, ((0, 0), (0, room.new), (0, 0)))
         every = jnp.ones((len(tokens), tokens.shape[1]))
         summed = jnp.einsum("bn,bnd->bd", every, tokens)
         return summed, Cache(tokens=cache, next=jnp.zeros(len(tokens), jnp.int32))

@@ -12,6 +12,7 @@ from flax import nnx
 
 import catp_jax
 import convert
+from catp_jax.training import scene_answers as answers
 from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
 from catp_jax.training.mini_blip2 import make_text
@@ -165,9 +166,9 @@ def test_training_reads_kept_states_as_the_model_reads_images(which, scenes):
     text = recipe.make_text(tokenizer, model.config)
     pairs = [[("what digit is red?", "7"), ("is there a red circle?", "no")]] * len(scenes)
     pixels = jnp.asarray(recipe.pixels_of(scenes))
-    rows = recipe.rows_of(text)([[[pair] for pair in some] for some in pairs], 2)
+    rows = answers.rows_of(text)([[[pair] for pair in some] for some in pairs], 2)
     states = model.encode(pixels)[0]
-    mine = recipe.answer_logits(model, recipe.SceneBatch(features=states, rows=rows))
+    mine = answers.answer_logits(model, answers.SceneBatch(features=states, rows=rows))
     asked = text.batch(np.asarray(pixels), pairs, 2)
     whole = model(asked.inputs, None, asked.decoder_tokens)[:, -asked.targets.shape[1] :]
     rows = min(mine.shape[2], whole.shape[1])
@@ -181,7 +182,7 @@ def test_a_decoder_is_told_a_lists_words_and_says_its_answers(scenes):
     text = recipe.make_text(tokenizer, scenes_config("t5"))
     turns = [("where: red circle", "two three"), ("blue cross", "one four")]
     rows = jax.tree.map(
-        np.asarray, recipe.rows_of(text)([[turns, [("what digit is red?", "7")]]], 2)
+        np.asarray, answers.rows_of(text)([[turns, [("what digit is red?", "7")]]], 2)
     )
 
     def ids(words):
@@ -214,5 +215,5 @@ def test_every_list_fits_into_a_row(which, kind):
     for scene in scenes:
         turns = listed(Dice(scene.number), scene, kind)
         if len(turns) > 1:
-            targets = text.rows([[turns]], 1, recipe.TEXT_LENGTH, recipe.TEXT_LENGTH)[2]
+            targets = text.rows([[turns]], 1, answers.TEXT_LENGTH, answers.TEXT_LENGTH)[2]
             assert (targets >= 0).sum() == sum(len(answer.split()) for _, answer in turns)

@@ -51,9 +51,8 @@ def bank(model: Any, tokenizer: Any, scenes: list[Any]) -> Bank:
 
 
 def train(model: Any, bank: Bank, work: Any, **options: Any) -> Any:
-    return training.train_grouping(
-        model, bank, GROUPS, work, **{"steps": STEPS, "peak": 0.02, **options}
-    )
+    options = {"steps": STEPS, "peak": 0.02} | options
+    return training.train_grouping(model, bank, GROUPS, work, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +65,26 @@ def equal(one: Any, other: Any) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), one, other)))
 
 
+def grouping_loss(model: Any, bank: Bank) -> Any:
+    """Of a grouping, a batch and noise."""
+    graph, params, frozen = training.split(model, "grouping")
+
+    def grouped(grouping: Any, view: Any, key: Any) -> Any:
+        return VisToGGrouping(keep=GROUPS, grouping=grouping).grouped(view, key)
+
+    stage = training.reading_stage(graph, bank, grouped, STEPS, 0, (0.1, 0.1), 2)
+
+    def loss(grouping: Any, batch: Any, key: Any) -> jax.Array:
+        return stage.loss({"learned": grouping, "model": params}, frozen, batch, key)[0]
+
+    return loss
+
+
 def loss_of(model: Any, bank: Bank, grouping: Any) -> float:
     """On batches and with noise of its own, the same for all."""
-    graph, frozen = nnx.split(model)
-    loss = jax.jit(training.grouping_stage(graph, bank, STEPS, 7, 0.1).loss)
+    loss = jax.jit(grouping_loss(model, bank))
     some = [bank.draw(step, STEPS, 7) for step in range(3)]
-    found = [loss(grouping, frozen, one, jax.random.key(n))[0] for n, one in enumerate(some)]
-    return float(np.mean(found))
+    return float(np.mean([loss(grouping, b, jax.random.key(n)) for n, b in enumerate(some)]))
 
 
 def test_the_loss_falls_and_every_array_has_moved(model: Any, bank: Bank, trained: Any):
@@ -88,11 +100,8 @@ def test_the_loss_falls_and_every_array_has_moved(model: Any, bank: Bank, traine
 
 
 def test_the_gradient_reaches_every_array(model: Any, bank: Bank):
-    graph, frozen = nnx.split(model)
-    loss = training.grouping_stage(graph, bank, STEPS, 0, 0.1).loss
-    gradient = jax.grad(lambda *given: loss(*given)[0])(
-        training.start_of(bank, GROUPS, 0), frozen, bank.draw(0, STEPS, 0), jax.random.key(0)
-    )
+    start, batch = training.start_of(bank, GROUPS, 0), bank.draw(0, STEPS, 0)
+    gradient = jax.grad(grouping_loss(model, bank))(start, batch, jax.random.key(0))
     for array in jax.tree.leaves(gradient):
         assert np.isfinite(array).all()
         assert array.any(axis=1).mean() > 0.5

@@ -1,0 +1,28 @@
+"""What fills pages: results by their names, and tables in Markdown."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Row = Mapping[str, Any]
+
+
+def read(name: str) -> dict[str, Any]:
+    """What a benchmark has recorded."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    head = [*head]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def only(some: Iterable[Any]) -> Any:
+    """The one there is."""
+    (one,) = some
+    return one
