@@ -162,6 +162,28 @@ CLAIMS = (
     ),
     Claim("Eigen Attention", "the same, with a quarter gone", "eigen, 75%", UNPRUNED, is_kept=True),
     Claim(
+        "SGL",
+        "what a guide attends to in all layers is better than what the model does in one",
+        "sgl, 6%",
+        "fastv",
+    ),
+    Claim("SGL", "the same, attributes", "sgl, 6%", "fastv", "attribute"),
+    Claim("SGL", "the same, all questions, a quarter kept", "sgl, 25%", "fastv"),
+    Claim(
+        "SGL",
+        "nine tenths of the tokens can go (here seven eighths)",
+        "sgl, 12.5%",
+        UNPRUNED,
+        is_kept=True,
+    ),
+    Claim(
+        "SGL",
+        "what the guide is sure of (above 0.9) it can answer itself",
+        "sgl, above 0.9 the guide",
+        "sgl",
+        is_kept=True,
+    ),
+    Claim(
         "VisToG",
         "a ninth of the tokens does nearly as well as all (here a quarter)",
         f"{TRAINED}, 8",
@@ -189,6 +211,10 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name, model in MODELS.items():
         found = json.loads((RESULTS / f"methods_table_{name}.json").read_text())["models"]
         (tables[model],) = (one["rows"] for one in found.values())
+    guided = json.loads((RESULTS / "guide_mini.json").read_text())
+    tables[LLAMA] |= {name: row for name, row in guided["rows"].items() if name[:5] == "sgl, "}
+    exits = {f"sgl, above {row['threshold']:g} the guide": row for row in guided["exits"]["25%"]}
+    tables[LLAMA] |= exits
     tables[T5] = json.loads((RESULTS / "vistog.json").read_text())["rows"]
     votes = json.loads((RESULTS / "catp_table_mini.json").read_text())["models"]
     for model, found in zip((OPT, T5), votes.values(), strict=True):

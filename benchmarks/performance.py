@@ -17,6 +17,7 @@ from benchmarks import (
     fidelity,
     fronts,
     told_beds,
+    told_guide,
     told_methods,
     told_programs,
 )
@@ -57,6 +58,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "kept_told": told_methods.kept_told,
     "foreseen": told_methods.foreseen,
     "pairs_told": told_methods.pairs_told,
+    "guide_worth": told_guide.worth,
+    "guide_ahead": told_guide.ahead,
+    "guide_exits": told_guide.exits,
     "vistog": told_methods.vistog,
     "vistog_told": told_methods.vistog_told,
     "methods_llama": partial(told_methods.methods, "llama"),

@@ -16,7 +16,7 @@ from catp_jax.guided import Exit, exit_curve, guided
 from catp_jax.model import Model
 from catp_jax.pruning import KNorm
 from catp_jax.pruning.sgl import SGL, Watch, received
-from catp_jax.training.scenes import make_scene
+from catp_jax.training.scene_questions import scenes_task
 from tests.shallow import shallow
 
 ASSETS = Path(catp_jax.__file__).parent / "assets"
@@ -264,17 +264,20 @@ def test_images_and_prompts_are_lists_of_one_length(llama: Model):
         guided(llama, llama, PICTURES, PROMPTS[:2], keep=4)
 
 
-def test_a_mini_model_of_scenes_guides_itself():
+def test_the_shipped_guide_guides_the_mini_of_scenes():
     model = catp_jax.load(ASSETS / "scenes-llama-vision")
-    scenes = [make_scene("test", number) for number in range(2)]
-    images = [scene.pixels for scene in scenes]
-    shapes = [next(thing for thing in scene.things if not thing.is_digit) for scene in scenes]
-    prompts = [f"what color is the {thing.name}?" for thing in shapes]
-    out = itself(model, images, prompts, threshold=1, max_new_tokens=8)
-    assert [len(kept.number) for kept in out.large.kept] == [65, 65]
-    assert out.asked == [0, 1]
-    assert all(text.strip() for text in out.text)
-    assert out.text == out.guide.text  # the answers need no more than a quarter
+    guide = catp_jax.load(ASSETS / "scenes-llama-vision-guide")
+    asked = [one for one in scenes_task(scenes=4).examples if one.family == "attribute"]
+    images, prompts = [one.image for one in asked], [one.question for one in asked]
+    out = guided(model, guide, images, prompts, keep="25%", threshold=1, max_new_tokens=8)
+    assert [len(kept.number) for kept in out.large.kept] == [65] * 4
+    assert out.asked == [0, 1, 2, 3]
+    assert [text.strip() for text in out.text] == [one.answer for one in asked]
+    own = guide.generate(images, prompts, [Watch()], max_new_tokens=8)
+    assert own.text == out.guide.text
+    looks = np.asarray(received(own.reports[0], own.capacity))
+    for kept, row in zip(out.large.kept, looks, strict=False):
+        assert {*kept.number.tolist()} == {*np.argsort(-row, kind="stable")[:65].tolist()}
 
 
 def test_the_exit_curve_by_hand():

@@ -14,7 +14,8 @@ With `--size guide` it is a smaller model of the same visual tokens, which guide
    the first cross-attention layer, from the first step. That layer sees all tokens whatever is
    pruned after it; without the skip it answers everything, and even removing the needed tokens
    would cost nothing. The guide, of which nothing is pruned but to see how sure it is, has two such
-   layers and needs both: a quarter of its questions skip the first.
+   layers and needs both: a quarter of its questions skip the first. It also finds out later that
+   there is something to see, and begins with lists of the easiest sort (see `scene_lists`).
 
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
 """
@@ -95,8 +96,9 @@ def guide_config() -> MllamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model to train: what its folder and its README are called, for how many steps, and the
-    share of the questions that skip the first cross-attention layer.
+    """A model to train: what its folder and its README are called, for how many steps, the share of
+    the questions that skip the first cross-attention layer, and the share of stage 2 in which lists
+    of the easiest sort fade out.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Size:
     tower_steps: int
     decoder_steps: int
     skip_first: float
+    looking: float
 
 
 SIZES = {
@@ -115,14 +118,16 @@ SIZES = {
         tower_steps=1600,
         decoder_steps=2500,
         skip_first=0.75,
+        looking=0.0,
     ),
     "guide": Size(
         name="scenes-llama-vision-guide",
         title="Mini Llama Vision for scenes, as a guide",
         config=guide_config(),
         tower_steps=1600,
-        decoder_steps=1000,
+        decoder_steps=2500,
         skip_first=0.25,
+        looking=0.2,
     ),
 }
 
@@ -303,7 +308,7 @@ def main(
         "decoder",
         decoder_steps,
         decoder_loss(graph, made.skip_first),
-        lambda step: bank.draw(step, decoder_steps, seed),
+        lambda step: bank.draw(step, decoder_steps, seed, made.looking),
         peak=1.5e-3,
         seed=seed,
     )
