@@ -15,9 +15,9 @@ def methods_of(name: str) -> Row:
     return only(read(f"methods_table_{name}")["models"].values())
 
 
-def methods(name: str) -> str:
-    """Right answers about attributes, by method and share of the bytes; a dash where a method takes
-    more.
+def methods(name: str, figure: str = "accuracy, attribute", what: str = "attribute, %") -> str:
+    """Right answers, about attributes or others, by method and share of the bytes; a dash where a
+    method takes more.
     """
     rows = methods_of(name)["rows"]
     by: dict[str, dict[str, str]] = {}
@@ -25,17 +25,13 @@ def methods(name: str) -> str:
         if setting != UNPRUNED:
             method, _, kept = setting.rpartition(", ")
             fits = figures["cache"] <= OVER * rows[f"uniform, {kept}"]["cache"]
-            cell = (
-                plus_minus(figures["accuracy, attribute"])
-                if fits or method in fronts.READS
-                else "–"
-            )
+            cell = plus_minus(figures[figure]) if fits or method in fronts.READS else "–"
             by.setdefault(method, {})[kept] = cell
     shares = list(dict.fromkeys(kept for own in by.values() for kept in own))
-    whole = plus_minus(rows[UNPRUNED]["accuracy, attribute"])
+    whole = plus_minus(rows[UNPRUNED][figure])
     lines = [[f"`{UNPRUNED}`", *[whole] * len(shares)]]
     lines += [[f"`{method}`", *(own[kept] for kept in shares)] for method, own in by.items()]
-    return table(["attribute, %", *shares], lines)
+    return table([what, *shares], lines)
 
 
 def methods_at(name: str, kept: str = "25%") -> str:
