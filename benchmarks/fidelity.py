@@ -1,21 +1,19 @@
 """What of the papers' claims holds here: the rows of docs/fidelity.md, from benchmarks/results/.
 
 That one way beats another agrees if the whole 95 % interval of the paired difference lies above
-zero, disagrees if it lies below, and is undecided else; "the same" means that not one answer
-differs. That nothing is lost agrees if no more than two points are within the interval, disagrees
-if more are all through it, and is undecided else.
+zero, disagrees if it lies below, and is undecided else; "the same" means that no answer changed
+between right and wrong. That nothing is lost agrees if no more than two points are within the
+interval, disagrees if more are all through it, and is undecided else.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import only, points, read
 from catp_jax.study.records import UNPRUNED
 from catp_jax.study.results import RANDOM
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LITTLE = 0.02
 """What may be lost where a paper says that nothing is."""
 LLAMA, OPT, T5 = "Llama mini", "BLIP-2 OPT mini", "BLIP-2 T5 mini"
@@ -209,30 +207,27 @@ def rows() -> Iterator[tuple[str, ...]]:
     """Method, claim, model, what was found, whether it agrees."""
     tables = {}
     for name, model in MODELS.items():
-        found = json.loads((RESULTS / f"methods_table_{name}.json").read_text())["models"]
-        (tables[model],) = (one["rows"] for one in found.values())
-    guided = json.loads((RESULTS / "guide_mini.json").read_text())
+        tables[model] = only(read(f"methods_table_{name}")["models"].values())["rows"]
+    guided = read("guide_mini")
     tables[LLAMA] |= {name: row for name, row in guided["rows"].items() if name[:5] == "sgl, "}
     exits = {f"sgl, above {row['threshold']:g} the guide": row for row in guided["exits"]["25%"]}
     tables[LLAMA] |= exits
-    tables[T5] = json.loads((RESULTS / "vistog.json").read_text())["rows"]
-    votes = json.loads((RESULTS / "catp_table_mini.json").read_text())["models"]
-    for model, found in zip((OPT, T5), votes.values(), strict=True):
-        for pair, gains in found["paired"].items():
+    tables[T5] = read("vistog")["rows"]
+    votes = read("catp_table_mini")["models"]
+    for model, name in {OPT: "scenes-blip2-opt", T5: "scenes-blip2-t5"}.items():
+        for pair, gains in votes[name]["paired"].items():
             own, _, other = pair.partition(" − ")
             tables[model].setdefault(f"{own}, 1/4", {})[f"against {other}"] = gains["1/4"]
     for claim in CLAIMS:
         for model, table in tables.items():
             gain = claim.found(table) if claim.model in (None, model) else None
             if gain is not None:
-                mean, low, high = (f"{100 * figure + 0.0:+.1f}" for figure in gain)
-                told = f"{mean} [{low}, {high}]"
-                yield claim.method, claim.says, model, told, claim.verdict(gain)
+                yield claim.method, claim.says, model, points(gain), claim.verdict(gain)
 
 
 def foreseen() -> Iterator[tuple[str, ...]]:
     """What AttentionPredictor's network foresees of the blocks with most attention, by share."""
-    figures = json.loads((RESULTS / "attention_predictor_mini.json").read_text())["figures"]
+    figures = read("attention_predictor_mini")["figures"]
     shares: dict[str, list[str]] = {}
     for name, rate in figures.items():
         share, _, _ = name.removeprefix("foreseen of ").partition(" of the blocks")

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import names_of, print_record
-from benchmarks.testbed import LEANINGS, Answers, figures, of, plus_minus, points
+from benchmarks.tables import plus_minus, points
+from benchmarks.testbed import LEANINGS, Answers, figures, of
 from catp_jax import api
 from catp_jax.contract import Keep, Reduction, View
 from catp_jax.pruning.oracle import Oracle

@@ -19,7 +19,7 @@ from benchmarks.methods_table import FORMS
 from catp_jax.pruning import BOUNDS
 from catp_jax.study.curves import Line, Panel, draw_curves
 from catp_jax.study.records import UNPRUNED
-from catp_jax.study.results import RANDOM, Estimate
+from catp_jax.study.results import Estimate
 
 READS = ("attention_predictor",)
 """Methods that leave the cache as it is."""
@@ -56,8 +56,6 @@ def panels(rows: Rows) -> tuple[Panel, ...]:
         side = places[method]
         if method in FORMS and places.get(name) == side:
             continue
-        if method.startswith(IN_CACHE):  # of its panel what `random` is of the other
-            method = method.replace(IN_CACHE, RANDOM, 1)
         point = (100 * row["cache"], Estimate(*row[FIGURE]))
         by[side].setdefault(method, []).append(point)
     least = min(place for lines in by.values() for line in lines.values() for place, _ in line)

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import print_record
-from benchmarks.testbed import DRAWS, Answers, accuracy, answers_of, of, plus_minus
+from benchmarks.tables import plus_minus
+from benchmarks.testbed import DRAWS, Answers, accuracy, answers_of, of
 from catp_jax import api
 from catp_jax.guided import Guided, exit_curve, guided
 from catp_jax.model import Model

@@ -22,8 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fidelity import AT_LAYER, IN_CACHE
 from benchmarks.record import names_of, print_record
-from benchmarks.testbed import DRAWS, plus_minus
+from benchmarks.tables import plus_minus
+from benchmarks.testbed import DRAWS
 from catp_jax import api
 from catp_jax.contract import BY_LAYER, Site
 from catp_jax.model import Model
@@ -40,6 +42,7 @@ from catp_jax.study.results import (
     estimates,
     families,
     pooled,
+    together,
     without_seed,
 )
 from catp_jax.study.sweep import sweep
@@ -59,14 +62,16 @@ FORMS = {
 """Other forms of methods, and the sites of which a model must have one."""
 
 
-BASELINES = {Site.LAYER: f"{RANDOM}:site=layer", Site.CACHE: f"{RANDOM}:site=cache"}
+BASELINES = {Site.LAYER: AT_LAYER, Site.CACHE: IN_CACHE}
 """What a method at such a site is held against: random tokens at the same place."""
+WHILE_READ = ("zipvl",)
+"""Methods of the cache that prune a layer's attention over the prompt, too; none at random does."""
 
 
 def baseline(method: str, sites: frozenset[Site]) -> str | None:
     """What prunes at random where a method does, unless that is where `random` prunes anyway."""
     name, *options = method.split(":")
-    if name in (RANDOM, *BOUNDS) or name not in METHODS:
+    if name in (RANDOM, *BOUNDS, *WHILE_READ) or name not in METHODS:
         return None
     told = next((one.removeprefix("site=") for one in options if one.startswith("site=")), None)
     site = site_of(name, sites) if told is None else Site[told.upper()]
@@ -156,7 +161,7 @@ def gains(results: Sequence[Result], sites: frozenset[Site]) -> dict[str, dict[s
     tokens at its place.
     """
     answers = {(label(one.setting.method), one.setting.keep): one.answers for one in results}
-    drawn = {one: f"{one}, {len(DRAWS)} seeds" for one in BASELINES.values()}
+    drawn = {one: together(one, len(DRAWS)) for one in BASELINES.values()}
     found: dict[str, dict[str, Any]] = {}
     for (method, share), mine in answers.items():
         row = found.setdefault(f"{method}, {share}", {})
@@ -186,7 +191,7 @@ def study(folder: Path, name: str, asked: Asked, console: Console) -> dict[str, 
         compiled = [one for one in settings if one.keep in asked.gpu_shares]
         there = costs(model, task, [whole.setting, *compiled], conditions, asked.gpu)
         there |= {
-            Setting(f"{without_seed(one.method)}, {len(DRAWS)} seeds", one.keep): cost
+            Setting(together(one.method, len(DRAWS)), one.keep): cost
             for one, cost in there.items()
             if one.method != without_seed(one.method)
         }

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from benchmarks.methods_table import label
 from benchmarks.record import print_record
-from benchmarks.testbed import accuracy, plus_minus
+from benchmarks.tables import plus_minus
+from benchmarks.testbed import accuracy
 from catp_jax import api
 from catp_jax.contract import Site
 from catp_jax.pruning import site_of

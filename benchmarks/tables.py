@@ -8,6 +8,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Row = Mapping[str, Any]
+Figures = tuple[float, float, float]
+"""A mean and its interval."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -26,3 +28,15 @@ def only(some: Iterable[Any]) -> Any:
     """The one there is."""
     (one,) = some
     return one
+
+
+def plus_minus(figures: Figures) -> str:
+    """A share in %, and half its interval."""
+    mean, low, high = figures
+    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
+
+
+def points(figures: Figures) -> str:
+    """A difference in points, with its interval."""
+    mean, low, high = (f"{round(100 * figure, 1) + 0.0:+.1f}" for figure in figures)
+    return f"{mean} [{low}, {high}]"

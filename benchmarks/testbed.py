@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import names_of, print_record
+from benchmarks.tables import plus_minus, points
 from catp_jax import api
 from catp_jax.model import Model
 from catp_jax.pruning import BOUNDS, methods_for
@@ -134,18 +135,6 @@ def table(title: str, by: By, cell: Callable[[Any], str]) -> Table:
     for method in dict.fromkeys(method for method, _ in by):
         out.add_row(method, *(cell(by[method, share]) for share in shares))
     return out
-
-
-def plus_minus(figures: tuple[float, float, float]) -> str:
-    """A share in %, and half its interval."""
-    mean, low, high = figures
-    return f"{100 * mean:.0f} ± {50 * (high - low):.0f}"
-
-
-def points(figures: tuple[float, float, float]) -> str:
-    """A difference in points, with its interval."""
-    mean, low, high = (f"{round(100 * figure):+d}" for figure in figures)
-    return f"{mean} [{low}, {high}]"
 
 
 def leanings(

@@ -4,8 +4,7 @@ import itertools
 
 from benchmarks import testbed
 from benchmarks.catp_table import rank_correlation
-from benchmarks.tables import Row, only, read, table
-from benchmarks.testbed import plus_minus, points
+from benchmarks.tables import Figures, Row, only, plus_minus, points, read, table
 from catp_jax.contract import BY_LAYER, Site
 from catp_jax.pruning import BOUNDS, site_of
 from catp_jax.study.records import UNPRUNED
@@ -70,25 +69,26 @@ def bed_reversed() -> str:
     return f"With {first} and {last} of the tokens the oracle answers right {', '.join(told)}."
 
 
-def _seeds() -> tuple[list[Row], dict[str, dict[str, list[tuple[float, float, float]]]]]:
-    """Attributes of models of several seeds: figures of each, and accuracy by what is kept and
-    method, of methods that prune before the prompt is read.
+def _seeds() -> tuple[list[str], list[Row], dict[str, dict[str, list[Figures]]]]:
+    """Attributes of models of several seeds: the seeds, figures of each, and accuracy by what is
+    kept and method, of methods that prune before the prompt is read.
     """
     models = read("testbed_seeds_mini")["models"]
     attributes = [found["families"]["attribute"] for found in models.values()]
-    by: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    by: dict[str, dict[str, list[Figures]]] = {}
     for setting in attributes[0]["kept"]:
         method, _, kept = setting.partition(", ")
         if site_of(method, frozenset({Site.CROSS, *BY_LAYER})) is Site.CROSS:
             found = [one["kept"][setting]["accuracy"] for one in attributes]
             by.setdefault(kept, {})[method] = found
-    return attributes, by
+    seeds = [name.rpartition("-seed-")[2] if "-seed-" in name else "0" for name in models]
+    return seeds, attributes, by
 
 
 def bed_seeds() -> str:
     """What methods are worth in models of several seeds."""
-    attributes, by = _seeds()
-    head = [f"{kept}, seed {seed}" for kept in by for seed in range(len(attributes))]
+    seeds, attributes, by = _seeds()
+    head = [f"{kept}, seed {seed}" for kept in by for seed in seeds]
     whole = [plus_minus(one["unpruned"]["accuracy"]) for one in attributes]
     rows = [[f"`{UNPRUNED}`", *whole * len(by)]]
     for method in next(iter(by.values())):
@@ -99,7 +99,8 @@ def bed_seeds() -> str:
 
 def bed_order() -> str:
     """Whether methods stand in the same order in models of several seeds."""
-    attributes, by = _seeds()
+    seeds, attributes, by = _seeds()
+    names = ", ".join(f"{one}–{other}" for one, other in itertools.combinations(seeds, 2))
     told = []
     for kept, found in by.items():
         methods = [some for name, some in found.items() if name not in BOUNDS]
@@ -107,7 +108,7 @@ def bed_order() -> str:
         alike = [rank_correlation(*pair) for pair in itertools.combinations(orders, 2)]
         told.append(f"{', '.join(f'{one:+.2f}' for one in alike)} with {kept}")
     return (
-        "The order of methods, without the bounds, correlates between each two seeds by "
+        f"The order of methods, without the bounds, correlates between seeds {names} by "
         f"{' and '.join(told)} of the tokens (Spearman)."
     )
 

@@ -1,8 +1,7 @@
 """What docs/methods.md says of SGL with the shipped guide: tables."""
 
 from benchmarks.guide import ALONE, OWN, SGL, SHARES
-from benchmarks.tables import read, table
-from benchmarks.testbed import plus_minus, points
+from benchmarks.tables import plus_minus, points, read, table
 from catp_jax.study.records import UNPRUNED
 from catp_jax.study.results import RANDOM
 

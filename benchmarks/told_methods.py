@@ -2,10 +2,10 @@
 
 from benchmarks import fidelity, fronts, trimmed_table
 from benchmarks.pairs import OVER
-from benchmarks.tables import Row, only, read, table
-from benchmarks.testbed import plus_minus, points
+from benchmarks.tables import Row, only, plus_minus, points, read, table
+from benchmarks.testbed import SEEDS
 from catp_jax.study.records import UNPRUNED
-from catp_jax.study.results import RANDOM
+from catp_jax.study.results import RANDOM, together
 
 PLACES = (fidelity.AT_LAYER, fidelity.IN_CACHE)
 
@@ -41,7 +41,13 @@ def methods_at(name: str, kept: str = "25%") -> str:
     found = methods_of(name)
     rows, whole = found["rows"], found["rows"][UNPRUNED].get("gpu")
     head = ("all questions", "right, %", "− random", "− random there", "− unpruned", "KL, nats")
-    head += ("needed, %", "bytes, %", "prefill, %", *(() if whole is None else ("step, %",)))
+    head += (
+        "agree, %",
+        "needed, %",
+        "bytes, %",
+        "prefill, %",
+        *(() if whole is None else ("step, %",)),
+    )
     lines = []
     full = found.get("full", {})
     same = [one for one in full.values() if not one["other answers"]]
@@ -57,6 +63,10 @@ def methods_at(name: str, kept: str = "25%") -> str:
         if own != kept:
             continue
         there = next((one for one in PLACES if f"against {one}" in figures), "")
+        taken = (
+            figures["cache"] / rows[f"{together(there, SEEDS)}, {kept}"]["cache"] if there else 0.0
+        )
+        there = there if 1 / OVER <= taken <= OVER else ""  # at equal bytes alone
         apart = [figures.get(f"against {other}") for other in (RANDOM, there, UNPRUNED)]
         lines.append(
             (
@@ -64,6 +74,7 @@ def methods_at(name: str, kept: str = "25%") -> str:
                 plus_minus(figures["accuracy"]),
                 *("" if gain is None else points(gain) for gain in apart),
                 f"{figures['KL, nats'][0]:.2f}",
+                f"{100 * figures['agreement']:.0f}",
                 f"{100 * figures['needed, kept'][0]:.0f}" if "needed, kept" in figures else "",
                 f"{100 * figures['cache']:.0f}",
                 f"{100 * figures['prefill']:.0f}",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from catp_jax import cli_options as opts
+from catp_jax.terminal import say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
     from catp_jax.study.records import Setting
@@ -21,13 +22,16 @@ def settings_of(prune: list[str] | None, keep: list[str] | None) -> "list[Settin
 
     Raises BadParameter for one that meets no other, and for what is no method or budget.
     """
-    from catp_jax.pruning.named import AUTO, is_fixed, named, split
+    from catp_jax.pruning.named import AUTO, named, split
     from catp_jax.study.records import Setting
 
     methods = {",".join(words): len(words) for words in map(split, prune or [])}
     with opts.wrong_call():
         budgets = {tuple(_budget(word) for word in split(text)): text for text in keep or LEVELS}
-    not_fixed = "a study compares fixed budgets; --keep auto is for generate"
+    not_fixed = (
+        "a study compares fixed budgets: --keep auto is for generate, and for methods that have "
+        "learned their own (eigen)"
+    )
     if not methods and any(AUTO in some for some in budgets):
         raise typer.BadParameter(not_fixed)
     counted = {f"--prune {method}": count for method, count in methods.items()}
@@ -45,11 +49,23 @@ def settings_of(prune: list[str] | None, keep: list[str] | None) -> "list[Settin
         for some in budgets
         if len(some) == count
     ]
+    fixed = [one for one in settings if _is_fixed(one)]
+    for name in ("method", "keep"):  # auto meets those alone that take it
+        if {getattr(one, name) for one in settings} - {getattr(one, name) for one in fixed}:
+            raise typer.BadParameter(not_fixed)
     with opts.wrong_call():
-        for setting in settings:
-            if not all(is_fixed(*one) for one in named(setting.method, setting.keep)):
-                raise ValueError(not_fixed)
-    return settings
+        for one in fixed:
+            named(one.method, one.keep)
+    return fixed
+
+
+def _is_fixed(setting: "Setting") -> bool:
+    """Whether no budget depends on the data, as far as its methods are known."""
+    from catp_jax.pruning import METHODS
+    from catp_jax.pruning.named import is_fixed, split
+
+    parts = zip(split(setting.method), split(str(setting.keep)), strict=True)
+    return all(is_fixed(*part) for part in parts if part[0].partition(":")[0] in METHODS)
 
 
 def _budget(text: str) -> int | str:
@@ -100,6 +116,8 @@ def all_that_fit(
     methods += BOUNDS if any(example.needed for example in examples) else ()
     every = keep or [*LEVELS]
     shares = [text for text in every if text.strip().endswith("%")]
+    if (left := [m for m in methods if is_by_bytes(m)]) and not shares:
+        say(f"left out: {', '.join(left)}; give --keep a percentage, they take no count")
     settings: list[Setting] = []
     for method in methods:
         budgets = shares if is_by_bytes(method) else every

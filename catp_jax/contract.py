@@ -143,11 +143,12 @@ class Pruner(Protocol[State]):
     At LAYER, its field `layer` is the number of the decoder layer that it works in front of."""
 
     keep: Any
-    """Entries that stay, a static count; where a class says that it `keeps_all`, as many as take
-    the bytes that are left: of each token's own, the same share for all, where it says that it
-    `is_by_bytes`. None: the data decide (`finds_number`); the selection is
-    then as long as the axis, and a caller that can wait for the host cuts it to what is used. Not
-    in a cache, where it is what a method that keeps all has learned.
+    """Entries that stay, a static count. Of a class that `keeps_all`: as many as would take the
+    bytes that it leaves; if it `is_by_bytes`, too, only its share of a whole counts, and None is
+    what the method has learned.
+
+    None, of any other class: the data decide (`finds_number`). The selection is then as long as the
+    axis, and a caller that can wait for the host cuts it to what is used; not in a cache.
 
     A pruner may also say how many new tokens a cache holds, whatever its site: `tail`, `point`, see
     `Room`."""

@@ -123,6 +123,14 @@ def test_half_the_visual_tokens_take_half_of_the_cross_attention_cache(on_eight)
     assert pruned["token_flops"] < whole["token_flops"]
 
 
+def test_a_method_that_keeps_all_leaves_all_visual_tokens():
+    folder = Path(__file__).resolve().parents[1] / "catp_jax" / "assets" / "scenes-llama-vision"
+    words = ["--prune", "k_norm,think", "--keep", "50%,50%", "--json"]
+    command = ["plan", str(folder), *words]
+    (plan,) = run(f"from catp_jax.cli import app; app({command}, standalone_mode=False)")
+    assert (plan["visual_tokens"], plan["kept"]) == (260, 130)
+
+
 def test_a_layer_reduces_twice_and_the_embedding_once(on_eight):
     (one,) = on_eight[0]["token_traffic"]
     assert (one["kind"], one["number"]) == ("all-reduce", 2 * LAYERS + 1)
@@ -385,7 +393,7 @@ def test_what_makes_no_sense_is_refused(model, options, says):
         (["--prune", "k_norm,random", "--keep", "4", "--keep", "8"], "--keep 4,8"),
         (
             ["--prune", "trimmed_llama:k_ratio=0.1", "--keep", "auto"],
-            "a plan has fixed budgets; --keep auto is for generate",
+            "a plan has fixed budgets: --keep auto is for generate",
         ),
         (["--largest-batch"], "--largest-batch and --hosts require --target"),
         (["--memory", "0"], "--memory must be a size above 0, got 0"),

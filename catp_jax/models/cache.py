@@ -214,7 +214,7 @@ class Tail:
         }
         return cls(
             held=room.held,
-            point=room.point,
+            point=max(min(room.point, room.held - 1), 0),  # also if there is less room
             blocks=tuple(Block.empty(block, slots) for block in like.values()),
             positions=jnp.zeros((batch, slots), jnp.int32),
             seen=jnp.zeros((batch, slots), bool),

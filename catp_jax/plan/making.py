@@ -64,7 +64,10 @@ def make_plan(
     compiler.
     """
     if not all(is_fixed(*one) for one in methods):
-        raise ValueError("a plan has fixed budgets; --keep auto is for generate")
+        raise ValueError(
+            "a plan has fixed budgets: --keep auto is for generate, and for methods that have "
+            "learned their own (eigen)"
+        )
     config = find_config(model, ignore_config)
     number_type = parse_dtype(dtype) or np.dtype(np.float32)
     sizes = parse_mesh(mesh)
@@ -218,6 +221,7 @@ class Asked:
         cache = place_inputs(prefill.out_info.cache, mesh)
         step = programs.step.trace(network, (), tokens, cache)
         self_attention, cross = caches(cache)
+        left = [one.keep for one in pruners if not getattr(one, "keeps_all", False)]
         flops = [matrix_flops(program) for program in (prefill, step)]
         first, second = (partial(for_cpu, program, scale) for program in (prefill, step))
         if self.gpu is not None:
@@ -232,7 +236,7 @@ class Asked:
             cross_kv=int(shard_bytes(cross) * scale),
             inputs=shard_bytes(inputs),
             visual_tokens=visual,
-            kept=pruners[-1].keep if pruners else visual,
+            kept=next(iter(left[::-1]), visual),
             prefill_flops=flops[0],
             token_flops=flops[1],
             prefill=first,

@@ -16,8 +16,8 @@ from catp_jax.pruning import METHODS, budget, make
 AUTO = "auto"
 """The budget of a method that finds its own number, in the data or in what it has learned."""
 
-HUNDRED = 100_000
-"""A hundred per cent, where a budget is a share of bytes: it is the same share in every batch."""
+WHOLE = 100_000
+"""A hundred per cent, where a budget is a share of bytes, so that it is the same in every batch."""
 
 Named = tuple[tuple[str, int | str], ...]
 """Methods in the order in which they apply, each with a count, a percentage or `AUTO`."""
@@ -112,7 +112,7 @@ def pruners(
         if capacity and keep == AUTO:
             made.append(make(spec, None, sites))
         elif capacity and is_by_bytes(spec):
-            made.append(make(spec, budget.count(keep, HUNDRED), sites, of=HUNDRED))
+            made.append(make(spec, budget.count(keep, WHOLE), sites, of=WHOLE))
         elif capacity:
             left = budget.count(keep, capacity)
             limit = jnp.asarray([counts[number] for counts in per_prompt], jnp.int32)

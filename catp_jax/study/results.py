@@ -147,6 +147,11 @@ def without_seed(method: str) -> str:
     return SEED.sub("", method)
 
 
+def together(method: str, draws: int) -> str:
+    """What several draws of a method are called."""
+    return f"{without_seed(method)}, {draws} seeds"
+
+
 def drawn(results: Sequence[Result]) -> list[list[Result]]:
     """The results by what they are draws of: a method, but for its seed, at a budget."""
     groups: dict[tuple[str, int | str | None], list[Result]] = {}
@@ -170,7 +175,7 @@ def pool(draws: Sequence[Result]) -> Result:
     if len(draws) == 1:
         return draws[0]
     first, answers = draws[0], mean_over([result.answers for result in draws])
-    method = f"{without_seed(first.setting.method)}, {len(draws)} seeds"
+    method = together(first.setting.method, len(draws))
     scores = [answer.score for answer in answers]
     low, high = interval(scores, [answer.image for answer in answers], seed=first.seed)
     return dataclasses.replace(

@@ -162,6 +162,17 @@ def test_steps_beyond_the_room_are_the_same_program():
     assert programs.step._cache_size() == compiled
 
 
+def test_with_less_room_than_stays_the_last_slot_is_taken_anew():
+    pruner = ElasticCache(keep=3, tail=64, point=40)
+    start = programs.prefill(frozen("opt"), (pruner,), inputs("opt"), new_slots=3)
+    tail = start.cache.tail
+    assert (tail.held, tail.point) == (3, 2)
+    for _ in range(5):
+        tail = tail.opened()
+        assert int(tail.next_slot.max()) < 3
+        tail = tail.closed(tail.blocks)
+
+
 def test_drawn_answers_and_a_mesh_give_the_tokens_of_one_device():
     mesh = make_mesh("data=2,fsdp=2,tensor=2", kv_heads(model("opt")), jax.devices())
     pruner = ElasticCache(keep=3, tail=TAIL, point=POINT)

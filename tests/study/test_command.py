@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from catp_jax import api, cli_compared
 from catp_jax.generation.options import Options
+from catp_jax.pruning import METHODS, named
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Setting
 from tests.study.answerer import Tiny, examples
@@ -112,6 +114,26 @@ def test_all_that_fits_has_several_draws_of_random_and_the_bounds_of_a_task_that
     assert [methods.count(name) for name in ("l2", "random", "oracle", "anti")] == [2, 2, 0, 0]
     assert len([name for name in methods if name.startswith("random:seed=")]) == 2 * 4
     assert {*told} - {*plain} == {Setting(name, n) for name in ("oracle", "anti") for n in (2, 4)}
+
+
+def test_auto_meets_what_has_learned_its_budget_and_percentages_what_takes_no_count(
+    monkeypatch, capsys
+):
+    class ByBytes(METHODS["l2"]):
+        keeps_all = is_by_bytes = True
+
+    monkeypatch.setitem(METHODS, "l2", ByBytes)
+    monkeypatch.setattr(named, "named", lambda method, keep: ())
+    found = cli_compared.settings_of(["l2", "random"], ["auto", "50%"])
+    assert found == [Setting("l2", "auto"), Setting("l2", "50%"), Setting("random", "50%")]
+    with pytest.raises(typer.BadParameter, match="have learned their own"):
+        cli_compared.settings_of(["random"], ["auto", "50%"])
+    with pytest.raises(typer.BadParameter, match="have learned their own"):
+        cli_compared.settings_of(["l2", "random"], ["auto"])
+
+    fitting = cli_compared.all_that_fit(Tiny(), ["2"], examples(1))
+    assert "l2" not in {setting.method for setting in fitting}
+    assert "left out: l2" in capsys.readouterr().err
 
 
 def test_an_interrupted_study_says_that_it_resumes(tiny, monkeypatch):
