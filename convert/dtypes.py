@@ -44,18 +44,20 @@ def cast(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
 def one_dtype(
     folder: Path, family: Family, stored: Mapping[str, jax.ShapeDtypeStruct]
 ) -> np.dtype | None:
-    """The number type that parameters of several types are read as: what config.json says, else
-    what most bytes are of. Those that stay float32 anyway do not count. If all are of one type,
-    float32 if config.json says so, as transformers reads them; else None, as they are.
+    """The number type that parameters are read as: float32 if config.json says so, as transformers
+    reads them. Else None, as they are, if all are of one type, and of several the one that
+    config.json says, or that most bytes are of. Those that stay float32 anyway do not count.
     """
+    raw = read_json(folder)
+    if next((raw[key] for key in KEYS if raw.get(key) is not None), None) == "float32":
+        return parse_dtype("float32")
     nbytes: dict[str, int] = {}
     for name, struct in stored.items():
         if not name.startswith(family.float32):
             kind = struct.dtype.name
             nbytes[kind] = nbytes.get(kind, 0) + leaves.nbytes(struct)
-    raw = read_json(folder)
     if len(nbytes) < 2:
-        return parse_dtype("float32") if "float32" in map(raw.get, KEYS) else None
+        return None
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
     stated = [part[key] for part in parts for key in KEYS if part.get(key) is not None]
     if wrong := [one for one in stated if not isinstance(one, str)]:
