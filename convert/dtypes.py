@@ -35,9 +35,13 @@ def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
 
 def cast(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
     """`dtype`, or float32 for a parameter that is used in float32 only."""
-    is_wide = parameter.startswith(family.float32) or (
-        dtype == np.float16 and parameter.endswith(family.not_float16)
-    )
+    is_wide = parameter.startswith(family.float32)
+    return np.dtype(np.float32) if is_wide else with_room(family, parameter, dtype)
+
+
+def with_room(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
+    """`dtype`, or float32 for a parameter whose numbers get too large for float16."""
+    is_wide = dtype == np.float16 and parameter.endswith(family.not_float16)
     return np.dtype(np.float32) if is_wide else dtype
 
 
