@@ -35,27 +35,33 @@ def parse_dtype(dtype: DTypeLike | None) -> np.dtype | None:
 
 def cast(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
     """`dtype`, or float32 for a parameter that is used in float32 only."""
-    is_wide = parameter.startswith(family.float32) or (
-        dtype == np.float16 and parameter.endswith(family.not_float16)
-    )
+    is_wide = parameter.startswith(family.float32)
+    return np.dtype(np.float32) if is_wide else with_room(family, parameter, dtype)
+
+
+def with_room(family: Family, parameter: str, dtype: np.dtype) -> np.dtype:
+    """`dtype`, or float32 for a parameter whose numbers get too large for float16."""
+    is_wide = dtype == np.float16 and parameter.endswith(family.not_float16)
     return np.dtype(np.float32) if is_wide else dtype
 
 
 def one_dtype(
     folder: Path, family: Family, stored: Mapping[str, jax.ShapeDtypeStruct]
 ) -> np.dtype | None:
-    """The number type that parameters of several types are read as: what config.json says, else
-    what most bytes are of. Those that stay float32 anyway do not count. If all are of one type,
-    float32 if config.json says so, as transformers reads them; else None, as they are.
+    """The number type that parameters are read as: float32 if config.json says so, as transformers
+    reads them. Else None, as they are, if all are of one type, and of several the one that
+    config.json says, or that most bytes are of. Those that stay float32 anyway do not count.
     """
+    raw = read_json(folder)
+    if next((raw[key] for key in KEYS if raw.get(key) is not None), None) == "float32":
+        return parse_dtype("float32")
     nbytes: dict[str, int] = {}
     for name, struct in stored.items():
         if not name.startswith(family.float32):
             kind = struct.dtype.name
             nbytes[kind] = nbytes.get(kind, 0) + leaves.nbytes(struct)
-    raw = read_json(folder)
     if len(nbytes) < 2:
-        return parse_dtype("float32") if "float32" in map(raw.get, KEYS) else None
+        return None
     parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
     stated = [part[key] for part in parts for key in KEYS if part.get(key) is not None]
     if wrong := [one for one in stated if not isinstance(one, str)]:

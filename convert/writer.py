@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from catp_jax import leaves
-from convert.dtypes import parse_dtype
+from convert.dtypes import name_dtype, parse_dtype, with_room
 from convert.families import Model, family_of, parse_config
 from convert.folders import copy_side_files, new_folder
 from convert.manifest import MANIFEST, File
@@ -34,9 +35,10 @@ def write_hf(
     """Writes a model as the new Hugging Face folder `out`, which transformers loads.
 
     `side_files` is a folder whose tokenizer, processor and the like are copied along. `dtype` is
-    the number type that weights are stored in (None: their own); config.json then says that they
-    are read as their own, the widest if they have several. Raises ValueError if `config_json` does
-    not describe the model, or if `out` exists or cannot be written.
+    the number type that the weights of a float32 model are stored in (None: their own), but for
+    those that need float32's room, as T5's `wo` in float16; config.json then says that all are read
+    as float32. Raises ValueError if `config_json` does not describe the model, if the model is not
+    of float32 or a weight is too large for `dtype`, or if `out` exists or cannot be written.
     """
     family = family_of(model.config)
     config = parse_config(config_json)
@@ -48,19 +50,25 @@ def write_hf(
             "convert.config_json(model.config) makes one that fits"
         )
     arrays, stored = leaves.named(model), parse_dtype(dtype)
-    if stored is not None:
-        widest = max((array.dtype for array in arrays.values()), key=lambda one: one.itemsize)
-        config_json = config_json | {"dtype": widest.name}
     known = [*DTYPES.values()]
     if wrong := sorted({str(x.dtype) for x in arrays.values() if x.dtype not in known}):
         raise ValueError(
             f"the weights are of type {', '.join(wrong)}; "
             f"safetensors are written of {', '.join(dtype.name for dtype in known)}"
         )
+    own = sorted({array.dtype.name for array in arrays.values()})
+    if stored is not None and own != ["float32"]:
+        raise ValueError(
+            f"dtype is {stored.name}, which is for models of float32 weights, and this one's are "
+            f"{' and '.join(own)}; leave dtype out, or load the model with dtype='float32'"
+        )
     matches = dict(sorted(family.names(arrays, model.config).wanted.items()))
-    structs = {
-        name: jax.ShapeDtypeStruct(array.shape, stored or array.dtype)
+    dtypes = {
+        name: with_room(family, name, stored) if stored is not None else array.dtype
         for name, array in arrays.items()
+    }
+    structs = {
+        name: jax.ShapeDtypeStruct(array.shape, dtypes[name]) for name, array in arrays.items()
     }
     sizes = {name: leaves.nbytes(structs[one.target]) for name, one in matches.items()}
     files = {
@@ -72,7 +80,7 @@ def write_hf(
         for shard in shards:
             found = [matches[tensor.name] for tensor in shard.tensors]
             parameters = (
-                np.asarray(arrays[one.target]).astype(structs[one.target].dtype, copy=False)
+                stored_as(dtypes[one.target], np.asarray(arrays[one.target]), one.source)
                 for one in found
             )
             write_shard(
@@ -82,9 +90,24 @@ def write_hf(
             write_index(folder, shards)
         if side_files is not None:
             copy_side_files(Path(side_files), folder, besides=("config.json", INDEX, MANIFEST))
-        (folder / "config.json").write_text(
-            json.dumps(config_json, indent=2, sort_keys=True) + "\n"
+        said = config_json if stored is None else config_json | {"dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+        if stored is not None:
+            name_dtype(folder / "config.json", np.dtype(np.float32))
+
+
+def stored_as(dtype: np.dtype, array: np.ndarray, name: str) -> np.ndarray:
+    """The numbers of the tensor `name`, of another type. Raises ValueError if it has no room."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise ValueError(
+            f"{name} has values up to {np.abs(array).max():g}, and {dtype.name} holds finite ones "
+            f"up to {float(jnp.finfo(dtype).max):g}; leave dtype out, or choose one with room"
         )
+    return cast
 
 
 def plan(

@@ -304,3 +304,24 @@ def test_weights_in_16_bits_are_read_as_float32_where_config_says_so(
     assert notes() == []
     convert.to_hf(tmp_path / "out", tmp_path / "again")
     assert (tmp_path / "again" / SINGLE).read_bytes() == (folder / SINGLE).read_bytes()
+
+
+@pytest.mark.parametrize(("first", "read"), [("bfloat16", "bfloat16"), ("float32", "float32")])
+def test_of_two_number_types_in_config_the_newer_key_counts(tmp_path: Path, first: str, read: str):
+    folder = hf_folder(tmp_path / "hf", dtype=torch.bfloat16)
+    other = "float32" if first == "bfloat16" else "bfloat16"
+    edit_config(folder, "", dtype=first, torch_dtype=other)
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    assert {x.dtype for x in theirs.parameters()} == {getattr(torch, read)}
+    arrays = named(convert.load(folder)[0])
+    assert {array.dtype.name for array in arrays.values()} == {read}
+
+
+def test_a_t5_stored_in_float16_is_read_as_float32_without_a_note(tmp_path: Path, notes):
+    """Its second matrices are float32 in the folder, as transformers saves them."""
+    folder = hf_folder(tmp_path / "hf", dtype=torch.float16, name="t5")
+    wide = {name: x.float() for name, x in tensors_of(folder).items() if name.endswith("wo.weight")}
+    edit_tensors(folder, **wide)
+    edit_config(folder, "", dtype="float32")
+    assert {array.dtype.name for array in named(convert.load(folder)[0]).values()} == {"float32"}
+    assert notes() == []
