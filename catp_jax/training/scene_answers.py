@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 
 from catp_jax.contract import Keep
 from catp_jax.models.blip2 import Blip2
-from catp_jax.models.cache import Slots, causal_mask
+from catp_jax.models.cache import causal_mask
 from catp_jax.models.opt import Opt
 from catp_jax.models.querying import QueryingFront
+from catp_jax.struct import replace
 from catp_jax.training.blip2_data import Text
 from catp_jax.training.scene_bank import Asking, Rows, SceneBatch
 from catp_jax.training.scoring import is_answered
@@ -70,28 +71,30 @@ def _in_one_row(
     """All questions about an image stand behind its tokens, each of which is read once. A question
     sees them and itself, and its positions are as if it stood alone.
     """
-    visual, tokens, token_valid = batch.features, batch.rows.tokens, batch.rows.token_valid
-    valid = jnp.ones(visual.shape[:2], bool)
-    if keep is not None:
-        visual, valid = keep.apply(visual), keep.valid
+    tokens, token_valid = batch.rows.tokens, batch.rows.token_valid
     images, each, length = tokens.shape
-    text = language.embed(tokens.reshape(images, -1))
-    x = jnp.concatenate([model.language_projection(visual).astype(text.dtype), text], axis=1)
-
-    place = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    behind = place[:, -1, None, None] + jnp.cumsum(token_valid, axis=2, dtype=jnp.int32)
-    slots = Slots(
-        positions=jnp.maximum(jnp.concatenate([place, behind.reshape(images, -1)], axis=1) - 1, 0),
-        valid=jnp.concatenate([valid, token_valid.reshape(images, -1)], axis=1),
+    front = QueryingFront(
+        visual=batch.features,
+        tokens=tokens.reshape(images, -1),
+        token_valid=token_valid.reshape(images, -1),
+        begun=None,
+        view=None,
     )
+    x, slots, _ = model.sequence(front, keep)
+    num_visual = x.shape[1] - each * length
+
+    words = token_valid.sum(axis=2, dtype=jnp.int32)
+    before = jnp.repeat(jnp.cumsum(words, axis=1) - words, length, axis=1)  # in other questions
+    before = jnp.pad(before, ((0, 0), (num_visual, 0)))
+    slots = replace(slots, positions=jnp.maximum(slots.positions - before, 0))
     asked = jnp.repeat(jnp.arange(each, dtype=jnp.int32), length)
-    asked = jnp.concatenate([jnp.full(visual.shape[1], -1, jnp.int32), asked])
+    asked = jnp.concatenate([jnp.full(num_visual, -1, jnp.int32), asked])
     is_seen = (asked[:, None] == asked[None]) | (asked == -1)[None]
     mask = causal_mask(slots, slots) & is_seen[None]
     x = language.placed(x, slots.positions)
     for layer in language.layers_at(slots.positions):
         x, _, _ = layer(x, mask=mask)
-    return language.logits(x[:, visual.shape[1] :]).reshape(*tokens.shape, -1)
+    return language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
 
 
 def answered(model: Blip2) -> Callable[[SceneBatch], Array]:
