@@ -27,13 +27,13 @@ from catp_jax import api
 from catp_jax.pruning import NearestCentroid, Pool, Random, VisToGGrouping
 from catp_jax.study.records import UNPRUNED
 from catp_jax.study.results import RANDOM, interval
+from catp_jax.training.scene_answers import answered
 from catp_jax.training.scene_bank import Bank, judge
 from catp_jax.training.scene_questions import FAMILIES, Asked, questions_of, scenes_task
 from catp_jax.training.scenes import make_scene
 from catp_jax.training.vistog_grouping import (
     PEAK,
     TRAINED,
-    answered,
     make_bank,
     train_grouping,
     train_reading,

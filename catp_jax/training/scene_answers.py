@@ -1,5 +1,6 @@
 """How a BLIP-2 answers questions about scenes in training, from what its Q-Former makes of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Keep, Site, View, run_pruners
 from catp_jax.models.blip2 import Blip2
 from catp_jax.models.cache import causal_mask
 from catp_jax.models.opt import Opt
@@ -97,12 +98,35 @@ def _in_one_row(
     return language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
 
 
-def answered(model: Blip2) -> Callable[[SceneBatch], Array]:
-    """1 where greedy decoding would give exactly the answer."""
+def shown(features: Float[Array, "i n d"]) -> View:
+    """What a model shows of some images at its entry, evidence aside."""
+    images, tokens, _ = features.shape
+    numbers = jnp.arange(tokens, dtype=jnp.int32)
+    return View(
+        site=Site.ENTRY,
+        layer=0,
+        num_visual=tokens,
+        tokens=features,
+        numbers=jnp.broadcast_to(numbers, (images, tokens)),
+        valid=jnp.ones((images, tokens), bool),
+        sees=jnp.ones((images, 1, tokens), bool),
+    )
+
+
+def left_by(method: Any, view: View) -> Any:
+    """What a method for the entry that needs no evidence leaves of the tokens shown."""
+    return run_pruners((method,), view)[0].tokens
+
+
+def answered(model: Blip2, method: Any = None) -> Callable[[SceneBatch], Float[Array, "i q"]]:
+    """1 where greedy decoding would give exactly the answer, of what a method leaves, see
+    `left_by` (None: of all tokens).
+    """
     graph, state = nnx.split(model)
+    return lambda batch: _is_right(graph, state, method, batch)
 
-    @jax.jit
-    def is_right(state: Any, batch: SceneBatch) -> Array:
-        return is_answered(answer_logits(nnx.merge(graph, state), batch), batch.rows.targets)
 
-    return lambda batch: is_right(state, batch)
+@functools.partial(jax.jit, static_argnums=0)
+def _is_right(graph: nnx.GraphDef, state: Any, method: Any, batch: SceneBatch) -> Array:
+    keep = None if method is None else left_by(method, shown(batch.features))
+    return is_answered(answer_logits(nnx.merge(graph, state), batch, keep), batch.rows.targets)
