@@ -88,7 +88,7 @@ def test_it_trains_each_kind_once_a_seed_and_tells_all_apart(
 def test_images_are_drawn_with_all_their_questions():
     """Three images, in all of one a question is right: intervals of whole images."""
     judges = vistog.Judges.__new__(vistog.Judges)
-    judges.images = [0, 0, 1, 1, 2, 2]
+    judges.images = np.array([0, 0, 1, 1, 2, 2])
     judges.families = np.array(["count", "attribute"] * 3)
     scores = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     mean, low, high = judges.estimate(scores)
