@@ -29,7 +29,14 @@ from catp_jax.pruning import BOUNDS, methods_for
 from catp_jax.study.half_pixels import halved
 from catp_jax.study.journal import Journal
 from catp_jax.study.records import Answer, Conditions, Setting
-from catp_jax.study.results import RANDOM, difference, families, interval, mean_over, needed_kept
+from catp_jax.study.results import (
+    RANDOM,
+    difference,
+    families,
+    mean_and_interval,
+    mean_over,
+    needed_kept,
+)
 from catp_jax.study.sweep import sweep
 from catp_jax.study.tasks import Example, Task
 from catp_jax.training.scene_questions import COUNTS, scenes_task
@@ -85,8 +92,7 @@ def guessed(task: Task) -> dict[str, float]:
 
 def accuracy(answers: Answers) -> tuple[float, float, float]:
     """With its interval."""
-    scores = [one.score for one in answers]
-    return (float(np.mean(scores)), *interval(scores, [one.image for one in answers]))
+    return mean_and_interval([one.score for one in answers], [one.image for one in answers])
 
 
 def figures(answers: Answers, **others: Answers) -> dict[str, tuple[float, float, float]]:

@@ -156,14 +156,30 @@ def vistog() -> str:
 
 
 def vistog_told() -> str:
-    """How the groups were trained."""
+    """Where the projector adds nothing, and how the groups were trained."""
     found = read("vistog")
     own, scenes = found["settings"], found["task"]["scenes"]
     words = f"--keeps {' '.join(map(str, own['keeps']))} --seeds {own['seeds']}"
-    return (
+    return "".join(no_better(found["rows"], keep) for keep in own["keeps"]) + (
         f"Trainings of each kind: {own['seeds']}; intervals are over images, not over trainings. "
         f"The rate at which the model was trained, {own['model_peak']}, was the best of "
-        f"{len(own['validation by rate'])} on validation scenes. From `python -m benchmarks.vistog "
+        f"{len(own['validation by rate'])} on validation scenes, for `vistog_grouping` with the "
+        f"language model and {min(own['keeps'])} tokens; none was chosen for `nearest_centroid`, "
+        f"whose model was trained at the same. From `python -m benchmarks.vistog "
         f"--work DIR {words} --steps {own['steps']} --batch {own['batch']} --train-scenes "
         f"{own['train_scenes']} --scenes {scenes}`; longer training was not tried."
+    )
+
+
+def no_better(rows: dict[str, Row], keep: int) -> str:
+    """That to train the projector, too, makes no more answers right; nothing where it does."""
+    alone, along = (
+        rows[f"vistog_grouping, {trained}, {keep}"]["accuracy"]
+        for trained in ("grouping", "projector")
+    )
+    if along[0] > alone[0]:
+        return ""
+    return (
+        f"With {keep} tokens the projector's row is not above the grouping alone: "
+        f"{plus_minus(along)} % against {plus_minus(alone)} %. "
     )

@@ -6,11 +6,11 @@ answer is right where greedy decoding would give exactly it.
 
     taskset -c 1 python -m benchmarks.vistog --work runs/vistog
 
-The rate at which the model is trained is the best of two on validation scenes, for the language
-model and the fewest groups; test scenes are looked at once, after all training. Baselines learn
-nothing (nearest_centroid, pool, the mean of five random). One more, nearest_centroid with the
-language model trained to read its means, says what of the gain is the grouping's. With the same
---work an interrupted run goes on. Prints a table; the last line is one JSON object.
+The rate at which the model is trained is the best of two on validation scenes, for VisToG with the
+language model and the fewest groups; test scenes are looked at once, after all training. Baselines
+learn nothing (nearest_centroid, pool, the mean of five random). One more, nearest_centroid with the
+language model trained to read its means, at VisToG's rate, says what of the gain is the grouping's.
+With the same --work an interrupted run goes on. Prints a table; the last line is one JSON object.
 """
 
 import argparse
@@ -23,17 +23,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import print_record
+from benchmarks.testbed import plus_minus
 from catp_jax import api
 from catp_jax.pruning import NearestCentroid, Pool, Random, VisToGGrouping
 from catp_jax.study.records import UNPRUNED
-from catp_jax.study.results import RANDOM, interval
+from catp_jax.study.results import RANDOM, mean_and_interval
+from catp_jax.training.scene_answers import answered
 from catp_jax.training.scene_bank import Bank, judge
 from catp_jax.training.scene_questions import FAMILIES, Asked, questions_of, scenes_task
 from catp_jax.training.scenes import make_scene
 from catp_jax.training.vistog_grouping import (
     PEAK,
     TRAINED,
-    answered,
     make_bank,
     train_grouping,
     train_reading,
@@ -56,7 +57,7 @@ class Judges:
         found = questions_of(split, scenes, each=EACH)
         self.asked: list[list[Asked]] = [asked for _, asked in found]
         self.bank = make_bank(model, tokenizer, [scene for scene, _ in found])
-        self.images = [image for image, asked in enumerate(self.asked) for _ in asked]
+        self.images = np.repeat(np.arange(len(self.asked)), [*map(len, self.asked)])
         self.families = np.array([one.family for asked in self.asked for one in asked])
 
     def scores(self, model: Any, method: Any) -> np.ndarray:
@@ -65,10 +66,8 @@ class Judges:
 
     def estimate(self, scores: np.ndarray, family: str | None = None) -> Gain:
         """The mean of one family (None: of all), with its interval."""
-        of = np.full(len(scores), True) if family is None else self.families == family
-        some = scores[of]
-        images = [image for image, chosen in zip(self.images, of, strict=True) if chosen]
-        return (float(some.mean()), *interval([*map(float, some)], images))
+        of = slice(None) if family is None else self.families == family
+        return mean_and_interval(scores[of], self.images[of])
 
 
 def trainings(
@@ -97,7 +96,7 @@ def made(keep: int, grouping: Any) -> VisToGGrouping:
 def chosen_rate(
     model: Any, bank: Bank, judges: Judges, options: argparse.Namespace
 ) -> tuple[float, dict[str, float]]:
-    """The best rate on validation scenes, and the share of right answers by rate."""
+    """VisToG's best rate on validation scenes, and the share of right answers by rate."""
     keep, shares = min(options.keeps), {}
     for rate in options.rates:
         work = options.work / f"{WHOLE}-{keep}-0-{rate}"
@@ -126,11 +125,6 @@ def figures(judges: Judges, scores: np.ndarray, others: dict[str, np.ndarray]) -
     return found
 
 
-def percent(gain: Gain) -> str:
-    mean, low, high = gain
-    return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
-
-
 def show(console: Console, rows: dict[str, dict[str, Any]]) -> None:
     """Right answers by family."""
     table = Table(title="right answers, %")
@@ -138,7 +132,7 @@ def show(console: Console, rows: dict[str, dict[str, Any]]) -> None:
     for column in ("", *columns):
         table.add_column(column.removeprefix("accuracy, "), justify="right" if column else "left")
     for name, row in rows.items():
-        table.add_row(name, *(percent(row[column]) for column in columns))
+        table.add_row(name, *(plus_minus(row[column]) for column in columns))
     console.print(table)
 
 

@@ -304,14 +304,16 @@ def _grouping(
     import numpy as np
 
     from catp_jax.pruning import NearestCentroid, Pool, VisToGGrouping
+    from catp_jax.training.scene_answers import answered
+    from catp_jax.training.scene_bank import evaluate
     from catp_jax.training.scene_questions import questions_of
     from catp_jax.training.scenes import make_scene
-    from catp_jax.training.vistog_grouping import compare, make_bank, split, train_grouping
+    from catp_jax.training.vistog_grouping import check_trainable, make_bank, train_grouping
 
     network, tokenizer = model.network.thaw(), model.reader.tokenizer
     scenes = [make_scene("train", number) for number in range(settings["samples"])]
     bank, number = make_bank(network, tokenizer, scenes), settings["groups"]
-    split(network, settings["train"])  # which refuses what cannot be trained
+    check_trainable(network, settings["train"])
     _check_work(work, settings | {"model": model.checksum})
     grouping, own = train_grouping(
         network,
@@ -325,11 +327,13 @@ def _grouping(
     held = questions_of("validation", max(settings["samples"] // HELD_OUT, 1), each=2)
     bank = make_bank(network, tokenizer, [scene for scene, _ in held])
     asked = [asked for _, asked in held]
-    method = VisToGGrouping(keep=number, grouping=grouping)
-    others = {"nearest_centroid": NearestCentroid(keep=number), "pool": Pool(keep=number)}
-    figures = compare(network, bank, asked, {"unpruned": None})
-    figures |= compare(own, bank, asked, {"vistog_grouping": method})
-    figures |= compare(network, bank, asked, others)
+    compared = {
+        "unpruned": (network, None),
+        "vistog_grouping": (own, VisToGGrouping(keep=number, grouping=grouping)),
+        "nearest_centroid": (network, NearestCentroid(keep=number)),
+        "pool": (network, Pool(keep=number)),
+    }
+    figures = {name: evaluate(answered(*one), bank, asked) for name, one in compared.items()}
     arrays = {name: np.asarray(array) for name, array in vars(grouping).items()}
     told = {
         f"right answers with {name}": {kind: x for kind, x in found.items() if "," not in kind}

@@ -92,7 +92,7 @@ def test_opt_answers_as_one_that_reads_means():
     def logits(model: Any, inputs: Any, matrix: jax.Array) -> jax.Array:
         front = model.front(inputs)
         means = jnp.einsum("kn,bnd->bkd", matrix, front.visual)
-        x, slots, _ = model._sequence(replace(front, visual=means), None)
+        x, slots, _ = model.sequence(replace(front, visual=means), None)
         return model.language_model(x, slots)
 
     matrix = np.zeros((QUERIES_KEPT, QUERIES), np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import vistog
+from benchmarks import told_methods, vistog
 from catp_jax.pruning.vistog_grouping import Grouping
 from catp_jax.training.blip2_start import QUERIES, initialise
 from catp_jax.training.mini_blip2 import write
@@ -88,7 +88,7 @@ def test_it_trains_each_kind_once_a_seed_and_tells_all_apart(
 def test_images_are_drawn_with_all_their_questions():
     """Three images, in all of one a question is right: intervals of whole images."""
     judges = vistog.Judges.__new__(vistog.Judges)
-    judges.images = [0, 0, 1, 1, 2, 2]
+    judges.images = np.array([0, 0, 1, 1, 2, 2])
     judges.families = np.array(["count", "attribute"] * 3)
     scores = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     mean, low, high = judges.estimate(scores)
@@ -98,3 +98,14 @@ def test_images_are_drawn_with_all_their_questions():
     assert apart["against m, count"] == (0, 0, 0)
     assert apart["against m, attribute"][0] == pytest.approx(2 / 3)
     assert apart["against m"][0] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("along", "is_told"), [(0.5, True), (0.6, True), (0.61, False)])
+def test_a_projector_that_adds_nothing_is_told(along: float, is_told: bool):
+    rows = {
+        "vistog_grouping, grouping, 8": {"accuracy": (0.6, 0.55, 0.65)},
+        "vistog_grouping, projector, 8": {"accuracy": (along, along - 0.02, along + 0.02)},
+    }
+    said = told_methods.no_better(rows, 8)
+    assert bool(said) == is_told
+    assert not is_told or f"{100 * along:.0f} ± 2 % against 60 ± 5 %" in said

@@ -148,7 +148,7 @@ class QueryingModel(nnx.Module):
         """The language model on the kept queries and the text: logits of each prompt's next token,
         and a cache with `room` for new tokens. `select` may prune further inside it.
         """
-        x, slots, numbers = self._sequence(front, select(front.view).tokens)
+        x, slots, numbers = self.sequence(front, select(front.view).tokens)
         num_visual = x.shape[1] - front.tokens.shape[1]
         begun = {} if front.begun is None else {"begun": front.begun}  # with a T5
         return self.language_model.prefill(x, slots, numbers, num_visual, select, room, **begun)
@@ -179,14 +179,14 @@ class QueryingModel(nnx.Module):
         decoder_tokens: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b rows vocab"]:
         """The same from the state of a prefill."""
-        x, slots, _ = self._sequence(front, keep)
+        x, slots, _ = self.sequence(front, keep)
         if not isinstance(self.language_model, T5):
             return self.language_model(x, slots)
         if decoder_tokens is None:
             raise ValueError("a model with T5 wants decoder_tokens, the start token first")
         return self.language_model(x, slots, decoder_tokens)
 
-    def _sequence(
+    def sequence(
         self, front: QueryingFront, keep: Keep | None
     ) -> tuple[Float[Array, "b n d"], Slots, Int[Array, "b n"]]:
         """What the language model reads: embedded queries and text, their slots, their numbers."""

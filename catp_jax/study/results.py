@@ -64,8 +64,19 @@ def result_of(
     )
 
 
+def mean_and_interval(
+    scores: Sequence[float] | np.ndarray, groups: Sequence[int] | np.ndarray, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean score, and its `interval`."""
+    return (float(np.mean(scores, dtype=np.float64)), *interval(scores, groups, seed=seed))
+
+
 def interval(
-    scores: Sequence[float], groups: Sequence[int], *, seed: int = 0, draws: int = DRAWS
+    scores: Sequence[float] | np.ndarray,
+    groups: Sequence[int] | np.ndarray,
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> tuple[float, float]:
     """A bootstrap 95 % interval of the mean score (percentiles).
 
@@ -79,7 +90,7 @@ def interval(
 
 
 def intervals(
-    columns: np.ndarray, groups: Sequence[int], *, seed: int = 0, draws: int = DRAWS
+    columns: np.ndarray, groups: Sequence[int] | np.ndarray, *, seed: int = 0, draws: int = DRAWS
 ) -> tuple[np.ndarray, np.ndarray]:
     """`interval` of each column of scores [questions, columns], of the same drawn images. Scores
     that are not a number count in no mean; each column has some that are.
@@ -120,8 +131,7 @@ def difference(
     of their scores, and its bootstrap 95 % interval over images.
     """
     gains = [own.score - other.score for own, other in zip(answers, others, strict=True)]
-    low, high = interval(gains, [answer.image for answer in answers], seed=seed)
-    return float(np.mean(gains)), low, high
+    return mean_and_interval(gains, [answer.image for answer in answers], seed=seed)
 
 
 def mean_over(draws: Sequence[Sequence[Answer]]) -> tuple[Answer, ...]:

@@ -10,7 +10,7 @@ in the same bits as uninterrupted.
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from rich.progress import (
 Params = Any
 """A tree of arrays, such as a model's `nnx.State`."""
 Figures = dict[str, Float[Array, ""]]
+
+DECAY = 0.02  # of weights, in `adamw_stage`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,19 @@ def adamw_stage(
     loss: Callable[[Any, Any, Any, Array], tuple[Float[Array, ""], Figures]],
     batches: Callable[[int], Any],
     *,
-    peak: float,
+    peak: float | Mapping[str, float],
     seed: int,
 ) -> Stage:
-    """A stage as all models here are trained: by `warmup_cosine_adamw`, up to the rate `peak`."""
-    optimizer = warmup_cosine_adamw(peak, steps, weight_decay=0.02)
+    """A stage as all models here are trained: by `warmup_cosine_adamw`, up to the rate `peak`, or
+    each of the named parts of the parameters up to a rate of its own.
+    """
+    if isinstance(peak, Mapping):
+        optimizer = optax.partition(
+            {name: warmup_cosine_adamw(rate, steps, DECAY) for name, rate in peak.items()},
+            {name: name for name in peak},
+        )
+    else:
+        optimizer = warmup_cosine_adamw(peak, steps, DECAY)
     return Stage(name, steps, loss, batches, optimizer, seed, every=20, save_every=100)
 
 

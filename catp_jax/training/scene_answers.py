@@ -1,5 +1,6 @@
 """How a BLIP-2 answers questions about scenes in training, from what its Q-Former makes of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from catp_jax.contract import Keep
+from catp_jax.contract import Keep, Site, View, run_pruners
 from catp_jax.models.blip2 import Blip2
-from catp_jax.models.cache import Slots, causal_mask
+from catp_jax.models.cache import causal_mask
 from catp_jax.models.opt import Opt
 from catp_jax.models.querying import QueryingFront
+from catp_jax.struct import replace
 from catp_jax.training.blip2_data import Text
 from catp_jax.training.scene_bank import Asking, Rows, SceneBatch
 from catp_jax.training.scoring import is_answered
@@ -70,36 +72,61 @@ def _in_one_row(
     """All questions about an image stand behind its tokens, each of which is read once. A question
     sees them and itself, and its positions are as if it stood alone.
     """
-    visual, tokens, token_valid = batch.features, batch.rows.tokens, batch.rows.token_valid
-    valid = jnp.ones(visual.shape[:2], bool)
-    if keep is not None:
-        visual, valid = keep.apply(visual), keep.valid
+    tokens, token_valid = batch.rows.tokens, batch.rows.token_valid
     images, each, length = tokens.shape
-    text = language.embed(tokens.reshape(images, -1))
-    x = jnp.concatenate([model.language_projection(visual).astype(text.dtype), text], axis=1)
-
-    place = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-    behind = place[:, -1, None, None] + jnp.cumsum(token_valid, axis=2, dtype=jnp.int32)
-    slots = Slots(
-        positions=jnp.maximum(jnp.concatenate([place, behind.reshape(images, -1)], axis=1) - 1, 0),
-        valid=jnp.concatenate([valid, token_valid.reshape(images, -1)], axis=1),
+    front = QueryingFront(
+        visual=batch.features,
+        tokens=tokens.reshape(images, -1),
+        token_valid=token_valid.reshape(images, -1),
+        begun=None,
+        view=None,
     )
+    x, slots, _ = model.sequence(front, keep)
+    num_visual = x.shape[1] - each * length
+
+    words = token_valid.sum(axis=2, dtype=jnp.int32)
+    before = jnp.repeat(jnp.cumsum(words, axis=1) - words, length, axis=1)  # in other questions
+    before = jnp.pad(before, ((0, 0), (num_visual, 0)))
+    slots = replace(slots, positions=jnp.maximum(slots.positions - before, 0))
     asked = jnp.repeat(jnp.arange(each, dtype=jnp.int32), length)
-    asked = jnp.concatenate([jnp.full(visual.shape[1], -1, jnp.int32), asked])
+    asked = jnp.concatenate([jnp.full(num_visual, -1, jnp.int32), asked])
     is_seen = (asked[:, None] == asked[None]) | (asked == -1)[None]
     mask = causal_mask(slots, slots) & is_seen[None]
     x = language.placed(x, slots.positions)
     for layer in language.layers_at(slots.positions):
         x, _, _ = layer(x, mask=mask)
-    return language.logits(x[:, visual.shape[1] :]).reshape(*tokens.shape, -1)
+    return language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
 
 
-def answered(model: Blip2) -> Callable[[SceneBatch], Array]:
-    """1 where greedy decoding would give exactly the answer."""
+def shown(features: Float[Array, "i n d"]) -> View:
+    """What a model shows of some images at its entry, evidence aside."""
+    images, tokens, _ = features.shape
+    numbers = jnp.arange(tokens, dtype=jnp.int32)
+    return View(
+        site=Site.ENTRY,
+        layer=0,
+        num_visual=tokens,
+        tokens=features,
+        numbers=jnp.broadcast_to(numbers, (images, tokens)),
+        valid=jnp.ones((images, tokens), bool),
+        sees=jnp.ones((images, 1, tokens), bool),
+    )
+
+
+def left_by(method: Any, view: View) -> Any:
+    """What a method for the entry that needs no evidence leaves of the tokens shown."""
+    return run_pruners((method,), view)[0].tokens
+
+
+def answered(model: Blip2, method: Any = None) -> Callable[[SceneBatch], Float[Array, "i q"]]:
+    """1 where greedy decoding would give exactly the answer, of what a method leaves, see
+    `left_by` (None: of all tokens).
+    """
     graph, state = nnx.split(model)
+    return lambda batch: _is_right(graph, state, method, batch)
 
-    @jax.jit
-    def is_right(state: Any, batch: SceneBatch) -> Array:
-        return is_answered(answer_logits(nnx.merge(graph, state), batch), batch.rows.targets)
 
-    return lambda batch: is_right(state, batch)
+@functools.partial(jax.jit, static_argnums=0)
+def _is_right(graph: nnx.GraphDef, state: Any, method: Any, batch: SceneBatch) -> Array:
+    keep = None if method is None else left_by(method, shown(batch.features))
+    return is_answered(answer_logits(nnx.merge(graph, state), batch, keep), batch.rows.targets)

@@ -28,6 +28,7 @@ def answer_loss(
 ) -> tuple[Float[Array, ""], Figures]:
     """The answers' tokens and the ends after them."""
     is_said = (targets >= 0).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     total = (losses * is_said).sum() / is_said.sum()
     return total, {"loss": total, "accuracy": is_answered(logits, targets).mean()}

@@ -2,43 +2,39 @@
 
     what the model makes of scenes → groups → the model answers → loss → what is trained
 
-That is the grouping; with it the projection in front of the language model, as in the paper's
-first stage; or the language model, too, as in its second. What reads the image stays as it is. A
-model that was trained along is another model, and the grouping fits that one alone. Groups are
-trained as a prefill makes them, noise aside: empty ones are not read, and words close up behind the
-others.
+That is the grouping; with it the projection in front of the language model; or the language model,
+too. The paper has two stages, the projection's and the language model's. Our reading is one, which
+trains all parts at once from the model given. What reads the image stays as it is. A model that was
+trained along is another model, and the grouping fits that one alone. Groups are trained as a
+prefill makes them, noise aside: empty ones are not read, and words close up behind the others.
 """
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
 import convert
-from catp_jax.contract import Site, View, run_pruners
+from catp_jax.contract import View
 from catp_jax.models.blip2 import Blip2
 from catp_jax.pruning.vistog_grouping import Grouping, VisToGGrouping
-from catp_jax.training.loop import Figures, Stage, train, warmup_cosine_adamw
+from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text
-from catp_jax.training.scene_answers import answer_logits, rows_of
-from catp_jax.training.scene_bank import SCENES, Bank, SceneBatch, evaluate
-from catp_jax.training.scene_questions import Asked
+from catp_jax.training.scene_answers import answer_logits, left_by, rows_of, shown
+from catp_jax.training.scene_bank import SCENES, Bank, SceneBatch
 from catp_jax.training.scenes import Scene
 from catp_jax.training.scenes_blip2 import pixels_of
-from catp_jax.training.scoring import answer_loss, check_options, is_answered
+from catp_jax.training.scoring import answer_loss, check_options
 from convert.dtypes import name_dtype
 
 PEAK = 2e-3  # the highest rate of learning, of the grouping …
 MODEL_PEAK = 3e-4  # … and of what is trained of the model
-DECAY = 0.02  # of weights
 STEPS = 1000
 TRAINED = {
     "grouping": (),
@@ -87,7 +83,7 @@ def train_grouping(
 
     `work` is a folder for checkpoints and the log; with the same options a run that was cut off
     goes on from there (`stop_at` cuts it off itself). Raises ValueError if it holds another run,
-    and as `split` does.
+    and as `check_trainable` does.
     """
     if groups < 1:
         raise ValueError(f"a grouping wants at least 1 group, got {groups}")
@@ -135,20 +131,26 @@ def train_reading(
 def split(model: Blip2, trained: str) -> tuple[nnx.GraphDef, Any, Any]:
     """The model's structure, the arrays that are trained, and the others.
 
-    Raises ValueError for a name that is not in `TRAINED`, and for a model to be trained whose
+    Raises ValueError as `check_trainable` does.
+    """
+    check_trainable(model, trained)
+    is_trained = nnx.Any(*map(nnx.PathContains, TRAINED[trained]))
+    graph, params, frozen = nnx.split(model, is_trained, ...)
+    return graph, params, frozen
+
+
+def check_trainable(model: Blip2, trained: str) -> None:
+    """Raises ValueError for a name that is not in `TRAINED`, and for a model to be trained whose
     weights are not all of float32: small steps get lost in less.
     """
     if trained not in TRAINED:
         raise ValueError(f"what is trained is one of {', '.join(TRAINED)}; got {trained}")
-    parts = TRAINED[trained]
     types = sorted({str(array.dtype) for array in jax.tree.leaves(nnx.state(model))})
-    if parts and types != ["float32"]:
+    if TRAINED[trained] and types != ["float32"]:
         raise ValueError(
             f"training the {trained.replace('_', ' ')} wants all weights in float32, and they are "
             f"in {', '.join(types)}; load the model with dtype float32"
         )
-    graph, params, frozen = nnx.split(model, nnx.Any(*map(nnx.PathContains, parts)), ...)
-    return graph, params, frozen
 
 
 def _train(stage: Stage, start: Any, frozen: Any, work: Path, stop_at: int | None) -> Any:
@@ -194,12 +196,8 @@ def reading_stage(
     def batches(step: int) -> SceneBatch:
         return bank.draw(step, steps, seed, scenes=scenes)
 
-    rates = dict(zip(("learned", "model"), peaks, strict=True))
-    optimizer = optax.partition(
-        {name: warmup_cosine_adamw(rate, steps, DECAY) for name, rate in rates.items()},
-        {name: name for name in rates},
-    )
-    return Stage("grouping", steps, loss, batches, optimizer, seed, every=20, save_every=100)
+    peak = {"learned": peaks[0], "model": peaks[1]}
+    return adamw_stage("grouping", steps, loss, batches, peak=peak, seed=seed)
 
 
 def write_trained(model: Blip2, source: Path, out: Path) -> None:
@@ -212,46 +210,3 @@ def write_trained(model: Blip2, source: Path, out: Path) -> None:
     name_dtype(out / "config.json", np.dtype(np.float32))
     for name in OF_ITS_OWN:
         (out / name).unlink(missing_ok=True)
-
-
-def shown(features: Float[Array, "i n d"]) -> View:
-    """What a model shows of some images at its entry, evidence aside."""
-    images, tokens, _ = features.shape
-    numbers = jnp.arange(tokens, dtype=jnp.int32)
-    return View(
-        site=Site.ENTRY,
-        layer=0,
-        num_visual=tokens,
-        tokens=features,
-        numbers=jnp.broadcast_to(numbers, (images, tokens)),
-        valid=jnp.ones((images, tokens), bool),
-        sees=jnp.ones((images, 1, tokens), bool),
-    )
-
-
-def left_by(method: Any, view: View) -> Any:
-    """What a method for the entry that needs no evidence leaves of the tokens shown."""
-    return run_pruners((method,), view)[0].tokens
-
-
-def answered(model: Blip2, method: Any) -> Callable[[SceneBatch], Float[Array, "i q"]]:
-    """1 where greedy decoding would give exactly the answer, of what a method leaves, see
-    `left_by` (None: of all tokens).
-    """
-    graph, state = nnx.split(model)
-    return lambda batch: _is_right(graph, state, method, batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _is_right(graph: nnx.GraphDef, state: Any, method: Any, batch: SceneBatch) -> Array:
-    keep = None if method is None else left_by(method, shown(batch.features))
-    return is_answered(answer_logits(nnx.merge(graph, state), batch, keep), batch.rows.targets)
-
-
-def compare(
-    model: Blip2, bank: Bank, asked: list[list[Asked]], methods: Mapping[str, Any]
-) -> dict[str, dict[str, float]]:
-    """The share of right answers by family, of each method (see `answered`), on questions about the
-    bank's scenes; let those be others than the grouping was trained on.
-    """
-    return {name: evaluate(answered(model, m), bank, asked) for name, m in methods.items()}

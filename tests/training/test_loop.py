@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from catp_jax.training.loop import Stage, train, warmup_cosine_adamw
+from catp_jax.training.loop import Stage, adamw_stage, train, warmup_cosine_adamw
 
 
 def batches(step: int) -> dict[str, jax.Array]:
@@ -110,3 +110,14 @@ def test_it_learns_and_leaves_the_callers_arrays_alone(params, tmp_path):
     assert equal(params, kept)
     assert not equal(trained, kept)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 9]
+
+
+def test_each_part_of_the_parameters_has_a_rate_of_its_own(params, tmp_path):
+    """At the rate 0 nothing moves."""
+    for still, other in (("w", "deep"), ("deep", "w")):
+        rates = {still: 0.0, other: 0.05}
+        stage = adamw_stage("toy", 3, loss, batches, peak=rates, seed=0)
+        log = tmp_path / "log.jsonl"
+        found = train(stage, params, tmp_path / still, log, frozen=jnp.zeros((1, 1)))
+        assert equal(found[still], params[still])
+        assert not equal(found[other], params[other])

@@ -12,6 +12,8 @@ from flax import nnx
 
 import catp_jax
 import convert
+from catp_jax.contract import Keep, Replace
+from catp_jax.models.querying import QueryingFront
 from catp_jax.training import scene_answers as answers
 from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
@@ -175,6 +177,43 @@ def test_training_reads_kept_states_as_the_model_reads_images(which, scenes):
     np.testing.assert_allclose(
         mine.reshape(-1, *mine.shape[2:])[:, :rows], whole[:, :rows], atol=2e-5, rtol=1e-4
     )
+
+
+def reduction(name, features):
+    """Of 32 queries; of the images one has no empty entry, one has two, one nothing else."""
+    if name == "all":
+        return None
+    valid = jnp.asarray([[True] * 5, [True, False, True, False, True], [False] * 5])
+    indices = jnp.asarray([[0, 3, 7, 20, 31], [2, 2, 9, 9, 30], [0, 0, 0, 0, 0]], jnp.int32)
+    if name == "keep":
+        return Keep(indices=indices, valid=valid)
+    tokens = jax.random.normal(jax.random.key(3), (3, 5, features.shape[2]))
+    groups = jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32) % 5, (3, 32))
+    return Replace(indices=indices, valid=valid, groups=groups, tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["all", "keep", "replace"])
+def test_questions_in_one_row_are_answered_as_each_alone(name, dtype, scenes):
+    """Of an OPT: empty entries are not seen, and what is behind closes up, question by question."""
+    graph, state = nnx.split(initialise(toy_config("opt"), 0))
+    model = nnx.merge(graph, jax.tree.map(lambda array: array.astype(dtype), state))
+    rows = answers.rows_of(recipe.make_text(recipe.make_tokenizer("opt", scenes), model.config))(
+        [[[("what digit is red?", "7")], [("is there a red circle?", "no")]]] * 3, 2
+    )
+    features = jax.random.normal(jax.random.key(2), (3, 32, model.config.qformer.hidden_size))
+    keep = reduction(name, features)
+    found = answers.answer_logits(model, answers.SceneBatch(features=features, rows=rows), keep)
+    tolerance = {"atol": 2e-5, "rtol": 1e-4} if dtype == jnp.float32 else {"atol": 0.05}
+    for number in range(2):
+        tokens, valid = rows.tokens[:, number], rows.token_valid[:, number]
+        front = QueryingFront(
+            visual=features, tokens=tokens, token_valid=valid, begun=None, view=None
+        )
+        alone = np.asarray(model.rows(front, keep)[:, -tokens.shape[1] :], np.float32)
+        mine = np.asarray(found[:, number], np.float32)
+        is_read = np.asarray(valid)
+        np.testing.assert_allclose(mine[is_read], alone[is_read], **tolerance)
 
 
 def test_a_decoder_is_told_a_lists_words_and_says_its_answers(scenes):

@@ -17,7 +17,8 @@ from catp_jax.pruning.nearest_centroid import NearestCentroid
 from catp_jax.pruning.vistog_grouping import VisToGGrouping
 from catp_jax.training import vistog_grouping as training
 from catp_jax.training.blip2_start import initialise
-from catp_jax.training.scene_bank import Bank
+from catp_jax.training.scene_answers import answer_logits, answered, shown
+from catp_jax.training.scene_bank import Bank, evaluate
 from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scenes import make_scene
 from catp_jax.training.scenes_blip2 import know_places, make_tokenizer, pixels_of
@@ -127,8 +128,8 @@ def test_what_is_trained_is_what_a_prefill_reads(model: Any, bank: Bank, trained
     method = VisToGGrouping(keep=GROUPS, grouping=trained[0], site=Site.ENTRY)
     asked = [[[("what digit is red?", "7")]], [[("is there a red circle?", "no")]]]
     batch = bank.batch(np.arange(2), asked)
-    keep = method.grouped(training.shown(batch.features))
-    mine = training.answer_logits(model, batch, keep)
+    keep = method.grouped(shown(batch.features))
+    mine = answer_logits(model, batch, keep)
     tokens, valid = batch.rows.tokens[:, 0], batch.rows.token_valid[:, 0]
     inputs = Blip2Inputs(
         pixels=jnp.asarray(pixels_of(bank.scenes[:2])),
@@ -142,6 +143,18 @@ def test_what_is_trained_is_what_a_prefill_reads(model: Any, bank: Bank, trained
     np.testing.assert_array_equal(start.selection.kept.valid, keep.valid)
 
 
+def test_a_grouping_is_trained_and_judged_with_a_model_in_bfloat16(
+    model: Any, bank: Bank, tmp_path: Any
+):
+    graph, state = nnx.split(model)
+    half = nnx.merge(graph, jax.tree.map(lambda array: array.astype(jnp.bfloat16), state))
+    grouping = train(half, bank, tmp_path, steps=1, scenes=2)
+    assert all(array.dtype == jnp.float32 for array in jax.tree.leaves(grouping))
+    batch = bank.batch(np.arange(1), [[[("what digit is red?", "7")]]])
+    method = VisToGGrouping(keep=GROUPS, grouping=grouping, site=Site.ENTRY)
+    assert answered(half, method)(batch).shape == (1, 1)
+
+
 def test_methods_are_compared_by_family(model: Any, tokenizer: Any, trained: Any):
     test = questions_of("test", 3)
     bank = training.make_bank(model, tokenizer, [scene for scene, _ in test])
@@ -152,8 +165,8 @@ def test_methods_are_compared_by_family(model: Any, tokenizer: Any, trained: Any
         "whole pool": Pool(keep=32, site=Site.ENTRY),
         "none": None,
     }
-    found = training.compare(model, bank, [asked for _, asked in test], methods)
-    assert list(found) == list(methods)
+    asked = [asked for _, asked in test]
+    found = {name: evaluate(answered(model, one), bank, asked) for name, one in methods.items()}
     for figures in found.values():
         assert set(figures) >= {"attribute", "existence", "count", "relation", "reading"}
         assert all(0 <= share <= 1 for share in figures.values())
