@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import print_record
-from benchmarks.testbed import plus_minus
+from benchmarks.tables import plus_minus
 from catp_jax import api
 from catp_jax.pruning import NearestCentroid, Pool, Random, VisToGGrouping
 from catp_jax.study.records import UNPRUNED
