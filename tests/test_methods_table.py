@@ -93,7 +93,7 @@ def test_pictures_have_each_method_where_it_prunes_and_know_their_figures(tmp_pa
     rows, path = rows_of_two_places(), tmp_path / "a.png"
     before, after = fronts.panels(rows)
     assert [line.name for line in before.lines] == ["fastv", "k_norm", "random, 5 seeds"]
-    names = ["k_norm:site=cache", "csp", "random, 5 seeds"]
+    names = ["k_norm:site=cache", "csp", "random:site=cache, 5 seeds"]
     assert sorted(line.name for line in after.lines) == sorted(names)
     (fastv, *_) = before.lines
     assert fastv.places == (30.0, 60.0)

@@ -13,7 +13,7 @@ from catp_jax.pruning import BOUNDS
 from catp_jax.study.half_pixels import HALVED
 from catp_jax.study.pictures import new_figure
 from catp_jax.study.records import UNPRUNED, Result
-from catp_jax.study.results import Estimate, is_random, unpruned_of
+from catp_jax.study.results import RANDOM, Estimate, is_random, unpruned_of
 
 ONE_LAYER = re.compile(r"catp(?::layers=(\d+|first|last))?")
 SIZE = (4.6, 3.6)  # inches of a panel
@@ -198,8 +198,9 @@ def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     looks, number = {}, 0
     for name in names:
         word = name.partition(":")[0]
-        if word in GREYS or is_random(name):
-            marker, style = GREYS.get(word, ("x", "-"))
+        if word in GREYS or word.partition(",")[0] == RANDOM:
+            elsewhere = ("+", "--")  # random tokens at another place
+            marker, style = GREYS.get(word, ("x", "-") if is_random(name) else elsewhere)
             looks[name] = {"color": GREY, "linestyle": style, "marker": marker}
             continue
         looks[name] = {
