@@ -46,6 +46,7 @@ PAPER_LAYERS = {  # accuracy, %, by the layer that votes, at 16, 8 and 4 of 32 q
     6: (43.79, 34.66, 23.70),
 }
 PAPER_RATIOS = {"self_attention": 12.1, "l2": 6.6}  # the largest that the paper reports
+BASELINES = (*PAPER_RATIOS, "random", "position")
 OTHERS = (
     "catp:layers=all",
     "catp:image_weights",
@@ -127,7 +128,7 @@ def paired(by: dict[tuple[str, int], Result], layers: int) -> dict[str, Any]:
     its own, at each budget: paired differences.
     """
     last = f"catp:layers={layers}"
-    pairs = [(last, other) for other in (*PAPER_RATIOS, "random", "position")]
+    pairs = [(last, other) for other in BASELINES]
     pairs += [("catp:layers=1", last), ("catp:image_weights", last)]
     return {
         f"{own} − {other}": {
@@ -158,7 +159,7 @@ def in_words(by: dict[tuple[str, int], Result], layers: int) -> list[str]:
             f"At {LEVELS[keep]} {told}, layer {int(np.argmax(theirs)) + 1} in the paper; the order "
             f"of the layers correlates by {rank_correlation(ours, theirs):+.2f} (Spearman)."
         )
-    for other in (*PAPER_RATIOS, "random", "position"):
+    for other in BASELINES:
         signs = [compared(by[f"catp:layers={layers}", k], by[other, k]) for k in BUDGETS]
         ratios = [ratio(by, "last", other, keep) for keep in BUDGETS]
         line = (

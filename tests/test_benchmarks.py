@@ -172,10 +172,12 @@ def test_the_tables_of_both_papers_run(
     assert last_line(capsys)["settings"]["unpruned"]["kept"] == 1
 
     monkeypatch.setattr(catp_table, "BUDGETS", (8,))
-    monkeypatch.setattr(catp_table, "OTHERS", (*catp_table.PAPER_RATIOS, "random", "oracle"))
+    others = (*catp_table.BASELINES, "catp:image_weights", "oracle")
+    monkeypatch.setattr(catp_table, "OTHERS", others)
     catp_table.main(["--model", str(shallow("mini-blip2-opt")), *SCENES, "--num-beams", "2"])
     (found,) = last_line(capsys)["models"].values()
     assert {"catp:layers=1, keep 8", "oracle, keep 8", "random, keep 8"} <= {*found["accuracy"]}
+    assert {*found["paired"]["catp:image_weights − catp:layers=1"]} == {"1/4"}
     with pytest.raises(SystemExit, match="is no BLIP-2 or InstructBLIP"):
         catp_table.main(["--model", str(shallow("mini-llama-vision")), *SCENES])
 

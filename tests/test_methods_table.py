@@ -121,8 +121,8 @@ def test_a_full_budget_is_one_row_and_one_for_each_that_changes_answers(
     found = {"rows": {"unpruned": {}}, "full": full}
     monkeypatch.setattr(told_methods, "methods_of", lambda name: found)
     same, other = told_methods.methods_at("llama").splitlines()[2:]
-    assert same.startswith("| 2 of 3 methods, 100% | 90 ± 10 |  |  | +0 [+0, +0] | 0.04 |")
-    assert other.startswith("| `zipvl`, 100% | 90 ± 10 |  |  | -10 [-20, +0] | 0.20 |")
+    assert same.startswith("| 2 of 3 methods, 100% | 90 ± 10 |  |  | +0.0 [+0.0, +0.0] | 0.04 |")
+    assert other.startswith("| `zipvl`, 100% | 90 ± 10 |  |  | -10.0 [-20.0, +0.0] | 0.20 |")
 
 
 def test_the_pictures_are_of_the_results():
