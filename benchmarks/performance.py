@@ -65,7 +65,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "vistog_told": told_methods.vistog_told,
     "methods_llama": partial(told_methods.methods, "llama"),
     "methods_llama_at": partial(told_methods.methods_at, "llama"),
-    "methods_easy": partial(told_methods.methods, "easy_llama", "accuracy", "right, %"),
+    "methods_easy_llama": partial(told_methods.methods, "easy_llama", "accuracy", "right, %"),
+    "methods_easy_opt": partial(told_methods.methods, "easy_opt", "accuracy", "right, %"),
     "methods_opt": partial(told_methods.methods, "opt"),
     "methods_opt_at": partial(told_methods.methods_at, "opt"),
 }
