@@ -431,19 +431,6 @@ def test_no_prompt_no_model_and_wrong_folders_are_refused(tmp_path):
     refused(catp_jax("generate", tmp_path, *ASK), "llama", "mllama")
 
 
-def test_convert_there_and_back_is_byte_equal_and_refuses_to_overwrite(tmp_path):
-    there = catp_jax("convert", MINI, tmp_path / "orbax")
-    assert there.returncode == 0, there.stderr
-    assert "vision_model.patch_embedding.kernel" in there.stdout
-    back = catp_jax("convert", tmp_path / "orbax", tmp_path / "hf", "--to-hf")
-    assert back.returncode == 0, back.stderr
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "hf" / name).read_bytes() == (MINI / name).read_bytes()
-    answer = catp_jax("generate", tmp_path / "orbax", "--image", CIRCLE, *ASK)
-    assert answer.stdout == "blue\n"
-    refused(catp_jax("convert", MINI, tmp_path / "orbax"), "exists already")
-
-
 def test_images_of_odd_kinds_are_answered_about(tmp_path):
     circle = Image.open(CIRCLE).convert("RGB")
     circle.convert("RGBA").save(tmp_path / "rgba.png")

@@ -135,3 +135,18 @@ def test_all_options_that_name_a_file_take_a_home():
             if Path.__name__ in str(parameter.annotation):
                 (option,) = parameter.annotation.__metadata__
                 assert option.parser is not None, f"{command.callback.__name__} {name}"
+
+
+def test_convert_there_and_back_is_byte_equal_and_refuses_to_overwrite(tmp_path):
+    there = catp_jax("convert", MINI, tmp_path / "orbax")
+    assert there.returncode == 0, there.stderr
+    assert "vision_model.patch_embedding.kernel" in there.stdout
+    back = catp_jax("convert", tmp_path / "orbax", tmp_path / "hf", "--to-hf")
+    assert back.returncode == 0, back.stderr
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (MINI / name).read_bytes()
+    answer = catp_jax("generate", tmp_path / "orbax", "--image", CIRCLE, *ASK)
+    assert answer.stdout == "blue\n"
+    again = catp_jax("convert", MINI, tmp_path / "orbax")
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
