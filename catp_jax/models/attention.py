@@ -14,6 +14,7 @@ device: the same call is XLA's on a CPU.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,59 +158,47 @@ def cudnn(
     JAX refuses gradients at an odd number of rows or columns: they are taken with one more, which
     nothing sees. With a mask that is so without gradients, too: an even one is what JAX tests.
     """
-    return _differentiable(queries, keys, values, mask, rows, columns, scale)
+    given = Operands(queries, keys, values, mask, rows, columns)
+    return _differentiable(given, scale)
 
 
-def _without_gradient(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array | None,
-    rows: Array | None,
-    columns: Array | None,
-    scale: float | None,
-) -> Array:
-    compute = _kernel if mask is None else _even
-    return compute(queries, keys, values, mask, rows, columns, scale)
+class Operands(NamedTuple):
+    """What `cudnn` computes with."""
+
+    queries: Array
+    keys: Array
+    values: Array
+    mask: Array | None = None
+    rows: Array | None = None
+    columns: Array | None = None
+
+
+def _without_gradient(given: Operands, scale: float | None) -> Array:
+    return _kernel(given, scale) if given.mask is None else _even(given, scale)
 
 
 Back = Callable[[Array], tuple[Array, Array, Array]]
 """From the gradient of what comes out to those of queries, keys and values."""
 
 
-def _with_gradient(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array | None,
-    rows: Array | None,
-    columns: Array | None,
-    scale: float | None,
-) -> tuple[Array, Back]:
+def _with_gradient(given: Operands, scale: float | None) -> tuple[Array, Back]:
     def compute(queries: Array, keys: Array, values: Array) -> Array:
-        return _even(queries, keys, values, mask, rows, columns, scale)
+        return _even(given._replace(queries=queries, keys=keys, values=values), scale)
 
-    return jax.vjp(compute, queries, keys, values)
-
-
-def _gradient(scale: float | None, back: Back, of_out: Array) -> tuple[Array | None, ...]:
-    return (*back(of_out), None, None, None)
+    return jax.vjp(compute, given.queries, given.keys, given.values)
 
 
-_differentiable = jax.custom_vjp(_without_gradient, nondiff_argnums=(6,))
+def _gradient(scale: float | None, back: Back, of_out: Array) -> tuple[Operands]:
+    return (Operands(*back(of_out)),)
+
+
+_differentiable = jax.custom_vjp(_without_gradient, nondiff_argnums=(1,))
 _differentiable.defvjp(_with_gradient, _gradient)
 
 
-def _even(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array | None,
-    rows: Array | None,
-    columns: Array | None,
-    scale: float | None,
-) -> Array:
+def _even(given: Operands, scale: float | None) -> Array:
     """The kernel, over one more row and column where their number is odd."""
+    queries, keys, values, mask, rows, columns = given
     (batch, size), seen = queries.shape[:2], keys.shape[1]
 
     def padded(array: Array, *axes: int) -> Array:
@@ -221,26 +210,18 @@ def _even(
     elif seen % 2 and columns is None:
         columns = jnp.full(batch, seen, jnp.int32)
     queries, keys, values = (padded(array, 1) for array in (queries, keys, values))
-    return _kernel(queries, keys, values, mask, rows, columns, scale)[:, :size]
+    return _kernel(Operands(queries, keys, values, mask, rows, columns), scale)[:, :size]
 
 
-def _kernel(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array | None,
-    rows: Array | None,
-    columns: Array | None,
-    scale: float | None,
-) -> Array:
+def _kernel(given: Operands, scale: float | None) -> Array:
     return jax.nn.dot_product_attention(
-        queries,
-        keys,
-        values,
-        mask=None if mask is None else mask[:, None],
+        given.queries,
+        given.keys,
+        given.values,
+        mask=None if given.mask is None else given.mask[:, None],
         scale=scale,
-        query_seq_lengths=rows,
-        key_value_seq_lengths=columns,
+        query_seq_lengths=given.rows,
+        key_value_seq_lengths=given.columns,
         implementation="cudnn",
     )
 
