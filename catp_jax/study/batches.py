@@ -240,6 +240,12 @@ class Batches:
             )
             self._compiled |= {*new}
 
+    def forget_programs(self) -> None:
+        """Makes room for those of other settings."""
+        jax.clear_caches()
+        self._compiled.clear()
+        self._encoded.clear()
+
     def _clocked(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """What a call gives, and the milliseconds that it took."""
         started = time.perf_counter()

@@ -1,9 +1,10 @@
 """Measures pruning methods at several budgets on one task, against the unpruned model.
 
 Batches are the outer loop: each is read once, answered unpruned and then under every setting, so
-that neither the images nor the logits of a large task have to stay in memory. With a journal on
-disk a sweep can be stopped at any time and resumes after its last line; more methods and budgets
-can be added to it later.
+that neither the images nor the logits of a large task have to stay in memory. Of very many settings
+`AT_ONCE` at a time, since compiled programs have to stay, too. With a journal on disk a sweep can
+be stopped at any time and resumes after its last line; more methods and budgets can be added to it
+later.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from catp_jax.contract import Keep
-from catp_jax.study.batches import Answerer, Batches, EncodedBatch
+from catp_jax.study.batches import Answerer, Batches, EncodedBatch, Pruners
 from catp_jax.study.cost import measure, on_gpu, sizes
 from catp_jax.study.journal import Journal
 from catp_jax.study.pictures import as_png
@@ -36,6 +37,11 @@ from catp_jax.study.records import (
 )
 from catp_jax.study.results import kl_divergence, result_of
 from catp_jax.study.tasks import Example, Measures, Score, digest, exact_match
+
+AT_ONCE = 64
+"""Settings whose programs are in memory together. A program takes some 300 of the 65,530 pieces of
+memory that Linux lets a process have, whatever their size (`vm.max_map_count`).
+"""
 
 
 def versions() -> dict[str, str]:
@@ -100,13 +106,48 @@ def sweep(
         device=jax.devices()[0].device_kind,
     )
     batches = Batches(model, examples, conditions, is_timed, report)
+    groups = [settings[start : start + AT_ONCE] for start in range(0, len(settings), AT_ONCE)]
+    there = (len(one.answers) for one in journal.all(Answers) if one.setting in settings)
+    done, total = sum(there), len(settings) * len(examples)
     try:
-        _begin(journal, header, batches, settings, gpu)
-        answered = _answer(journal, batches, settings, score, frozenset(pictured), progress)
+        journal.check(**{key: value for key, value in vars(header).items() if key != "name"})
+        journal.claim()
+        if len(groups) > 1:  # what is wrong with the last is said before the first is answered
+            _pruned(batches, _to_measure(journal, batches, settings, gpu))
+        progress(done, total)
+        for some in groups:
+            _begin(journal, header, batches, some, gpu)
+            asked = list(dict.fromkeys([settings[0], *some]))
+            for new in _answer(journal, batches, asked, score, frozenset(pictured)):
+                done += new
+                progress(done, total)
+            if len(groups) > 1:
+                batches.forget_programs()
         measure = partial(measures, examples) if measures else lambda scores: {}
-        yield from _results(journal, answered, settings, conditions.seed, measure)
+        yield from _results(journal, settings, conditions.seed, measure)
     finally:
         journal.release()
+
+
+def _to_measure(
+    journal: Journal, batches: Batches, settings: list[Setting], gpu: str | None
+) -> list[Setting]:
+    """The settings of which the journal does not say all that is asked about their costs."""
+    known = [
+        one.setting
+        for one in journal.all(SettingCost)
+        if (not batches.is_timed or one.cost.prefill_ms is not None)
+        and (gpu is None or (one.cost.gpu is not None and one.cost.gpu.name == gpu))
+    ]
+    return [setting for setting in settings if setting not in known]
+
+
+def _pruned(
+    batches: Batches, settings: list[Setting]
+) -> tuple[dict[Setting, EncodedBatch], dict[Setting, Pruners]]:
+    """The first batch as each of the settings has it, and their methods for it."""
+    first = batches.encode_each(0, settings)
+    return first, {setting: batches.pruners(setting, first[setting]) for setting in settings}
 
 
 def _begin(
@@ -115,21 +156,12 @@ def _begin(
     """Writes the header, once it is known to fit, and what each setting costs on the first
     batch.
     """
-    journal.check(**{key: value for key, value in vars(header).items() if key != "name"})
-    journal.claim()
-    before = {one.setting: one.cost for one in journal.all(SettingCost)}
-    known = [
-        setting
-        for setting, cost in before.items()
-        if (not batches.is_timed or cost.prefill_ms is not None)
-        and (gpu is None or (cost.gpu is not None and cost.gpu.name == gpu))
-    ]
-    new = [setting for setting in settings if setting not in known]
+    new = _to_measure(journal, batches, settings, gpu)
     if not new:
         return
+    before = {one.setting: one.cost for one in journal.all(SettingCost)}
     batches.report("reading images")
-    first = batches.encode_each(0, new)
-    pruned = {setting: batches.pruners(setting, first[setting]) for setting in new}
+    first, pruned = _pruned(batches, new)
     batches.compile(pruned, first)
     options = batches.conditions.options
     shapes = {
@@ -163,13 +195,11 @@ def _answer(
     settings: list[Setting],
     score: Score,
     pictured: frozenset[int],
-    progress: Callable[[int, int], None],
-) -> dict[Setting, list[Answers]]:
-    """Has every batch answered under every setting; each setting's answers, batch by batch."""
-    there = {(one.setting, one.batch): one for one in journal.all(Answers)}
-    done = sum(len(one.answers) for one in there.values() if one.setting in settings)
-    total = len(settings) * sum(len(batches.examples(number)) for number in range(len(batches)))
-    progress(done, total)
+) -> Iterator[int]:
+    """Has every batch answered under every setting, the unpruned one first; yields how many answers
+    each adds to the journal.
+    """
+    there = {(one.setting, one.batch) for one in journal.all(Answers)}
     for number in range(len(batches)):
         missing = [setting for setting in settings if (setting, number) not in there]
         if not missing:
@@ -191,12 +221,8 @@ def _answer(
                 continue
             answers = tuple(_answers(batches, batch, out, reference, score, pictured))
             ms = (batch.ms + ms) / len(batch.packed.available) if batches.is_timed else None
-            there[setting, number] = journal.append(Answers(setting, number, ms, answers))
-            done += len(answers)
-            progress(done, total)
-    return {
-        setting: [there[setting, number] for number in range(len(batches))] for setting in settings
-    }
+            journal.append(Answers(setting, number, ms, answers))
+            yield len(answers)
 
 
 def _answers(
@@ -284,7 +310,6 @@ def _draw(
 
 def _results(
     journal: Journal,
-    answered: dict[Setting, list[Answers]],
     settings: list[Setting],
     seed: int,
     measure: Callable[[Sequence[float]], dict[str, float]],
@@ -292,6 +317,10 @@ def _results(
     """The figures of each setting, from its answers."""
     written = {result.setting: result for result in journal.all(Result)}
     costs = {cost.setting: cost for cost in journal.all(SettingCost)}
+    answered: dict[Setting, list[Answers]] = {setting: [] for setting in settings}
+    for one in sorted(journal.all(Answers), key=lambda one: one.batch):
+        if one.setting in answered:
+            answered[one.setting].append(one)
     unpruned = _joined(answered[settings[0]])
     for setting, batches in answered.items():
         answers = _joined(batches)
