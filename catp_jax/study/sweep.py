@@ -38,9 +38,10 @@ from catp_jax.study.records import (
 from catp_jax.study.results import kl_divergence, result_of
 from catp_jax.study.tasks import Example, Measures, Score, digest, exact_match
 
-AT_ONCE = 64
-"""Settings whose programs are in memory together. A program takes some 300 of the 65,530 pieces of
-memory that Linux lets a process have, whatever their size (`vm.max_map_count`).
+AT_ONCE = 32
+"""Settings whose programs are in memory together, and which take turns if they are timed. Those of
+one, of a mini BLIP-2, take 500 to 650 of the 65,530 mappings that Linux lets a process have
+(`vm.max_map_count`).
 """
 
 
@@ -92,7 +93,8 @@ def sweep(
 
     Raises ValueError if the compiler is not there, a budget is larger than what there is to keep, a
     question cannot be asked (with its id and image), or the journal is of other conditions. What
-    the first batch shows is raised before anything is written.
+    the first batch shows is raised before anything is written; of more settings than `AT_ONCE`,
+    what making their methods shows.
     """
     if not examples:
         raise ValueError("a study requires at least one question")
@@ -107,7 +109,8 @@ def sweep(
     )
     batches = Batches(model, examples, conditions, is_timed, report)
     groups = [settings[start : start + AT_ONCE] for start in range(0, len(settings), AT_ONCE)]
-    there = (len(one.answers) for one in journal.all(Answers) if one.setting in settings)
+    wanted = {*settings}
+    there = (len(one.answers) for one in journal.all(Answers) if one.setting in wanted)
     done, total = sum(there), len(settings) * len(examples)
     try:
         journal.check(**{key: value for key, value in vars(header).items() if key != "name"})
