@@ -306,12 +306,17 @@ class T5(nnx.Module):
 
     def encode(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n d"]:
         """The encoder's output; padding is seen by nobody."""
+        return self.encoder.final_layer_norm(self.layers(x, slots)[-1])
+
+    def layers(self, x: Float[Array, "b n d"], slots: Slots) -> list[Float[Array, "b n d"]]:
+        """The states after each of the encoder's layers, without a norm."""
         mask = jnp.broadcast_to(slots.valid[:, None], (*x.shape[:2], x.shape[1]))
-        bias = self.encoder.bias(slots.positions, slots.positions)
+        bias, states = self.encoder.bias(slots.positions, slots.positions), []
         for block in self.encoder.block:
             attention, feed_forward = block.layer
             x = feed_forward(attention(x, mask, bias))
-        return self.encoder.final_layer_norm(x)
+            states.append(x)
+        return states
 
     def prefill(
         self,
@@ -372,7 +377,12 @@ class T5(nnx.Module):
         self, x: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]
     ) -> Float[Array, "b t vocab"]:
         """Logits after each decoder token (the start token first), nothing cached."""
-        encoded = self.encode(x, slots)
+        return self.decode(self.encode(x, slots), slots, decoder_tokens)
+
+    def decode(
+        self, encoded: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t vocab"]:
+        """The same from the encoder's output."""
         x = self.embed(decoder_tokens)
         places = jnp.arange(x.shape[1], dtype=jnp.int32)
         places = jnp.broadcast_to(places, decoder_tokens.shape)

@@ -46,24 +46,27 @@ def answer_logits(
     """
     if isinstance(model.language_model, Opt):
         return _in_one_row(model, model.language_model, batch, keep)
-    rows, each = batch.rows, batch.rows.tokens.shape[1]
+    front, keep = each_apart(batch, keep)
+    tokens, targets = batch.rows.decoder_tokens, batch.rows.targets
+    decoder = None if tokens is None else tokens.reshape(-1, tokens.shape[-1])
+    return model.rows(front, keep, decoder).reshape(*targets.shape, -1)
 
-    def flat(array: Array) -> Array:
-        return array.reshape(-1, array.shape[-1])
+
+def each_apart(batch: SceneBatch, keep: Keep | None = None) -> tuple[QueryingFront, Keep | None]:
+    """Each question with its image's tokens, and what is left of them, in a row of its own."""
+    rows, each = batch.rows, batch.rows.tokens.shape[1]
 
     def repeated(tree: Any) -> Any:
         return jax.tree.map(lambda array: jnp.repeat(array, each, axis=0), tree)
 
     front = QueryingFront(
         visual=repeated(batch.features),
-        tokens=flat(rows.tokens),
-        token_valid=flat(rows.token_valid),
+        tokens=rows.tokens.reshape(-1, rows.tokens.shape[-1]),
+        token_valid=rows.token_valid.reshape(-1, rows.tokens.shape[-1]),
         begun=None,
         view=None,
     )
-    decoder = None if rows.decoder_tokens is None else flat(rows.decoder_tokens)
-    logits = model.rows(front, repeated(keep), decoder)
-    return logits.reshape(*rows.targets.shape, -1)
+    return front, repeated(keep)
 
 
 def _in_one_row(

@@ -40,10 +40,13 @@ class Rows:
 
 @pytree
 class SceneBatch:
-    """What an encoder makes of scenes, and questions about them."""
+    """What an encoder makes of scenes, and questions about them. `labels` are what words should
+    know, where training says so.
+    """
 
     features: Float[Array, "i n d"]
     rows: Rows
+    labels: dict[str, Int[Array, "i q s"]] | None = None
 
 
 class Bank:
@@ -54,23 +57,26 @@ class Bank:
         scenes: Sequence[Scene],
         encode: Callable[[Sequence[Scene]], Array],
         rows: Callable[[Asking, int], Rows],
+        label: Callable[[Sequence[Scene], Asking, Rows], dict[str, Array]] | None = None,
     ) -> None:
         """`encode` gives the features of some scenes, `rows` makes tokens of text, so many rows for
-        each.
+        each; `label` gives what words should know, if there is any.
         """
         made = [
             np.asarray(encode(scenes[start : start + SCENES]), np.float16)
             for start in range(0, len(scenes), SCENES)
         ]
-        self.scenes, self.rows = scenes, rows
+        self.scenes, self.rows, self.label = scenes, rows, label
         self.features: Float16[np.ndarray, "scenes n d"] = np.concatenate(made)
 
     def batch(self, numbers: Any, asked: Asking) -> SceneBatch:
         """These rows about the scenes of these numbers."""
-        return SceneBatch(
-            features=jnp.asarray(self.features[numbers].astype(np.float32)),
-            rows=self.rows(asked, max(map(len, asked))),
-        )
+        rows, labels = self.rows(asked, max(map(len, asked))), None
+        if self.label is not None:
+            some = [self.scenes[number] for number in np.arange(len(self.scenes))[numbers]]
+            labels = self.label(some, asked, rows)
+        features = jnp.asarray(self.features[numbers].astype(np.float32))
+        return SceneBatch(features=features, rows=rows, labels=labels)
 
     def draw(
         self, step: int, steps: int, seed: int, looking: float = 0.0, scenes: int = SCENES

@@ -46,6 +46,7 @@ from catp_jax.training.scene_batches import LABELS, SEEN
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
+from catp_jax.training.scene_words import labels_of, word_heads, words_loss
 from catp_jax.training.scenes import Scene, make_scene
 from catp_jax.training.scoring import answer_loss, check_options, minutes
 from catp_jax.training.tokenizer import (
@@ -61,7 +62,7 @@ IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
 LOOKING = 0.2  # the share of stage 3 in which the easiest lists fade out
-ANSWERS_STEPS = {"opt": 7000, "t5": 5000}  # a step of an OPT takes half as long
+ANSWERS_STEPS = {"opt": 7000, "t5": 4000}  # a step of an OPT takes half as long
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 
@@ -71,7 +72,7 @@ def scenes_config(which: str) -> Blip2Config:
     text = (
         dataclasses.replace(config.text, vocab_size=VOCABULARY, num_hidden_layers=6, ffn_dim=256)
         if isinstance(config.text, OptConfig)
-        else dataclasses.replace(config.text, vocab_size=VOCABULARY, d_ff=192, num_layers=4)
+        else dataclasses.replace(config.text, vocab_size=VOCABULARY, d_ff=192, num_layers=6)
     )
     return dataclasses.replace(
         config,
@@ -251,17 +252,17 @@ def read(
 
 def answers_loss(graph: nnx.GraphDef) -> Any:
     """Loss of stage 3. An OPT counts on from anywhere: as if fewer queries were in front of its
-    words.
+    words. A T5's words learn more than the answers, see `scene_words`.
     """
 
     def loss(
         params: Any, frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
-        model = nnx.merge(graph, frozen, params)
-        if isinstance(model.language_model, Opt):
-            count_from(jax.random.randint(key, (), 0, QUERIES + 1), model.language_model)
-        logits = answer_logits(model, batch)
-        return answer_loss(logits, batch.rows.targets)
+        model = nnx.merge(graph, frozen, params["model"])
+        if not isinstance(model.language_model, Opt):
+            return words_loss(model, params["heads"], batch)
+        count_from(jax.random.randint(key, (), 0, QUERIES + 1), model.language_model)
+        return answer_loss(answer_logits(model, batch), batch.rows.targets)
 
     return loss
 
@@ -277,7 +278,7 @@ def main(
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2, of 32 scenes")] = 1200,
     answers_steps: Annotated[
         int | None,
-        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 5000 (t5)"),
+        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 4000 (t5)"),
     ] = None,
     scenes: Annotated[int, typer.Option(help="scenes that stages 2 and 3 see")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
@@ -336,7 +337,9 @@ def main(
         encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels)[0])
         return lambda some: encode(state, jnp.asarray(pixels_of(some)))
 
-    bank = Bank(seen, encoder(model), rows_of(text))
+    label = None if which == "opt" else labels_of(text)
+    heads = {} if label is None else word_heads(config.text.hidden_size)
+    bank = Bank(seen, encoder(model), rows_of(text), label)
     graph, params, frozen = nnx.split(model, is_learned, ...)
     stage = adamw_stage(
         "answers",
@@ -346,8 +349,9 @@ def main(
         peak=1.5e-3,
         seed=seed,
     )
-    params = train(stage, params, work / f"{which}_answers", apart, frozen=frozen)
-    model = nnx.merge(graph, params, frozen)
+    start = {"model": params, "heads": heads}
+    trained = train(stage, start, work / f"{which}_answers", apart, frozen=frozen)
+    model = nnx.merge(graph, trained["model"], frozen)
 
     log = work / f"{which}_whole_log.jsonl"
     log.write_text(shared.read_text() + apart.read_text())

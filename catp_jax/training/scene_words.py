@@ -1,0 +1,160 @@
+"""What the words of a T5's encoder learn to know in training, so that it learns relations.
+
+    is the red circle left of the blue cross?
+                    1                  1,2,3 4
+
+Words that name an object know (1) in which row and column it is, a layer later (2) where the object
+named before is, then (3) on which side of it this one is and what is nearest to it, and at last the
+end of a question knows (4) the answer. Heads read that off the layers' states and are dropped
+after; the answer's is the language model's own.
+
+An OPT gets there by lists (`scene_lists`), which the words of questions follow. In a T5 lists are
+for the decoder, while the words of questions are the encoder's: there, without this, training finds
+no word that knows a place.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from catp_jax.models.blip2 import Blip2
+from catp_jax.training.blip2_data import Text
+from catp_jax.training.loop import Figures
+from catp_jax.training.scene_answers import each_apart
+from catp_jax.training.scene_bank import Asking, Rows, SceneBatch
+from catp_jax.training.scene_questions import relation
+from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, SIZES, Scene, Thing
+from catp_jax.training.scoring import answer_loss
+
+CHOICES = {
+    "row": 4,
+    "column": 4,
+    "row before": 4,
+    "column before": 4,
+    "down": 3,
+    "right": 3,
+    "nearest": len(COLOURS),
+}
+"""What a word may know of the object that it names, and how many answers there are."""
+BELOW_TOP = {"row": 3, "column": 3, "row before": 2, "column before": 2}
+"""So many layers below the encoder's last a word should know it; the others, one."""
+WEIGHT = 0.5  # of each of these, beside the answers
+
+Labels = dict[str, Int[Array, "i q s"]]
+
+
+def labels_of(text: Text) -> Callable[[Sequence[Scene], Asking, Rows], Labels]:
+    """What each word of some rows should know, -1: nothing; "answer" is a token."""
+    tokens = {word: text.words(word) for word in (*COLOURS, *SHAPES, *DIGITS, *SIZES)}
+
+    def labels(scenes: Sequence[Scene], asked: Asking, rows: Rows) -> Labels:
+        read, valid, targets = map(np.asarray, (rows.tokens, rows.token_valid, rows.targets))
+        out = {name: np.full(read.shape, -1, np.int32) for name in (*CHOICES, "answer")}
+        for image, (scene, some) in enumerate(zip(scenes, asked, strict=True)):
+            called = {
+                tuple(token for word in words for token in tokens[word]): thing
+                for words, thing in names(scene).items()
+            }
+            nearest = {
+                one.needed[0]: one.answer for one in relation(scene) if one.kind == "nearest"
+            }
+            for row, turns in enumerate(some):
+                before, last = None, None
+                for at, thing in named_in(read[image, row].tolist(), called):
+                    if thing is not last:
+                        before, last = last, thing
+                    for name, label in known(thing, before, nearest.get(thing)):
+                        out[name][image, row, at] = label
+                if len(turns) == 1:
+                    end = valid[image, row].sum() - 1
+                    out["answer"][image, row, end] = targets[image, row, 0]
+        return {name: jnp.asarray(array) for name, array in out.items()}
+
+    return labels
+
+
+def names(scene: Scene) -> dict[tuple[str, ...], Thing]:
+    """The words, one or two, that tell an object from all others."""
+    called = [
+        (words, thing)
+        for thing in scene.things
+        for words in (
+            (thing.colour,),
+            (thing.name,),
+            (thing.colour, thing.name),
+            (thing.size, thing.colour),
+            (thing.size, thing.name),
+        )
+    ]
+    often = Counter(words for words, _ in called)
+    return {words: thing for words, thing in called if often[words] == 1}
+
+
+def named_in(
+    tokens: Sequence[int], called: dict[tuple[int, ...], Thing]
+) -> Iterator[tuple[int, Thing]]:
+    """Where in a row the words for an object end, and which it is; more words come before fewer."""
+    longest = max(map(len, called), default=0)
+    for end in range(1, len(tokens) + 1):
+        words = (tuple(tokens[start:end]) for start in range(max(0, end - longest), end))
+        thing = next((called[some] for some in words if some in called), None)
+        if thing is not None:
+            yield end - 1, thing
+
+
+def known(thing: Thing, before: Thing | None, nearest: str | None) -> Iterator[tuple[str, int]]:
+    """What is to be known of an object, and the number of the right answer."""
+    yield "row", thing.row
+    yield "column", thing.column
+    if before is not None:
+        yield "row before", before.row
+        yield "column before", before.column
+        yield "down", int(np.sign(thing.row - before.row)) + 1
+        yield "right", int(np.sign(thing.column - before.column)) + 1
+    if nearest is not None:
+        yield "nearest", [*COLOURS].index(nearest)
+
+
+def word_heads(width: int) -> dict[str, Float[Array, "d choices"]]:
+    """What reads off a word what it knows."""
+    return {name: jnp.zeros((width, choices)) for name, choices in CHOICES.items()}
+
+
+def words_loss(
+    model: Blip2, heads: dict[str, Float[Array, "d choices"]], batch: SceneBatch
+) -> tuple[Float[Array, ""], Figures]:
+    """The answers' tokens, and what words should know of the objects that they name."""
+    language: Any = model.language_model
+    rows, shape = batch.rows, batch.rows.tokens.shape
+    x, slots, _ = model.sequence(each_apart(batch)[0], None)
+    states = [language.encoder.final_layer_norm(x) for x in language.layers(x, slots)]
+    decoder: Any = rows.decoder_tokens
+    logits = language.decode(states[-1], slots, decoder.reshape(-1, decoder.shape[-1]))
+    total, figures = answer_loss(logits.reshape(*rows.targets.shape, -1), rows.targets)
+    words = [x[:, -shape[-1] :].reshape(*shape, -1) for x in states]
+    labels: Any = batch.labels
+    for name, head in heads.items():
+        layer = max(0, len(states) - 1 - BELOW_TOP.get(name, 1))
+        loss, figures[name] = _known(words[layer] @ head, labels[name])
+        total += WEIGHT * loss
+    ends = labels["answer"].max(axis=2)
+    at = labels["answer"].argmax(axis=2)[..., None, None]
+    said = language.logits(jnp.take_along_axis(words[-1], at, axis=2)[:, :, 0])
+    loss, figures["answer"] = _known(said, ends)
+    return total + loss, figures
+
+
+def _known(
+    logits: Float[Array, "*words choices"], labels: Int[Array, "*words"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss and the share of right answers, of words that should know any."""
+    is_asked = (labels >= 0).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    is_right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    often = jnp.maximum(is_asked.sum(), 1)
+    return (losses * is_asked).sum() / often, (is_right * is_asked).sum() / often

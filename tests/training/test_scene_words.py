@@ -1,0 +1,129 @@
+"""What a T5's words are to know of a scene."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from catp_jax.training import scene_words
+from catp_jax.training import scenes_blip2 as recipe
+from catp_jax.training.blip2_start import initialise
+from catp_jax.training.scene_answers import answer_logits, rows_of
+from catp_jax.training.scene_bank import Bank
+from catp_jax.training.scene_questions import relation
+from catp_jax.training.scenes import COLOURS, make_scene
+from catp_jax.training.scoring import answer_loss
+
+NOTHING = -1
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [make_scene("train", number) for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def text():
+    scenes = [make_scene("train", number) for number in range(60)]  # all words are in them
+    return recipe.make_text(recipe.make_tokenizer("t5", scenes), recipe.scenes_config("t5"))
+
+
+def labelled(scene, text, *rows):
+    """What each word should know, by sort and row: only what there is to know."""
+    made = rows_of(text)([list(rows)], len(rows))
+    labels = scene_words.labels_of(text)([scene], [list(rows)], made)
+    return {
+        name: [
+            {at: label for at, label in enumerate(row) if label != NOTHING}
+            for row in np.asarray(some)[0].tolist()
+        ]
+        for name, some in labels.items()
+    }
+
+
+def words_at(text, question, *words):
+    """Where in a question the last of some words stands."""
+    tokens, wanted = text.encode(question), [text.answer(word)[0] for word in words]
+    (found,) = (
+        at + len(wanted) - 1 for at in range(len(tokens)) if tokens[at : at + len(wanted)] == wanted
+    )
+    return found
+
+
+def sides(one, other):
+    """From one object to another, 0: left or up, 1: in line, 2: right or down."""
+    return [
+        0 if to < back else 2 if to > back else 1
+        for back, to in ((one.row, other.row), (one.column, other.column))
+    ]
+
+
+def test_the_second_object_knows_where_the_first_is(scenes, text):
+    asked = 0
+    for scene in scenes:
+        for one in [one for one in relation(scene) if one.kind in ("left of", "below")][:4]:
+            first, second = one.needed
+            labels = labelled(scene, text, [(one.question, one.answer)])
+            a = words_at(text, one.question, first.colour, first.name)
+            b = words_at(text, one.question, second.colour, second.name)
+            row = {name: some[0] for name, some in labels.items()}
+            assert (row["row"][a], row["column"][a]) == (first.row, first.column)
+            assert (row["row"][b], row["column"][b]) == (second.row, second.column)
+            assert (row["row before"][b], row["column before"][b]) == (first.row, first.column)
+            assert [row["down"][b], row["right"][b]] == sides(first, second)
+            assert {a, a - 1}.isdisjoint(row["down"])  # nothing was named before
+            asked += 1
+    assert asked > 10
+
+
+def test_the_end_of_a_question_knows_its_answer_and_that_of_a_list_does_not(scenes, text):
+    question, turns = "is there a red circle?", [("is: red circle", "yes"), ("blue cross", "no")]
+    rows = labelled(scenes[0], text, [(question, "no")], turns)["answer"]
+    assert rows == [{len(text.encode(question)) - 1: text.answer("no")[0]}, {}]
+
+
+def test_what_is_nearest_is_a_colour(scenes, text):
+    near = [(scene, one) for scene in scenes for one in relation(scene) if one.kind == "nearest"]
+    assert near
+    for scene, one in near:
+        at = words_at(text, one.question, one.needed[0].colour, one.needed[0].name)
+        label = labelled(scene, text, [(one.question, one.answer)])["nearest"][0][at]
+        assert [*COLOURS][label] == one.answer
+
+
+def test_words_that_fit_several_objects_know_nothing(scenes, text):
+    for scene in scenes:
+        for colour in COLOURS:
+            some = [thing for thing in scene.things if thing.colour == colour]
+            rows = labelled(scene, text, [(f"how many objects are {colour}?", "two")])["row"]
+            assert len(rows[0]) == (len(some) == 1)
+
+
+def test_the_loss_is_that_of_the_answers_and_falls_on_labels_alone(scenes, text):
+    """Heads that know nothing cost the logarithm of the choices; each learns."""
+    config = recipe.scenes_config("t5")
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=2))
+    model = initialise(config, 0)
+    bank = Bank(
+        scenes,
+        lambda some: jnp.asarray(np.random.default_rng(0).normal(size=(len(some), 32, 64))),
+        rows_of(text),
+        scene_words.labels_of(text),
+    )
+    batch = bank.draw(50, 100, seed=0, scenes=4)
+    heads = scene_words.word_heads(config.text.hidden_size)
+    total, figures = scene_words.words_loss(model, heads, batch)
+    plain, _ = answer_loss(answer_logits(model, batch), batch.rows.targets)
+    np.testing.assert_allclose(figures["loss"], plain, rtol=1e-5)
+    guessed = sum(0.5 * np.log(choices) for choices in scene_words.CHOICES.values())
+    assert total > plain + guessed  # and what the end of each question should say
+    graph, state = nnx.split(model)
+
+    def loss(params):
+        return scene_words.words_loss(nnx.merge(graph, params[0]), params[1], batch)
+
+    (_, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))((state, heads))
+    assert all(float(jnp.abs(grad).max()) > 0 for grad in grads[1].values())
