@@ -1,5 +1,6 @@
 """The last stage of both recipes on scenes: what a frozen encoder makes of them, and questions."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,15 +16,27 @@ from catp_jax.training.scene_questions import TAUGHT, Asked, drawn
 from catp_jax.training.scenes import Dice, Scene
 from catp_jax.training.turns import Turn
 
-EASY = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)  # how often each family is asked at first …
-HARD = (1.0, 2.0, 2.5, 3.0, 1.0, 0.5)  # … and at last
 SCENES, EACH = 16, 8  # scenes in a step, and questions about each
-
 FIRSTS = 0.95  # the share of the rows that are lists of the easiest sort, at the very first
-LISTED = (0.6, 0.2)  # the share of the rows that are lists, at first and at last
 
 Asking = list[list[Sequence[Turn]]]
 """The rows of text about each of some scenes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """What training asks: how often each family, and which share of the rows are lists, each at
+    first and at last. Up to the share `looking` of the steps there are lists of the easiest sort
+    too, nearly alone at first; those of attributes stay among the others.
+    """
+
+    easy: tuple[float, ...] = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)
+    hard: tuple[float, ...] = (1.0, 2.0, 2.5, 3.0, 1.0, 0.5)
+    lists: tuple[float, float] = (0.6, 0.2)
+    looking: float = 0.0
+
+
+ANY = Mix()
 
 
 @pytree
@@ -79,18 +92,15 @@ class Bank:
         return SceneBatch(features=features, rows=rows, labels=labels)
 
     def draw(
-        self, step: int, steps: int, seed: int, looking: float = 0.0, scenes: int = SCENES
+        self, step: int, steps: int, seed: int, mix: Mix = ANY, scenes: int = SCENES
     ) -> SceneBatch:
-        """Batch number `step` of `steps`: easy families fade out, and so do lists. Up to the share
-        `looking` of the steps there are lists of the easiest sort too, nearly alone at first; those
-        of attributes stay among the others. A batch has so many `scenes`.
-        """
+        """Batch number `step` of `steps`, with so many `scenes`: what is easy fades out."""
         rng = np.random.default_rng((seed, step))
         share = step / steps
-        weights = (1 - share) * np.array(EASY) + share * np.array(HARD)
-        of_easiest = FIRSTS * (1 - share / looking) if looking else 0.0
-        of_lists = (1 - share) * LISTED[0] + share * LISTED[1]
-        lists = [*LISTS, "attribute"] if looking else list(LISTS)
+        weights = (1 - share) * np.array(mix.easy) + share * np.array(mix.hard)
+        of_easiest = FIRSTS * (1 - share / mix.looking) if mix.looking else 0.0
+        of_lists = (1 - share) * mix.lists[0] + share * mix.lists[1]
+        lists = [*LISTS, "attribute"] if mix.looking else list(LISTS)
         numbers = rng.integers(len(self.scenes), size=scenes)
         asked: Asking = []
         for number in numbers.tolist():

@@ -1,16 +1,17 @@
 """What the words of a T5's encoder learn to know in training, so that it learns relations.
 
     is the red circle left of the blue cross?
-                    1                  1,2,3 4
+                    1                   1 2 3 4
 
 Words that name an object know (1) in which row and column it is, a layer later (2) where the object
-named before is, then (3) on which side of it this one is and what is nearest to it, and at last the
-end of a question knows (4) the answer. Heads read that off the layers' states and are dropped
-after; the answer's is the language model's own.
+named before is and how the question goes on from there ("left"), then (3) on which side of it this
+one is and what is nearest to it, and at last (4) whether the question is right; the end of every
+question knows its answer. Heads read that off the layers' states and are dropped after; the
+answer's is the language model's own.
 
-An OPT gets there by lists (`scene_lists`), which the words of questions follow. In a T5 lists are
-for the decoder, while the words of questions are the encoder's: there, without this, training finds
-no word that knows a place.
+An OPT gets there by lists (`scene_lists`), since they and questions are read alike. In a T5 lists
+are the decoder's, while the words of questions are the encoder's: there, without this, training
+finds no word that knows a place.
 """
 
 from collections import Counter
@@ -23,6 +24,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from catp_jax.models.blip2 import Blip2
+from catp_jax.models.t5 import T5, buckets
 from catp_jax.training.blip2_data import Text
 from catp_jax.training.loop import Figures
 from catp_jax.training.scene_answers import each_apart
@@ -31,6 +33,7 @@ from catp_jax.training.scene_questions import relation
 from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, SIZES, Scene, Thing
 from catp_jax.training.scoring import answer_loss
 
+SIDES = ("left", "right", "above", "below")
 CHOICES = {
     "row": 4,
     "column": 4,
@@ -39,11 +42,14 @@ CHOICES = {
     "down": 3,
     "right": 3,
     "nearest": len(COLOURS),
+    "asked": len(SIDES),
+    "right so": 2,
 }
 """What a word may know of the object that it names, and how many answers there are."""
-BELOW_TOP = {"row": 3, "column": 3, "row before": 2, "column before": 2}
-"""So many layers below the encoder's last a word should know it; the others, one."""
+LAYER = {"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4, "right so": 6}
+"""After how many layers of the encoder it should know it; the others, five."""
 WEIGHT = 0.5  # of each of these, beside the answers
+SLOPE, AWAY = 0.5, 6.0  # what a token further costs at the start, and the other direction
 
 Labels = dict[str, Int[Array, "i q s"]]
 
@@ -64,7 +70,7 @@ def labels_of(text: Text) -> Callable[[Sequence[Scene], Asking, Rows], Labels]:
                 one.needed[0]: one.answer for one in relation(scene) if one.kind == "nearest"
             }
             for row, turns in enumerate(some):
-                before, last = None, None
+                before, last, at = None, None, -1
                 for at, thing in named_in(read[image, row].tolist(), called):
                     if thing is not last:
                         before, last = last, thing
@@ -73,9 +79,17 @@ def labels_of(text: Text) -> Callable[[Sequence[Scene], Asking, Rows], Labels]:
                 if len(turns) == 1:
                     end = valid[image, row].sum() - 1
                     out["answer"][image, row, end] = targets[image, row, 0]
+                    for side in asked_for(turns[0][0]) if before else ():
+                        out["asked"][image, row, at] = side
+                        out["right so"][image, row, at] = turns[0][1] == "yes"
         return {name: jnp.asarray(array) for name, array in out.items()}
 
     return labels
+
+
+def asked_for(question: str) -> Iterator[int]:
+    """The number of the side that a question is about, if it is about one."""
+    yield from (number for number, side in enumerate(SIDES) if side in question.split())
 
 
 def names(scene: Scene) -> dict[tuple[str, ...], Thing]:
@@ -120,6 +134,22 @@ def known(thing: Thing, before: Thing | None, nearest: str | None) -> Iterator[t
         yield "nearest", [*COLOURS].index(nearest)
 
 
+def look_along(model: T5) -> None:
+    """Starts an encoder in which one head looks at the words before, and another at those behind.
+
+    A bias for each distance grows in small steps from nothing. Without this, an object's words hear
+    for very long of what is seen alone, and not that "left" stands in front of them.
+    """
+    bias: Any = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.embedding
+    bucket_of = buckets(model.config, is_bidirectional=True)
+    number = model.config.relative_attention_num_buckets // 2
+    near = -SLOPE * np.searchsorted(bucket_of, np.arange(number)).astype(np.float32)
+    table = np.zeros(bias.shape, np.float32)
+    for head, (before, behind) in enumerate(((0, AWAY), (AWAY, 0))):
+        table[:number, head], table[number:, head] = near - before, near - behind
+    bias[...] += jnp.asarray(table)
+
+
 def word_heads(width: int) -> dict[str, Float[Array, "d choices"]]:
     """What reads off a word what it knows."""
     return {name: jnp.zeros((width, choices)) for name, choices in CHOICES.items()}
@@ -139,8 +169,8 @@ def words_loss(
     words = [x[:, -shape[-1] :].reshape(*shape, -1) for x in states]
     labels: Any = batch.labels
     for name, head in heads.items():
-        layer = max(0, len(states) - 1 - BELOW_TOP.get(name, 1))
-        loss, figures[name] = _known(words[layer] @ head, labels[name])
+        layer = min(LAYER.get(name, 5), len(words))
+        loss, figures[name] = _known(words[layer - 1] @ head, labels[name])
         total += WEIGHT * loss
     ends = labels["answer"].max(axis=2)
     at = labels["answer"].argmax(axis=2)[..., None, None]

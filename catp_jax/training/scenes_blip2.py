@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from catp_jax.models.blip2 import Blip2, Blip2Config
 from catp_jax.models.opt import Opt, OptConfig
+from catp_jax.models.t5 import T5
 from catp_jax.models.vit import Vit
 from catp_jax.struct import pytree
 from catp_jax.training.blip2_start import QUERIES, WORD, initialise, mini_config, say_what_is_seen
@@ -41,12 +42,12 @@ from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text, write
 from catp_jax.training.photos import normalise
 from catp_jax.training.scene_answers import answer_logits, answered, rows_of
-from catp_jax.training.scene_bank import Bank, SceneBatch, evaluate, texts_about
+from catp_jax.training.scene_bank import Bank, Mix, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import LABELS, SEEN
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
-from catp_jax.training.scene_words import labels_of, word_heads, words_loss
+from catp_jax.training.scene_words import labels_of, look_along, word_heads, words_loss
 from catp_jax.training.scenes import Scene, make_scene
 from catp_jax.training.scoring import answer_loss, check_options, minutes
 from catp_jax.training.tokenizer import (
@@ -61,8 +62,16 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-LOOKING = 0.2  # the share of stage 3 in which the easiest lists fade out
-ANSWERS_STEPS = {"opt": 7000, "t5": 4000}  # a step of an OPT takes half as long
+ANSWERS_STEPS = {"opt": 7000, "t5": 2700}  # a step of an OPT takes a third as long
+MIX = {  # a T5's words learn from questions what an OPT's learn from lists
+    "opt": Mix(looking=0.2),
+    "t5": Mix(
+        easy=(3.0, 2.0, 1.0, 3.0, 2.0, 2.0),
+        hard=(1.0, 2.0, 2.5, 4.0, 1.0, 0.5),
+        lists=(0.3, 0.2),
+        looking=0.2,
+    ),
+}
 EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at the start
 
 
@@ -278,7 +287,7 @@ def main(
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2, of 32 scenes")] = 1200,
     answers_steps: Annotated[
         int | None,
-        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 4000 (t5)"),
+        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 2700 (t5)"),
     ] = None,
     scenes: Annotated[int, typer.Option(help="scenes that stages 2 and 3 see")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,
@@ -326,6 +335,8 @@ def main(
     places = in_lines(trained["probes"])
     say_what_is_seen(model, reading, [text.answer(word)[0] for word in SEEN], places)
     is_learned = nnx.Any(*map(nnx.PathContains, ("language_model", "language_projection")))
+    if isinstance(model.language_model, T5):
+        look_along(model.language_model)
     if isinstance(model.language_model, Opt):
         word: Any = model.language_projection.bias
         have_eyes(model.language_model, word[...])
@@ -345,7 +356,7 @@ def main(
         "answers",
         last_steps,
         answers_loss(graph),
-        lambda step: bank.draw(step, last_steps, seed, looking=LOOKING),
+        lambda step: bank.draw(step, last_steps, seed, MIX[which]),
         peak=1.5e-3,
         seed=seed,
     )

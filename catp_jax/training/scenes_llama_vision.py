@@ -308,7 +308,7 @@ def main(
         "decoder",
         decoder_steps,
         decoder_loss(graph, made.skip_first),
-        lambda step: bank.draw(step, decoder_steps, seed, made.looking),
+        lambda step: bank.draw(step, decoder_steps, seed, Mix(looking=made.looking)),
         peak=1.5e-3,
         seed=seed,
     )

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from catp_jax.training.scene_bank import EACH, SCENES, Bank, Rows
+from catp_jax.training.scene_bank import EACH, SCENES, Bank, Mix, Rows
 from catp_jax.training.scene_lists import FIRST, LISTS
 from catp_jax.training.scenes import SIZES, make_scene
 
@@ -54,7 +54,7 @@ def kind(words):
 
 
 def test_the_easiest_lists_come_first_and_fade_out_to_those_of_attributes(drawn):
-    asked = {step: drawn(step, looking=0.5) for step in (0, 25, 50)}
+    asked = {step: drawn(step, mix=Mix(looking=0.5)) for step in (0, 25, 50)}
     first, middle, later = (shares(asked[step]) for step in (0, 25, 50))
     assert first["easy"] > 0.85
     assert 0.3 < middle["easy"] < 0.65
@@ -76,7 +76,7 @@ def test_other_lists_give_way_to_questions(drawn):
 
 
 def test_a_step_is_always_the_same_and_no_two_are(drawn):
-    one, same, other = (drawn(step, seed=3, looking=0.5) for step in (7, 7, 8))
+    one, same, other = (drawn(step, seed=3, mix=Mix(looking=0.5)) for step in (7, 7, 8))
     assert one == same
     assert one != other
-    assert one != drawn(7, seed=4, looking=0.5)
+    assert one != drawn(7, seed=4, mix=Mix(looking=0.5))
