@@ -13,11 +13,12 @@ from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
 from catp_jax.training.scene_answers import answer_logits, rows_of
 from catp_jax.training.scene_bank import Bank
-from catp_jax.training.scene_questions import relation
+from catp_jax.training.scene_questions import named, relation
 from catp_jax.training.scenes import COLOURS, make_scene
 from catp_jax.training.scoring import answer_loss
 
 NOTHING = -1
+SIDES = ("left of", "below")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def sides(one, other):
 def test_the_second_object_knows_where_the_first_is(scenes, text):
     asked = 0
     for scene in scenes:
-        for one in [one for one in relation(scene) if one.kind in ("left of", "below")][:4]:
+        for one in [one for one in relation(scene) if one.kind in SIDES][:4]:
             first, second = one.needed
             labels = labelled(scene, text, [(one.question, one.answer)])
             a = words_at(text, one.question, first.colour, first.name)
@@ -75,6 +76,8 @@ def test_the_second_object_knows_where_the_first_is(scenes, text):
             assert (row["row before"][b], row["column before"][b]) == (first.row, first.column)
             assert [row["down"][b], row["right"][b]] == sides(first, second)
             assert {a, a - 1}.isdisjoint(row["down"])  # nothing was named before
+            assert row["asked"] == {b: {"left of": 0, "below": 3}[one.kind]}
+            assert row["right so"] == {b: one.answer == "yes"}
             asked += 1
     assert asked > 10
 
@@ -92,6 +95,30 @@ def test_what_is_nearest_is_a_colour(scenes, text):
         at = words_at(text, one.question, one.needed[0].colour, one.needed[0].name)
         label = labelled(scene, text, [(one.question, one.answer)])["nearest"][0][at]
         assert [*COLOURS][label] == one.answer
+
+
+def test_only_questions_about_sides_say_which(scenes, text):
+    scene = next(scene for scene in scenes if len(named(scene)) > 1)
+    first, second = (f"{thing.colour} {thing.name}" for thing in named(scene)[:2])
+    both = f"is there a {first} or a {second}?"
+    turns = [(f"is: {first} left of {second}", "yes"), (f"above {second}", "no")]
+    labels = labelled(scene, text, [(both, "yes")], turns)
+    assert labels["asked"] == labels["right so"] == [{}, {}]
+    assert all(labels["right"])  # where it is, words know anyway
+
+
+def test_two_heads_start_looking_along_the_line():
+    model = initialise(recipe.scenes_config("t5"), 0).language_model
+    scene_words.look_along(model)
+    places = jnp.arange(40, dtype=jnp.int32)[None]
+    found = np.asarray(model.encoder.bias(places, places))[0]
+    for row, column in ((20, 20), (20, 19), (20, 16), (19, 20), (13, 20)):
+        near = -0.5 * abs(row - column)
+        before, behind = found[:2, row, column]
+        assert before == pytest.approx(near if column <= row else near - 6, abs=0.3)
+        assert behind == pytest.approx(near if column > row else near - 6, abs=0.3)
+    assert found[:2, 35, 0].max() < -10  # what is far is not heard
+    assert np.abs(found[2:]).max() < 0.3
 
 
 def test_words_that_fit_several_objects_know_nothing(scenes, text):
