@@ -44,34 +44,39 @@ def answer_logits(
     """Logits of the rows that the targets speak of; each image's questions read what is left of its
     tokens (None: all).
     """
+    return told(model, batch, keep)[0]
+
+
+def told(
+    model: Blip2, batch: SceneBatch, keep: Keep | None = None
+) -> tuple[Float[Array, "i q rows vocab"], list[Float[Array, "i q s d"]]]:
+    """The same, and what each layer makes of the words, as the norm behind the last one has it."""
     if isinstance(model.language_model, Opt):
         return _in_one_row(model, model.language_model, batch, keep)
-    front, keep = each_apart(batch, keep)
-    tokens, targets = batch.rows.decoder_tokens, batch.rows.targets
-    decoder = None if tokens is None else tokens.reshape(-1, tokens.shape[-1])
-    return model.rows(front, keep, decoder).reshape(*targets.shape, -1)
-
-
-def each_apart(batch: SceneBatch, keep: Keep | None = None) -> tuple[QueryingFront, Keep | None]:
-    """Each question with its image's tokens, and what is left of them, in a row of its own."""
-    rows, each = batch.rows, batch.rows.tokens.shape[1]
+    language: Any = model.language_model
+    rows, shape = batch.rows, batch.rows.tokens.shape
 
     def repeated(tree: Any) -> Any:
-        return jax.tree.map(lambda array: jnp.repeat(array, each, axis=0), tree)
+        return jax.tree.map(lambda array: jnp.repeat(array, shape[1], axis=0), tree)
 
     front = QueryingFront(
         visual=repeated(batch.features),
-        tokens=rows.tokens.reshape(-1, rows.tokens.shape[-1]),
-        token_valid=rows.token_valid.reshape(-1, rows.tokens.shape[-1]),
+        tokens=rows.tokens.reshape(-1, shape[-1]),
+        token_valid=rows.token_valid.reshape(-1, shape[-1]),
         begun=None,
         view=None,
     )
-    return front, repeated(keep)
+    x, slots, _ = model.sequence(front, repeated(keep))
+    states = [language.encoder.final_layer_norm(x) for x in language.layers(x, slots)]
+    decoder: Any = rows.decoder_tokens
+    logits = language.decode(states[-1], slots, decoder.reshape(-1, decoder.shape[-1]))
+    words = [x[:, -shape[-1] :].reshape(*shape, -1) for x in states]
+    return logits.reshape(*rows.targets.shape, -1), words
 
 
 def _in_one_row(
     model: Blip2, language: Opt, batch: SceneBatch, keep: Keep | None
-) -> Float[Array, "i q s vocab"]:
+) -> tuple[Float[Array, "i q s vocab"], list[Float[Array, "i q s d"]]]:
     """All questions about an image stand behind its tokens, each of which is read once. A question
     sees them and itself, and its positions are as if it stood alone.
     """
@@ -95,10 +100,12 @@ def _in_one_row(
     asked = jnp.concatenate([jnp.full(num_visual, -1, jnp.int32), asked])
     is_seen = (asked[:, None] == asked[None]) | (asked == -1)[None]
     mask = causal_mask(slots, slots) & is_seen[None]
-    x = language.placed(x, slots.positions)
+    x, states = language.placed(x, slots.positions), []
     for layer in language.layers_at(slots.positions):
         x, _, _ = layer(x, mask=mask)
-    return language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
+        states.append(language.model.decoder.final_layer_norm(x[:, num_visual:]))
+    logits = language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
+    return logits, [x.reshape(*tokens.shape, -1) for x in states]
 
 
 def shown(features: Float[Array, "i n d"]) -> View:

@@ -27,7 +27,7 @@ from catp_jax.models.blip2 import Blip2
 from catp_jax.models.t5 import T5, buckets
 from catp_jax.training.blip2_data import Text
 from catp_jax.training.loop import Figures
-from catp_jax.training.scene_answers import each_apart
+from catp_jax.training.scene_answers import told
 from catp_jax.training.scene_bank import Asking, Rows, SceneBatch
 from catp_jax.training.scene_questions import relation
 from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, SIZES, Scene, Thing
@@ -159,24 +159,20 @@ def words_loss(
     model: Blip2, heads: dict[str, Float[Array, "d choices"]], batch: SceneBatch
 ) -> tuple[Float[Array, ""], Figures]:
     """The answers' tokens, and what words should know of the objects that they name."""
-    language: Any = model.language_model
-    rows, shape = batch.rows, batch.rows.tokens.shape
-    x, slots, _ = model.sequence(each_apart(batch)[0], None)
-    states = [language.encoder.final_layer_norm(x) for x in language.layers(x, slots)]
-    decoder: Any = rows.decoder_tokens
-    logits = language.decode(states[-1], slots, decoder.reshape(-1, decoder.shape[-1]))
-    total, figures = answer_loss(logits.reshape(*rows.targets.shape, -1), rows.targets)
-    words = [x[:, -shape[-1] :].reshape(*shape, -1) for x in states]
+    logits, words = told(model, batch)
+    total, figures = answer_loss(logits, batch.rows.targets)
     labels: Any = batch.labels
     for name, head in heads.items():
         layer = min(LAYER.get(name, 5), len(words))
         loss, figures[name] = _known(words[layer - 1] @ head, labels[name])
         total += WEIGHT * loss
-    ends = labels["answer"].max(axis=2)
-    at = labels["answer"].argmax(axis=2)[..., None, None]
-    said = language.logits(jnp.take_along_axis(words[-1], at, axis=2)[:, :, 0])
-    loss, figures["answer"] = _known(said, ends)
-    return total + loss, figures
+    if isinstance(model.language_model, T5):
+        ends = labels["answer"].max(axis=2)
+        at = labels["answer"].argmax(axis=2)[..., None, None]
+        said = model.language_model.logits(jnp.take_along_axis(words[-1], at, axis=2)[:, :, 0])
+        loss, figures["answer"] = _known(said, ends)
+        total += loss
+    return total, figures
 
 
 def _known(

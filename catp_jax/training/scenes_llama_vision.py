@@ -43,7 +43,7 @@ from catp_jax.training.llama_answers import answer_logits, say_what_is_seen, wri
 from catp_jax.training.loop import Figures, adamw_stage, train
 from catp_jax.training.mini_llama_vision import initialise, mini_config
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_bank import Asking, Bank, Rows, SceneBatch, evaluate, texts_about
+from catp_jax.training.scene_bank import Asking, Bank, Mix, Rows, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import SEEN, cut
 from catp_jax.training.scene_card import card
 from catp_jax.training.scene_questions import questions_of
