@@ -86,9 +86,13 @@ def count(scene: Scene) -> Iterator[Asked]:
         found = [thing for thing in scene.things if thing.colour == colour]
         yield from _counted(f"how many {colour} objects are there?", "of a colour", found)
     for name in SHAPES:
-        plural = f"{name}es" if name.endswith("s") else f"{name}s"
         found = [thing for thing in scene.things if thing.name == name]
-        yield from _counted(f"how many {plural} are there?", "of a shape", found)
+        yield from _counted(f"how many {plural(name)} are there?", "of a shape", found)
+
+
+def plural(name: str) -> str:
+    """The word for several of a shape."""
+    return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
 def _counted(question: str, kind: str, found: list[Thing]) -> Iterator[Asked]:

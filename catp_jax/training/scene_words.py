@@ -5,9 +5,9 @@
 
 Words that name an object know (1) in which row and column it is, a layer later (2) where the object
 named before is and how the question goes on from there ("left"), then (3) on which side of it this
-one is and what is nearest to it, and at last (4) whether the question is right; the end of every
-question knows its answer. Heads read that off the layers' states and are dropped after; the
-answer's is the language model's own.
+one is and what is nearest to it, and at last (4) whether the question is right. Words for colours
+and shapes know how many objects are so, and the end of a question knows its answer. Heads read that
+off the layers' states and are dropped after; the answer's is the language model's own.
 
 An OPT gets there by lists (`scene_lists`), since they and questions are read alike. In a T5 lists
 are the decoder's, while the words of questions are the encoder's: there, without this, training
@@ -29,11 +29,12 @@ from catp_jax.training.blip2_data import Text
 from catp_jax.training.loop import Figures
 from catp_jax.training.scene_answers import told
 from catp_jax.training.scene_bank import Asking, Rows, SceneBatch
-from catp_jax.training.scene_questions import relation
+from catp_jax.training.scene_questions import COUNTS, plural, relation
 from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, SIZES, Scene, Thing
 from catp_jax.training.scoring import answer_loss
 
 SIDES = ("left", "right", "above", "below")
+MANY = len(COUNTS)  # and more are not told apart
 CHOICES = {
     "row": 4,
     "column": 4,
@@ -42,10 +43,11 @@ CHOICES = {
     "down": 3,
     "right": 3,
     "nearest": len(COLOURS),
+    "number": 1 + MANY,
     "asked": len(SIDES),
     "right so": 2,
 }
-"""What a word may know of the object that it names, and how many answers there are."""
+"""What a word may know of what it names, and how many answers there are."""
 LAYER = {"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4, "right so": 6}
 """After how many layers of the encoder it should know it; the others, five."""
 WEIGHT = 0.5  # of each of these, beside the answers
@@ -56,22 +58,28 @@ Labels = dict[str, Int[Array, "i q s"]]
 
 def labels_of(text: Text) -> Callable[[Sequence[Scene], Asking, Rows], Labels]:
     """What each word of some rows should know, -1: nothing; "answer" is a token."""
-    tokens = {word: text.words(word) for word in (*COLOURS, *SHAPES, *DIGITS, *SIZES)}
+    words = (*COLOURS, *SHAPES, *map(plural, SHAPES), *DIGITS, *SIZES)
+    tokens = {word: text.words(word) for word in words}
+
+    def spelled(named: dict[tuple[str, ...], Any]) -> dict[tuple[int, ...], Any]:
+        return {
+            tuple(token for word in words for token in tokens[word]): meant
+            for words, meant in named.items()
+        }
 
     def labels(scenes: Sequence[Scene], asked: Asking, rows: Rows) -> Labels:
         read, valid, targets = map(np.asarray, (rows.tokens, rows.token_valid, rows.targets))
         out = {name: np.full(read.shape, -1, np.int32) for name in (*CHOICES, "answer")}
         for image, (scene, some) in enumerate(zip(scenes, asked, strict=True)):
-            called = {
-                tuple(token for word in words for token in tokens[word]): thing
-                for words, thing in names(scene).items()
-            }
+            called, numbers = spelled(names(scene)), spelled(amounts(scene))
             nearest = {
                 one.needed[0]: one.answer for one in relation(scene) if one.kind == "nearest"
             }
             for row, turns in enumerate(some):
-                before, last, at = None, None, -1
-                for at, thing in named_in(read[image, row].tolist(), called):
+                before, last, at, line = None, None, -1, read[image, row].tolist()
+                for place, number in named_in(line, numbers):
+                    out["number"][image, row, place] = number
+                for at, thing in named_in(line, called):
                     if thing is not last:
                         before, last = last, thing
                     for name, label in known(thing, before, nearest.get(thing)):
@@ -109,10 +117,17 @@ def names(scene: Scene) -> dict[tuple[str, ...], Thing]:
     return {words: thing for words, thing in called if often[words] == 1}
 
 
+def amounts(scene: Scene) -> dict[tuple[str, ...], int]:
+    """How many objects there are of each colour and shape."""
+    often = Counter(look for thing in scene.things for look in (thing.colour, thing.name))
+    said = {look: look for look in (*COLOURS, *SHAPES)} | {plural(name): name for name in SHAPES}
+    return {(word,): min(often[look], MANY) for word, look in said.items()}
+
+
 def named_in(
-    tokens: Sequence[int], called: dict[tuple[int, ...], Thing]
-) -> Iterator[tuple[int, Thing]]:
-    """Where in a row the words for an object end, and which it is; more words come before fewer."""
+    tokens: Sequence[int], called: dict[tuple[int, ...], Any]
+) -> Iterator[tuple[int, Any]]:
+    """Where in a row the words for something end, and what it is; more words come before fewer."""
     longest = max(map(len, called), default=0)
     for end in range(1, len(tokens) + 1):
         words = (tuple(tokens[start:end]) for start in range(max(0, end - longest), end))

@@ -62,12 +62,12 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-ANSWERS_STEPS = {"opt": 7000, "t5": 2700}  # a step of an OPT takes a third as long
+ANSWERS_STEPS = {"opt": 7000, "t5": 3400}  # a step of an OPT takes a third as long
 MIX = {  # a T5's words learn from questions what an OPT's learn from lists
     "opt": Mix(looking=0.2),
     "t5": Mix(
-        easy=(3.0, 2.0, 1.0, 3.0, 2.0, 2.0),
-        hard=(1.0, 2.0, 2.5, 4.0, 1.0, 0.5),
+        easy=(3.0, 2.0, 2.0, 3.0, 2.0, 2.0),
+        hard=(1.0, 1.5, 4.0, 2.5, 1.0, 0.5),
         lists=(0.3, 0.2),
         looking=0.2,
     ),
@@ -287,7 +287,7 @@ def main(
     qformer_steps: Annotated[int, typer.Option(help="steps of stage 2, of 32 scenes")] = 1200,
     answers_steps: Annotated[
         int | None,
-        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 2700 (t5)"),
+        typer.Option(help="steps of stage 3, of 16 scenes; else 7000 (opt) or 3400 (t5)"),
     ] = None,
     scenes: Annotated[int, typer.Option(help="scenes that stages 2 and 3 see")] = 4096,
     test_scenes: Annotated[int, typer.Option(help="scenes that the result is judged by")] = 400,

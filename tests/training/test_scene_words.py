@@ -97,6 +97,19 @@ def test_what_is_nearest_is_a_colour(scenes, text):
         assert [*COLOURS][label] == one.answer
 
 
+def test_words_for_looks_know_how_many_there_are(scenes, text):
+    question = "how many red objects, circles or crosses are there?"
+    for scene in scenes:
+        row = labelled(scene, text, [(question, "two")])["number"][0]
+        things = scene.things
+        found = [
+            sum(thing.colour == "red" for thing in things),
+            sum(thing.name == "circle" for thing in things),
+            sum(thing.name == "cross" for thing in things),
+        ]
+        assert [row[at] for at in sorted(row)] == [min(number, 4) for number in found]
+
+
 def test_only_questions_about_sides_say_which(scenes, text):
     scene = next(scene for scene in scenes if len(named(scene)) > 1)
     first, second = (f"{thing.colour} {thing.name}" for thing in named(scene)[:2])
