@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -314,3 +315,21 @@ def test_what_is_guessed_is_the_commonest_answer():
     assert known["existence"] == pytest.approx(0.5, abs=0.1)
     assert known["attribute"] < 0.35
     assert known["reading"] < 0.35
+
+
+COMMANDS = sorted(
+    path.stem for path in BENCHMARKS.glob("*.py") if "ArgumentParser(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_can_be_read(name, monkeypatch, capsys):
+    """A bare percent sign in a help text prints the parser's own insides."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert told.startswith("usage: ")
+    assert "option_strings" not in told
