@@ -306,9 +306,9 @@ class T5(nnx.Module):
 
     def encode(self, x: Float[Array, "b n d"], slots: Slots) -> Float[Array, "b n d"]:
         """The encoder's output; padding is seen by nobody."""
-        return self.encoder.final_layer_norm(self.layers(x, slots)[-1])
+        return self.encoder.final_layer_norm(self.encoder_states(x, slots)[-1])
 
-    def layers(self, x: Float[Array, "b n d"], slots: Slots) -> list[Float[Array, "b n d"]]:
+    def encoder_states(self, x: Float[Array, "b n d"], slots: Slots) -> list[Float[Array, "b n d"]]:
         """The states after each of the encoder's layers, without a norm."""
         mask = jnp.broadcast_to(slots.valid[:, None], (*x.shape[:2], x.shape[1]))
         bias, states = self.encoder.bias(slots.positions, slots.positions), []
@@ -382,7 +382,7 @@ class T5(nnx.Module):
     def decode(
         self, encoded: Float[Array, "b n d"], slots: Slots, decoder_tokens: Int[Array, "b t"]
     ) -> Float[Array, "b t vocab"]:
-        """The same from the encoder's output."""
+        """Logits after each decoder token, from the encoder's output; nothing cached."""
         x = self.embed(decoder_tokens)
         places = jnp.arange(x.shape[1], dtype=jnp.int32)
         places = jnp.broadcast_to(places, decoder_tokens.shape)

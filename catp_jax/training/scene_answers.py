@@ -67,10 +67,11 @@ def told(
         view=None,
     )
     x, slots, _ = model.sequence(front, repeated(keep))
-    states = [language.encoder.final_layer_norm(x) for x in language.layers(x, slots)]
+    norm = language.encoder.final_layer_norm
+    states = [norm(state) for state in language.encoder_states(x, slots)]
     decoder: Any = rows.decoder_tokens
     logits = language.decode(states[-1], slots, decoder.reshape(-1, decoder.shape[-1]))
-    words = [x[:, -shape[-1] :].reshape(*shape, -1) for x in states]
+    words = [state[:, -shape[-1] :].reshape(*shape, -1) for state in states]
     return logits.reshape(*rows.targets.shape, -1), words
 
 
@@ -105,7 +106,7 @@ def _in_one_row(
         x, _, _ = layer(x, mask=mask)
         states.append(language.model.decoder.final_layer_norm(x[:, num_visual:]))
     logits = language.logits(x[:, num_visual:]).reshape(*tokens.shape, -1)
-    return logits, [x.reshape(*tokens.shape, -1) for x in states]
+    return logits, [state.reshape(*tokens.shape, -1) for state in states]
 
 
 def shown(features: Float[Array, "i n d"]) -> View:

@@ -25,9 +25,9 @@ Asking = list[list[Sequence[Turn]]]
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What training asks: how often each family, and which share of the rows are lists, each at
-    first and at last. Up to the share `looking` of the steps there are lists of the easiest sort
-    too, nearly alone at first; those of attributes stay among the others.
+    """What training asks: how often each family (as `TAUGHT` has them), and which share of the rows
+    are lists, each at first and at last. Up to the share `looking` of the steps there are lists of
+    the easiest sort too, nearly alone at first; those of attributes stay among the others.
     """
 
     easy: tuple[float, ...] = (3.0, 3.0, 1.0, 1.0, 3.0, 3.0)
@@ -36,7 +36,7 @@ class Mix:
     looking: float = 0.0
 
 
-ANY = Mix()
+USUAL = Mix()
 
 
 @pytree
@@ -92,7 +92,7 @@ class Bank:
         return SceneBatch(features=features, rows=rows, labels=labels)
 
     def draw(
-        self, step: int, steps: int, seed: int, mix: Mix = ANY, scenes: int = SCENES
+        self, step: int, steps: int, seed: int, mix: Mix = USUAL, scenes: int = SCENES
     ) -> SceneBatch:
         """Batch number `step` of `steps`, with so many `scenes`: what is easy fades out."""
         rng = np.random.default_rng((seed, step))

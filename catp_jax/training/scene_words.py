@@ -1,4 +1,4 @@
-"""What the words of a T5's encoder learn to know in training, so that it learns relations.
+"""What a T5's words learn to know in training, so that it learns relations.
 
     is the red circle left of the blue cross?
                     1                   1 2 3 4
@@ -6,11 +6,12 @@
 Words that name an object know (1) in which row and column it is, a layer later (2) where the object
 named before is and how the question goes on from there ("left"), then (3) on which side of it this
 one is and what is nearest to it, and at last (4) whether the question is right. Words for colours
-and shapes know how many objects are so, and the end of a question knows its answer. Heads read that
-off the layers' states and are dropped after; the answer's is the language model's own.
+and shapes know how many objects are so. Heads read that off the layers' states and are dropped
+after. The end of a question knows its answer, too, which the language model's head reads. In lists
+it is the same, also where the answers are about the object named first.
 
-An OPT gets there by lists (`scene_lists`), since they and questions are read alike. In a T5 lists
-are the decoder's, while the words of questions are the encoder's: there, without this, training
+An OPT learns this from lists (`scene_lists`), since they and questions are read alike. A T5 answers
+lists by words that its decoder reads, and questions by its encoder's: there, without this, training
 finds no word that knows a place.
 """
 
@@ -49,7 +50,7 @@ CHOICES = {
 }
 """What a word may know of what it names, and how many answers there are."""
 LAYER = {"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4, "right so": 6}
-"""After how many layers of the encoder it should know it; the others, five."""
+"""After how many layers it should know it; the others after five."""
 WEIGHT = 0.5  # of each of these, beside the answers
 SLOPE, AWAY = 0.5, 6.0  # what a token further costs at the start, and the other direction
 
@@ -76,9 +77,10 @@ def labels_of(text: Text) -> Callable[[Sequence[Scene], Asking, Rows], Labels]:
                 one.needed[0]: one.answer for one in relation(scene) if one.kind == "nearest"
             }
             for row, turns in enumerate(some):
-                before, last, at, line = None, None, -1, read[image, row].tolist()
+                line = read[image, row].tolist()
                 for place, number in named_in(line, numbers):
                     out["number"][image, row, place] = number
+                before, last, at = None, None, -1
                 for at, thing in named_in(line, called):
                     if thing is not last:
                         before, last = last, thing
@@ -177,14 +179,15 @@ def words_loss(
     logits, words = told(model, batch)
     total, figures = answer_loss(logits, batch.rows.targets)
     labels: Any = batch.labels
+    language = model.language_model
     for name, head in heads.items():
         layer = min(LAYER.get(name, 5), len(words))
         loss, figures[name] = _known(words[layer - 1] @ head, labels[name])
         total += WEIGHT * loss
-    if isinstance(model.language_model, T5):
+    if isinstance(language, T5):
         ends = labels["answer"].max(axis=2)
         at = labels["answer"].argmax(axis=2)[..., None, None]
-        said = model.language_model.logits(jnp.take_along_axis(words[-1], at, axis=2)[:, :, 0])
+        said = language.logits(jnp.take_along_axis(words[-1], at, axis=2)[:, :, 0])
         loss, figures["answer"] = _known(said, ends)
         total += loss
     return total, figures

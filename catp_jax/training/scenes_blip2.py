@@ -9,9 +9,10 @@
    found in training.
 3. answers: the Q-Former is frozen, what it makes of some thousand scenes is kept, and the language
    model and the projection in front of it learn to answer fresh questions about them: the easiest
-   lists first (`scene_lists`), easy families next. An OPT's positions are sines, and each step
-   begins to count somewhere else: what matters is how far words are apart, since pruning moves all
-   of them.
+   lists first (`scene_lists`), easy families next. On the way there, a T5's words learn what is to
+   be known of the objects that they name (`scene_words`). An OPT's positions are sines, and each
+   step begins to count somewhere else: what matters is how far words are apart, since pruning moves
+   all of them.
 
 Both kinds share stages 1 and 2: with the same --work the second kind finds them done.
 Architecture, tokenizer and files are those of the large models; only the numbers are small.
@@ -41,7 +42,7 @@ from catp_jax.training.blip2_start import QUERIES, WORD, initialise, mini_config
 from catp_jax.training.loop import Figures, Stage, adamw_stage, train
 from catp_jax.training.mini_blip2 import make_text, write
 from catp_jax.training.photos import normalise
-from catp_jax.training.scene_answers import answer_logits, answered, rows_of
+from catp_jax.training.scene_answers import answered, rows_of
 from catp_jax.training.scene_bank import Bank, Mix, SceneBatch, evaluate, texts_about
 from catp_jax.training.scene_batches import LABELS, SEEN
 from catp_jax.training.scene_card import card
@@ -49,7 +50,7 @@ from catp_jax.training.scene_questions import questions_of
 from catp_jax.training.scene_tower import empty_heads, sines, tower_stage
 from catp_jax.training.scene_words import labels_of, look_along, word_heads, words_loss
 from catp_jax.training.scenes import Scene, make_scene
-from catp_jax.training.scoring import answer_loss, check_options, minutes
+from catp_jax.training.scoring import check_options, minutes
 from catp_jax.training.tokenizer import (
     OPT_SPECIAL,
     T5_SPECIAL,
@@ -62,8 +63,8 @@ CELLS = 16
 IN_CELL = ("name", "colour", "size")  # what a probe says
 SHARP = 2.0  # queries and keys of cross-attention start this much larger: queries look apart
 PROBED = 32  # scenes in a step of stage 2
-ANSWERS_STEPS = {"opt": 7000, "t5": 3400}  # a step of an OPT takes a third as long
-MIX = {  # a T5's words learn from questions what an OPT's learn from lists
+ANSWERS_STEPS = {"opt": 7000, "t5": 3400}  # a step of an OPT takes half as long
+MIX = {  # lists, which its decoder answers, teach a T5's encoder little
     "opt": Mix(looking=0.2),
     "t5": Mix(
         easy=(3.0, 2.0, 2.0, 3.0, 2.0, 2.0),
@@ -76,7 +77,7 @@ EYES = 1.0  # how much half the heads of an OPT are drawn to visual tokens at th
 
 
 def scenes_config(which: str) -> Blip2Config:
-    """About 1.4 M parameters, of the kind "opt" or "t5"; images of 128 px in patches of 8."""
+    """1.5 M parameters ("opt") or 1.8 M ("t5"); images of 128 px in patches of 8."""
     config = mini_config(which)
     text = (
         dataclasses.replace(config.text, vocab_size=VOCABULARY, num_hidden_layers=6, ffn_dim=256)
@@ -260,18 +261,17 @@ def read(
 
 
 def answers_loss(graph: nnx.GraphDef) -> Any:
-    """Loss of stage 3. An OPT counts on from anywhere: as if fewer queries were in front of its
-    words. A T5's words learn more than the answers, see `scene_words`.
+    """Loss of stage 3: the answers, and what words should know, where there are heads for that
+    (`scene_words`). An OPT counts on from anywhere: as if fewer queries were in front of its words.
     """
 
     def loss(
         params: Any, frozen: Any, batch: SceneBatch, key: Array
     ) -> tuple[Float[Array, ""], Figures]:
         model = nnx.merge(graph, frozen, params["model"])
-        if not isinstance(model.language_model, Opt):
-            return words_loss(model, params["heads"], batch)
-        count_from(jax.random.randint(key, (), 0, QUERIES + 1), model.language_model)
-        return answer_loss(answer_logits(model, batch), batch.rows.targets)
+        if isinstance(model.language_model, Opt):
+            count_from(jax.random.randint(key, (), 0, QUERIES + 1), model.language_model)
+        return words_loss(model, params["heads"], batch)
 
     return loss
 
@@ -348,8 +348,8 @@ def main(
         encode = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels)[0])
         return lambda some: encode(state, jnp.asarray(pixels_of(some)))
 
-    label = None if which == "opt" else labels_of(text)
-    heads = {} if label is None else word_heads(config.text.hidden_size)
+    heads = word_heads(config.text.hidden_size) if which == "t5" else {}
+    label = labels_of(text) if heads else None
     bank = Bank(seen, encoder(model), rows_of(text), label)
     graph, params, frozen = nnx.split(model, is_learned, ...)
     stage = adamw_stage(

@@ -1,4 +1,4 @@
-"""What a T5's words are to know of a scene."""
+"""What words are to know of a scene."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from catp_jax.models.t5 import T5
 from catp_jax.training import scene_words
 from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
@@ -122,6 +123,7 @@ def test_only_questions_about_sides_say_which(scenes, text):
 
 def test_two_heads_start_looking_along_the_line():
     model = initialise(recipe.scenes_config("t5"), 0).language_model
+    assert isinstance(model, T5)
     scene_words.look_along(model)
     places = jnp.arange(40, dtype=jnp.int32)[None]
     found = np.asarray(model.encoder.bias(places, places))[0]
@@ -142,24 +144,31 @@ def test_words_that_fit_several_objects_know_nothing(scenes, text):
             assert len(rows[0]) == (len(some) == 1)
 
 
-def test_the_loss_is_that_of_the_answers_and_falls_on_labels_alone(scenes, text):
-    """Heads that know nothing cost the logarithm of the choices; each learns."""
+@pytest.fixture
+def small(scenes, text):
+    """A model of few layers, a batch of questions and lists, and heads that know nothing."""
     config = recipe.scenes_config("t5")
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=2))
-    model = initialise(config, 0)
     bank = Bank(
         scenes,
         lambda some: jnp.asarray(np.random.default_rng(0).normal(size=(len(some), 32, 64))),
         rows_of(text),
         scene_words.labels_of(text),
     )
-    batch = bank.draw(50, 100, seed=0, scenes=4)
     heads = scene_words.word_heads(config.text.hidden_size)
+    return initialise(config, 0), bank.draw(50, 100, seed=0, scenes=4), heads
+
+
+def test_the_loss_is_that_of_the_answers_and_of_what_is_known(small):
+    """Heads that know nothing cost the logarithm of the choices; each learns."""
+    model, batch, heads = small
+    bare, _ = scene_words.words_loss(model, {}, batch)
     total, figures = scene_words.words_loss(model, heads, batch)
     plain, _ = answer_loss(answer_logits(model, batch), batch.rows.targets)
     np.testing.assert_allclose(figures["loss"], plain, rtol=1e-5)
     guessed = sum(0.5 * np.log(choices) for choices in scene_words.CHOICES.values())
-    assert total > plain + guessed  # and what the end of each question should say
+    np.testing.assert_allclose(total, bare + guessed, rtol=1e-5)
+    assert bare > plain + 1  # the end of each question says its answer
     graph, state = nnx.split(model)
 
     def loss(params):
@@ -167,3 +176,40 @@ def test_the_loss_is_that_of_the_answers_and_falls_on_labels_alone(scenes, text)
 
     (_, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))((state, heads))
     assert all(float(jnp.abs(grad).max()) > 0 for grad in grads[1].values())
+
+
+def test_each_head_reads_its_own_layer(small, monkeypatch):
+    """Layer n's words are the nth unit vector: a head that reads another changes nothing."""
+    model, batch, heads = small
+    width = len(heads["row"])
+    units = jnp.eye(width)[:6]
+    states = [jnp.broadcast_to(unit, (*batch.rows.tokens.shape, width)) for unit in units]
+    logits = answer_logits(model, batch)
+    monkeypatch.setattr(scene_words, "told", lambda model, batch: (logits, states))
+    wanted = {
+        **{"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4},
+        **{"down": 5, "right": 5, "nearest": 5, "number": 5, "right so": 6},
+    }
+    assert {*wanted} == {*heads}
+    base, _ = scene_words.words_loss(model, heads, batch)
+    for name, head in heads.items():
+        read = []
+        for layer in range(6):
+            total, _ = scene_words.words_loss(
+                model, {**heads, name: head.at[layer, 0].set(-9.0)}, batch
+            )
+            read += [layer + 1] if abs(total - base) > 1e-3 else []
+        assert read == [wanted[name]]
+
+
+def test_a_head_learns_from_words_with_a_label_alone():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 5, 4)), rng.integers(-1, 4, size=(3, 5))
+    other = np.where((labels < 0)[..., None], rng.normal(size=logits.shape), logits)
+    found = [scene_words._known(jnp.asarray(x), jnp.asarray(labels)) for x in (logits, other)]
+    shares = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    losses = [-np.log(shares[at][labels[at]]) for at in zip(*np.where(labels >= 0), strict=True)]
+    right = [logits[at].argmax() == labels[at] for at in zip(*np.where(labels >= 0), strict=True)]
+    for loss, share in found:
+        assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+        assert share == pytest.approx(np.mean(right))
