@@ -259,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", type=Path, nargs="+")
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--shares", nargs="+", default=SHARES, help="6%% among them")
+    among = f"{CHECKED.replace('%', '%%')} among them"
+    parser.add_argument("--shares", nargs="+", default=SHARES, help=among)
     parser.add_argument("--journals", type=Path, help="folder where the answers are kept")
     options = parser.parse_args(arguments)
     if CHECKED not in options.shares:
