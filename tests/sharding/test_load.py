@@ -50,6 +50,20 @@ def test_answers_are_the_same_pruned_beamed_and_in_a_batch_that_does_not_divide(
                 np.testing.assert_array_equal(a.number, b.number)
 
 
+def test_given_answers_are_as_likely_as_on_one_device(models):
+    """Three of different lengths, one empty: no axis divides them."""
+    alone, spread = models
+    asked = [(COLOR, " blue"), (SHAPE, ""), ("is there a triangle?", " no it is not")]
+    questions = [alone.read(CIRCLE, prompt) for prompt, _ in asked]
+    answered = [alone.read(CIRCLE, prompt, begun=answer) for prompt, answer in asked]
+    for pruned in ({}, {"prune": "uniform", "keep": 4}):
+        ours, one = (model.likelihoods(questions, answered, **pruned) for model in (spread, alone))
+        assert [len(found.tokens) > 0 for found in ours] == [True, False, True]
+        for a, b in zip(ours, one, strict=True):
+            assert (a.tokens, a.is_greedy) == (b.tokens, b.is_greedy)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
 def test_a_model_on_a_mesh_describes_itself_as_alone(models):
     alone, spread = models
     assert spread.describe() == alone.describe()
