@@ -1,6 +1,6 @@
 """The model `CatpJax` of VLMEvalKit (https://github.com/open-compass/VLMEvalKit). It has no
-plug-ins, so this starts its `run.py` with our class among its models. That file is no part of its
-package: clone the repository and install it from there with `pip install -e .`
+plug-ins, so this starts its `run.py` with our class among its models. Install its wheel, ms-vlmeval
+(0.0.20 is what this was run with), or clone the repository and `pip install -e .` there.
 
     python -m catp_jax.evaluation.vlmevalkit --config config.json
 
@@ -75,11 +75,11 @@ def main() -> None:
 
     vlmeval.vlm.CatpJax = CatpJax
     package = Path(str(vlmeval.__file__)).parent
-    places = [package / "run.py", package.parent / "run.py"]  # some wheels have it inside
+    places = [package / "run.py", package.parent / "run.py"]  # in the wheel, in the repository
     if not (script := next((place for place in places if place.is_file()), None)):
         sys.exit(
-            f"VLMEvalKit's run.py is not beside {package}; clone "
-            "https://github.com/open-compass/VLMEvalKit and install it with `pip install -e .`"
+            f"VLMEvalKit's run.py is neither in {package} nor beside it; `pip install ms-vlmeval`, "
+            "or clone https://github.com/open-compass/VLMEvalKit and `pip install -e .` there"
         )
     runpy.run_path(str(script), run_name="__main__")
 
