@@ -4,7 +4,7 @@ The first is short for `catp-jax study run MODEL …`. What needs no model is ch
 before one is loaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ from catp_jax.cli_sweep import interruptible, sweep
 from catp_jax.terminal import one_line, say
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help is quick
-    from catp_jax.study.tasks import Example, Task
+    from catp_jax.study.tasks import Task
 
 RUN = "run"
 SEEDS = 2**31 - 2**20  # with a question's number on top it is still a seed
@@ -259,7 +259,6 @@ def run(
             say(note)
         keywords = loading.keywords() | contrasted
         loaded = api.load(model, **keywords, generation_config=False)
-        _say_unknown_words(loaded, chosen.name, examples)
         settings = settings or all_that_fit(loaded, keep, examples)
         check_fit(settings, loaded)
         coarse = [Setting(HALVED, None)] if half_pixels else []
@@ -368,16 +367,3 @@ def _check_gpu(gpu: str | None, mesh: Any) -> None:
         if mesh is not None:
             raise ValueError(f"the cost on {gpu} is that of one device; leave out --gpu or --mesh")
         devices_of(target)
-
-
-def _say_unknown_words(model: Any, task: str, examples: "Sequence[Example]") -> None:
-    """Says which words of the task the model can neither read nor write."""
-    from catp_jax.messages import listed
-    from catp_jax.readers.token_text import unknown_words
-
-    texts = [text for one in examples for text in (one.question, *one.accepted)]
-    if found := unknown_words(model.reader.tokenizer, texts):
-        say(
-            f"the model's tokenizer has no tokens for {len(found)} of the words of {task}, which "
-            f"it can neither read nor write: {one_line(listed(found, 5))}"
-        )

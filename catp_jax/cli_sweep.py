@@ -30,7 +30,7 @@ def sweep(
     gpu: str | None = None,
 ) -> None:
     """Runs a sweep and prints its table; how far it is, as a bar or, where that is a file or a
-    pipe, as a line for each tenth.
+    pipe, as a line for each tenth. Words that the model cannot know are said at the start.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -38,6 +38,7 @@ def sweep(
     from catp_jax.study import sweep as module
     from catp_jax.study.tables import table
 
+    _say_unknown_words(loaded, task.name, examples)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -83,6 +84,19 @@ def sweep(
         raise
     terminal = Console()
     terminal.print(table(results, name, terminal.width))
+
+
+def _say_unknown_words(model: "Model", task: str, examples: "Sequence[Example]") -> None:
+    """Says which words of the task the model can neither read nor write."""
+    from catp_jax.messages import listed
+    from catp_jax.readers.token_text import unknown_words
+
+    texts = [text for one in examples for text in (one.question, *one.accepted)]
+    if found := unknown_words(model.reader.tokenizer, texts):
+        say(
+            f"the model's tokenizer has no tokens for {len(found)} of the words of {task}, which "
+            f"it can neither read nor write: {one_line(listed(found, 5))}"
+        )
 
 
 @contextlib.contextmanager

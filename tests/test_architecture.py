@@ -56,10 +56,10 @@ ROOMS: dict[str, set[str]] = {
         "cli_generate": (
             "terminal sharding generation readers convert families model api batch cli_options"
         ),
-        "cli_sweep": "terminal sharding study model",
+        "cli_sweep": "messages terminal sharding readers study model",
         "cli_compared": "pruning study cli_options terminal",
         "cli_study": (
-            "messages terminal targets sharding readers study training convert families api "
+            "terminal targets sharding readers study training convert families api "
             "cli_options cli_compared cli_sweep"
         ),
         "cli_calibrate": (
