@@ -50,6 +50,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "bed_filled": told_beds.bed_filled,
     "bed_seeds": told_beds.bed_seeds,
     "bed_order": told_beds.bed_order,
+    "bed_aim": told_beds.bed_aim,
     "bed_reversed": told_beds.bed_reversed,
     "catp_told": partial(told_beds.catp_told, "opt"),
     "catp_told_t5": partial(told_beds.catp_told, "t5"),

@@ -113,6 +113,22 @@ def bed_order() -> str:
     )
 
 
+AIM, AIMED = 75, "trimmed_llama"
+"""Which share of attributes this method was to answer, at `testbed.CHECKED`."""
+
+
+def bed_aim() -> str:
+    """Whether a method answers as many attributes as it was meant to, and what it keeps of them."""
+    models, kept = read("testbed_seeds_mini")["models"].values(), f"{AIMED}, {testbed.CHECKED}"
+    right = [100 * one["families"]["attribute"]["kept"][kept]["accuracy"][0] for one in models]
+    needed = ", ".join(f"{100 * one['needed, kept'][kept]:.0f}" for one in models)
+    return (
+        f"With {testbed.CHECKED} of the tokens `{AIMED}` was meant to answer {AIM} %; it does so "
+        f"with {sum(share >= AIM for share in right)} of {len(right)} seeds. Of the needed tokens "
+        f"it keeps {needed} % there: most of the object asked about is gone."
+    )
+
+
 def bed_filled() -> str:
     """What an oracle is worth among copies of a background token."""
     found = only(read("filled_up_mini")["models"].values())["families"]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import catp_jax
 from benchmarks import catp_table, testbed, trimmed_table
 from benchmarks.catp_table import BUDGETS
 from catp_jax.study.records import Answer, Cost, Result, Setting
 from catp_jax.training.scene_questions import scenes_task
-from tests.shallow import shallow
+from tests.shallow import ASSETS, shallow
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 FAMILIES = {"attribute", "existence", "count", "relation", "reading"}
@@ -46,6 +47,28 @@ def result(right: Sequence[float]) -> Result:
         versions={},
         answers=answers,
     )
+
+
+def told_checksums() -> dict[str, dict[str, str]]:
+    """Of which weights each recorded result is, by model and file."""
+    told: dict[str, dict[str, str]] = {}
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        record = json.loads(path.read_text())
+        models = record.get("models") or {}
+        if isinstance(record.get("model"), str) and "checksum" in record:
+            models = {record["model"]: record}
+        for model, one in models.items():
+            told.setdefault(one.get("name", model), {})[path.name] = one["checksum"]
+    return told
+
+
+def test_recorded_results_are_of_the_weights_that_ship():
+    told = told_checksums()
+    assert set(told) >= {f"scenes-{kind}" for kind in ("llama-vision", "blip2-opt", "blip2-t5")}
+    for name, files in told.items():
+        if (ASSETS / name).exists():
+            checksum = catp_jax.load(ASSETS / name, generation_config=False).checksum
+            assert files == dict.fromkeys(files, checksum), name
 
 
 def test_rank_correlation_is_spearmans():

@@ -1,4 +1,4 @@
-"""What a T5's words learn to know in training, so that it learns relations.
+"""What words learn to know in training, so that a BLIP-2 learns relations.
 
     is the red circle left of the blue cross?
                     1                   1 2 3 4
@@ -7,12 +7,13 @@ Words that name an object know (1) in which row and column it is, a layer later 
 named before is and how the question goes on from there ("left"), then (3) on which side of it this
 one is and what is nearest to it, and at last (4) whether the question is right. Words for colours
 and shapes know how many objects are so. Heads read that off the layers' states and are dropped
-after. The end of a question knows its answer, too, which the language model's head reads. In lists
-it is the same, also where the answers are about the object named first.
+after. In lists it is the same, also where the answers are about the object named first.
 
-An OPT learns this from lists (`scene_lists`), since they and questions are read alike. A T5 answers
-lists by words that its decoder reads, and questions by its encoder's: there, without this, training
-finds no word that knows a place.
+A T5 answers lists (`scene_lists`) by words that its decoder reads, and questions by its encoder's:
+there, without this, training finds no word that knows a place. The end of its question knows the
+answer, too, which the language model's head reads. An OPT reads lists and questions alike, but from
+lists alone it did not learn what is nearest, and then confused large and small: its words also know
+(3) colour and name of what they name.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from catp_jax.models.blip2 import Blip2
+from catp_jax.models.opt import Opt
 from catp_jax.models.t5 import T5, buckets
 from catp_jax.training.blip2_data import Text
 from catp_jax.training.loop import Figures
@@ -35,6 +37,7 @@ from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, SIZES, Scene, Thin
 from catp_jax.training.scoring import answer_loss
 
 SIDES = ("left", "right", "above", "below")
+NAMES = (*SHAPES, *DIGITS)
 MANY = len(COUNTS)  # and more are not told apart
 CHOICES = {
     "row": 4,
@@ -47,10 +50,15 @@ CHOICES = {
     "number": 1 + MANY,
     "asked": len(SIDES),
     "right so": 2,
+    "colour": len(COLOURS),
+    "name": len(NAMES),
 }
 """What a word may know of what it names, and how many answers there are."""
+LOOK = ("colour", "name")  # known to an OPT's words alone
 LAYER = {"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4, "right so": 6}
-"""After how many layers it should know it; the others after five."""
+"""After how many layers it should know it, the others after five; in an OPT, whose last layer has
+to answer, one earlier.
+"""
 WEIGHT = 0.5  # of each of these, beside the answers
 SLOPE, AWAY = 0.5, 6.0  # what a token further costs at the start, and the other direction
 
@@ -142,6 +150,8 @@ def known(thing: Thing, before: Thing | None, nearest: str | None) -> Iterator[t
     """What is to be known of an object, and the number of the right answer."""
     yield "row", thing.row
     yield "column", thing.column
+    yield "colour", [*COLOURS].index(thing.colour)
+    yield "name", NAMES.index(thing.name)
     if before is not None:
         yield "row before", before.row
         yield "column before", before.column
@@ -151,15 +161,15 @@ def known(thing: Thing, before: Thing | None, nearest: str | None) -> Iterator[t
         yield "nearest", [*COLOURS].index(nearest)
 
 
-def look_along(model: T5) -> None:
+def look_along(language: T5) -> None:
     """Starts an encoder in which one head looks at the words before, and another at those behind.
 
     A bias for each distance grows in small steps from nothing. Without this, an object's words hear
     for very long of what is seen alone, and not that "left" stands in front of them.
     """
-    bias: Any = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.embedding
-    bucket_of = buckets(model.config, is_bidirectional=True)
-    number = model.config.relative_attention_num_buckets // 2
+    bias: Any = language.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.embedding
+    bucket_of = buckets(language.config, is_bidirectional=True)
+    number = language.config.relative_attention_num_buckets // 2
     near = -SLOPE * np.searchsorted(bucket_of, np.arange(number)).astype(np.float32)
     table = np.zeros(bias.shape, np.float32)
     for head, (before, behind) in enumerate(((0, AWAY), (AWAY, 0))):
@@ -167,9 +177,14 @@ def look_along(model: T5) -> None:
     bias[...] += jnp.asarray(table)
 
 
-def word_heads(width: int) -> dict[str, Float[Array, "d choices"]]:
+def word_heads(language: Opt | T5) -> dict[str, Float[Array, "d choices"]]:
     """What reads off a word what it knows."""
-    return {name: jnp.zeros((width, choices)) for name, choices in CHOICES.items()}
+    width, left_out = language.config.hidden_size, LOOK if isinstance(language, T5) else ()
+    return {
+        name: jnp.zeros((width, choices))
+        for name, choices in CHOICES.items()
+        if name not in left_out
+    }
 
 
 def words_loss(
@@ -180,8 +195,9 @@ def words_loss(
     total, figures = answer_loss(logits, batch.rows.targets)
     labels: Any = batch.labels
     language = model.language_model
+    earlier = 0 if isinstance(language, T5) else 1
     for name, head in heads.items():
-        layer = min(LAYER.get(name, 5), len(words))
+        layer = min(LAYER.get(name, 5) - earlier, len(words))
         loss, figures[name] = _known(words[layer - 1] @ head, labels[name])
         total += WEIGHT * loss
     if isinstance(language, T5):

@@ -1,6 +1,7 @@
 """What words are to know of a scene."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from catp_jax.training import scenes_blip2 as recipe
 from catp_jax.training.blip2_start import initialise
 from catp_jax.training.scene_answers import answer_logits, rows_of
 from catp_jax.training.scene_bank import Bank
-from catp_jax.training.scene_questions import named, relation
-from catp_jax.training.scenes import COLOURS, make_scene
+from catp_jax.training.scene_questions import attribute, named, reading, relation
+from catp_jax.training.scenes import COLOURS, DIGITS, SHAPES, make_scene
 from catp_jax.training.scoring import answer_loss
 
 NOTHING = -1
@@ -27,10 +28,14 @@ def scenes():
     return [make_scene("train", number) for number in range(6)]
 
 
-@pytest.fixture(scope="module")
-def text():
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def text(request):
+    return make_text(request.param)
+
+
+def make_text(kind):
     scenes = [make_scene("train", number) for number in range(60)]  # all words are in them
-    return recipe.make_text(recipe.make_tokenizer("t5", scenes), recipe.scenes_config("t5"))
+    return recipe.make_text(recipe.make_tokenizer(kind, scenes), recipe.scenes_config(kind))
 
 
 def labelled(scene, text, *rows):
@@ -83,7 +88,8 @@ def test_the_second_object_knows_where_the_first_is(scenes, text):
     assert asked > 10
 
 
-def test_the_end_of_a_question_knows_its_answer_and_that_of_a_list_does_not(scenes, text):
+def test_the_end_of_a_question_knows_its_answer_and_that_of_a_list_does_not(scenes):
+    text = make_text("t5")
     question, turns = "is there a red circle?", [("is: red circle", "yes"), ("blue cross", "no")]
     rows = labelled(scenes[0], text, [(question, "no")], turns)["answer"]
     assert rows == [{len(text.encode(question)) - 1: text.answer("no")[0]}, {}]
@@ -144,31 +150,36 @@ def test_words_that_fit_several_objects_know_nothing(scenes, text):
             assert len(rows[0]) == (len(some) == 1)
 
 
-@pytest.fixture
-def small(scenes, text):
-    """A model of few layers, a batch of questions and lists, and heads that know nothing."""
-    config = recipe.scenes_config("t5")
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=2))
+def small(kind, scenes):
+    """A model of so few layers, a batch of questions and lists, and heads that know nothing."""
+    config, text = recipe.scenes_config(kind), make_text(kind)
+    layers = {"num_hidden_layers" if kind == "opt" else "num_layers": 2}
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, **layers))
     bank = Bank(
         scenes,
         lambda some: jnp.asarray(np.random.default_rng(0).normal(size=(len(some), 32, 64))),
         rows_of(text),
         scene_words.labels_of(text),
     )
-    heads = scene_words.word_heads(config.text.hidden_size)
-    return initialise(config, 0), bank.draw(50, 100, seed=0, scenes=4), heads
+    model = initialise(config, 0)
+    heads = scene_words.word_heads(model.language_model)
+    return model, bank.draw(50, 100, seed=0, scenes=4), heads
 
 
-def test_the_loss_is_that_of_the_answers_and_of_what_is_known(small):
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_the_loss_is_that_of_the_answers_and_of_what_is_known(scenes, kind):
     """Heads that know nothing cost the logarithm of the choices; each learns."""
-    model, batch, heads = small
-    bare, _ = scene_words.words_loss(model, {}, batch)
+    model, batch, heads = small(kind, scenes)
     total, figures = scene_words.words_loss(model, heads, batch)
     plain, _ = answer_loss(answer_logits(model, batch), batch.rows.targets)
     np.testing.assert_allclose(figures["loss"], plain, rtol=1e-5)
-    guessed = sum(0.5 * np.log(choices) for choices in scene_words.CHOICES.values())
+    bare, _ = scene_words.words_loss(model, {}, batch)
+    guessed = sum(0.5 * np.log(head.shape[1]) for head in heads.values())
     np.testing.assert_allclose(total, bare + guessed, rtol=1e-5)
-    assert bare > plain + 1  # the end of each question says its answer
+    if kind == "opt":
+        assert bare == pytest.approx(plain)
+    else:  # the end of each question says its answer
+        assert bare > plain + 1
     graph, state = nnx.split(model)
 
     def loss(params):
@@ -178,9 +189,10 @@ def test_the_loss_is_that_of_the_answers_and_of_what_is_known(small):
     assert all(float(jnp.abs(grad).max()) > 0 for grad in grads[1].values())
 
 
-def test_each_head_reads_its_own_layer(small, monkeypatch):
+@pytest.mark.parametrize(("kind", "earlier"), [("opt", 1), ("t5", 0)])
+def test_each_head_reads_its_own_layer(scenes, kind, earlier, monkeypatch):
     """Layer n's words are the nth unit vector: a head that reads another changes nothing."""
-    model, batch, heads = small
+    model, batch, heads = small(kind, scenes)
     width = len(heads["row"])
     units = jnp.eye(width)[:6]
     states = [jnp.broadcast_to(unit, (*batch.rows.tokens.shape, width)) for unit in units]
@@ -189,6 +201,7 @@ def test_each_head_reads_its_own_layer(small, monkeypatch):
     wanted = {
         **{"row": 3, "column": 3, "row before": 4, "column before": 4, "asked": 4},
         **{"down": 5, "right": 5, "nearest": 5, "number": 5, "right so": 6},
+        **({"colour": 5, "name": 5} if kind == "opt" else {}),
     }
     assert {*wanted} == {*heads}
     base, _ = scene_words.words_loss(model, heads, batch)
@@ -199,7 +212,7 @@ def test_each_head_reads_its_own_layer(small, monkeypatch):
                 model, {**heads, name: head.at[layer, 0].set(-9.0)}, batch
             )
             read += [layer + 1] if abs(total - base) > 1e-3 else []
-        assert read == [wanted[name]]
+        assert read == [wanted[name] - earlier]
 
 
 def test_a_head_learns_from_words_with_a_label_alone():
@@ -213,3 +226,24 @@ def test_a_head_learns_from_words_with_a_label_alone():
     for loss, share in found:
         assert loss == pytest.approx(np.mean(losses), rel=1e-5)
         assert share == pytest.approx(np.mean(right))
+
+
+def test_words_know_the_look_of_what_they_name(scenes, text):
+    """Of a word that is ambiguous without "large" or "small" before it, too."""
+    known, sized = Counter(), 0
+    for scene in scenes:
+        for one in (*attribute(scene), *reading(scene)):
+            (thing,) = one.needed
+            labels = labelled(scene, text, [(one.question, one.answer)])
+            if not labels["colour"][0]:  # what it says is true of a digit, too
+                continue
+            at = min(labels["colour"][0])  # an OPT's answer may be its words, too
+            assert at == min(labels["name"][0])
+            assert labels["colour"][0][at] == [*COLOURS].index(thing.colour)
+            assert labels["name"][0][at] == [*SHAPES, *DIGITS].index(thing.name)
+            if one.answer == thing.colour:
+                assert at == words_at(text, one.question, thing.name)
+            known[one.kind, one.family] += 1
+            sized += thing.size in one.question.split()
+    assert min(known.values()) > 5
+    assert (len(known), sized > 5) == (4, True)

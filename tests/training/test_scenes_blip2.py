@@ -144,14 +144,22 @@ def test_the_command_trains_writes_and_resumes_and_what_it_writes_answers(
     ]
     assert [line["stage"] for line in log] == ["tower", "qformer", "answers", "test"]
     assert all(math.isfinite(line["loss"]) for line in log[:3])
+    assert {*log[2]} >= {"nearest", "right so"}  # what words know is learned, too
     assert set(log[-1]) >= FAMILIES
     if which == "opt":
         places = model.language_model.model.decoder.embed_positions.embedding[...]
         np.testing.assert_array_equal(places, recipe.places_in_line(32 + 514, 96)[32:])
     with pytest.raises(ValueError, match="exists already"):
         recipe.main(out=tmp_path / "one", **options)
-    with pytest.raises(ValueError, match="seed 0, not 1"):
-        recipe.main(out=tmp_path / "three", **{**options, "seed": 1})
+    for other, says in (
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"answers_steps": 3}, f"{which} holds a run with answers_steps 2, not 3"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            recipe.main(out=tmp_path / "three", **options | other)
+    monkeypatch.setitem(recipe.MIX, which, recipe.Mix(looking=0.4))
+    with pytest.raises(ValueError, match=r"mix Mix.*, not Mix"):
+        recipe.main(out=tmp_path / "three", **options)
 
     # training and the front door see the same pixels, and what training reads is the whole model's
     loaded, scene = catp_jax.load(tmp_path / "one"), make_scene("test", 0)
