@@ -85,12 +85,24 @@ def test_a_name_is_shown_as_it_is_and_not_obeyed(name, table):
     assert "\x1b[31m" not in text
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, capsys, name):
+def show_tiny(monkeypatch, asked):
+    """Has the demo show a tiny model and some questions."""
     monkeypatch.setattr(api, "load", lambda *given, **options: Tiny())
-    task = dataclasses.replace(tasks.easy_vqa_task(), examples=tuple(examples(4)))
+    task = dataclasses.replace(tasks.easy_vqa_task(), examples=tuple(asked))
     monkeypatch.setattr(scene_questions, "scenes_task", lambda scenes: task)
     monkeypatch.setattr(cli_demo, "settings_for", lambda model: [Setting("l2", 2)])
+
+
+def test_the_demo_says_words_that_a_tokenizer_lacks(tmp_path, monkeypatch, capsys):
+    asked = examples(4)
+    show_tiny(monkeypatch, [dataclasses.replace(asked[0], question="an okapi ?"), *asked[1:]])
+    cli_demo.demo(tmp_path / "out", [Path("tiny")], 4, None)
+    assert "no tokens for 1 of the words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_the_demo_shows_names_as_they_are(tmp_path, monkeypatch, capsys, name):
+    show_tiny(monkeypatch, examples(4))
     cli_demo.demo(tmp_path / name.replace("/", ""), [Path(name)], 4, None)
     out, err = capsys.readouterr()
     assert one_line(Path(name).name) in err

@@ -12,8 +12,8 @@ after. In lists it is the same, also where the answers are about the object name
 A T5 answers lists (`scene_lists`) by words that its decoder reads, and questions by its encoder's:
 there, without this, training finds no word that knows a place. The end of its question knows the
 answer, too, which the language model's head reads. An OPT reads lists and questions alike, but from
-lists alone it did not learn what is nearest, and then confused large and small: its words also know
-(3) colour and name of what they name.
+lists alone it did not learn what is nearest. With all this it did, and confused large and small,
+until its words also had to know (3) colour and name, and more questions were about attributes.
 """
 
 from collections import Counter

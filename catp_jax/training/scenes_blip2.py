@@ -65,7 +65,7 @@ SHARP = 2.0  # queries and keys of cross-attention start this much larger: queri
 PROBED = 32  # scenes in a step of stage 2
 ANSWERS_STEPS = {"opt": 5500, "t5": 3400}  # a step of an OPT takes half as long
 MIX = {
-    # asked as often about the others, an OPT forgets to tell large from small
+    # with fewer questions about attributes an OPT confused large and small
     "opt": Mix(hard=(2.0, 2.0, 2.5, 3.0, 1.0, 0.5), looking=0.2),
     "t5": Mix(  # lists, which its decoder answers, teach its encoder little
         easy=(3.0, 2.0, 2.0, 3.0, 2.0, 2.0),

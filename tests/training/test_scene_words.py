@@ -151,7 +151,7 @@ def test_words_that_fit_several_objects_know_nothing(scenes, text):
 
 
 def small(kind, scenes):
-    """A model of so few layers, a batch of questions and lists, and heads that know nothing."""
+    """A model of two layers, a batch of questions and lists, and heads that know nothing."""
     config, text = recipe.scenes_config(kind), make_text(kind)
     layers = {"num_hidden_layers" if kind == "opt" else "num_layers": 2}
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **layers))
